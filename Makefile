@@ -1,0 +1,58 @@
+# Everything runs from a virtual environment that the first target builds, with the versions of constraints.txt.
+# Only python3 (3.11 or newer) and a package index are needed. `make PYTHON=python3.12 test` picks another Python.
+
+PYTHON ?= python3
+VENV   ?= .venv
+PIP    := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+SOURCES := fisedit_compiler benchmarks tests $(wildcard examples)
+
+.PHONY: help demo test lint types format bench clean
+
+help:
+	@echo "make demo    generate an image and edit it with the embedded model, into demo-output/"
+	@echo "make test    run the tests"
+	@echo "make lint    ruff, lint and format; 'make format' mends what it can"
+	@echo "make types   mypy over the package"
+	@echo "make bench   the benchmarks on this machine's CPU, into bench-output/"
+	@echo "make clean   remove caches and outputs, keep the environment"
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "$(PYTHON) is older than 3.11: run make PYTHON=<a newer one>"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch first: it is the largest piece, and a failure there should say so by itself.
+$(VENV)/.runtime-installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) torch
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.test-installed: $(VENV)/.runtime-installed
+	$(PIP) -e '.[test]'
+	@touch $@
+
+demo: $(VENV)/.runtime-installed
+	$(VENV)/bin/fisedit demo --output demo-output
+
+test: $(VENV)/.test-installed
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.test-installed
+	$(VENV)/bin/ruff check $(SOURCES)
+	$(VENV)/bin/ruff format --check $(SOURCES)
+
+format: $(VENV)/.test-installed
+	$(VENV)/bin/ruff check --fix $(SOURCES)
+	$(VENV)/bin/ruff format $(SOURCES)
+
+types: $(VENV)/.test-installed
+	$(VENV)/bin/mypy
+
+bench: $(VENV)/.runtime-installed
+	@mkdir -p bench-output
+	$(VENV)/bin/python -m benchmarks.step_latency --json bench-output/step_latency.json
+	$(VENV)/bin/python -m benchmarks.wrapper_overhead --json bench-output/wrapper_overhead.json
+	$(VENV)/bin/python -m benchmarks.compile_time --json bench-output/compile_time.json
+
+clean:
+	rm -rf build dist demo-output bench-output .fisedit-cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
