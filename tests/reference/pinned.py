@@ -1,0 +1,416 @@
+"""The pinned interpreter: what a sparse edit must compute, written without any of the compiler's code.
+
+The original ``nn.Module`` runs twice under a ``TorchFunctionMode``. The base run writes on a tape what every
+boundary saw; the edit run computes the whole dense map, but at each boundary overwrites the inactive sites by
+what the tape says. Nothing here may import ``fisedit_compiler``: it is the judge of it.
+
+Boundaries are ``conv2d``, ``group_norm``, nearest ``interpolate``, ``scaled_dot_product_attention`` and the
+functions the caller names in ``pin_inputs_of`` (the ones a compiler runs densely between scatter and gather).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+Resolution = tuple[int, int]
+ActiveSites = Mapping[Resolution, Tensor]
+Norm = Literal["recorded", "incremental"]
+Attention = Literal["cached", "active"]
+
+BOUNDARIES = frozenset({"conv2d", "group_norm", "interpolate", "scaled_dot_product_attention"})
+
+
+class OracleError(AssertionError):
+    """The oracle was asked something it has no answer to; the message says what to pass instead."""
+
+
+@dataclass(frozen=True)
+class TapeEntry:
+    """The tensors one boundary read in the base run, in argument order (keyword arguments last)."""
+
+    function: str
+    tensors: tuple[Tensor, ...]
+
+
+class PinnedRun:
+    """One base run of ``module``, from which any number of edits are replayed.
+
+    Args:
+        module: the original model; it is called, never changed.
+        base_inputs: keyword arguments of ``module.forward`` for the base run.
+        pin_inputs_of: names of further torch functions whose spatial inputs (``[B, C, H, W]`` maps and
+            ``[B, H*W, C]`` tokens) are pinned, such as ``"avg_pool2d"`` or ``"pad"``.
+
+    Attributes:
+        base_output: the base result, ``[B, C, H, W]``.
+        resolutions: every ``(H, W)`` a boundary of the base run or the output had; each needs a mask.
+    """
+
+    def __init__(
+        self, module: nn.Module, base_inputs: Mapping[str, Any], *, pin_inputs_of: Collection[str] = ()
+    ) -> None:
+        self.module = module
+        self.pin_inputs_of = frozenset(pin_inputs_of)
+        mode = _RecordMode(self.pin_inputs_of)
+        self.base_output = _call(module, base_inputs, mode)
+        self.tape = mode.tape
+        self.resolutions = mode.resolutions | {_resolution(self.base_output)}
+
+    def replay(
+        self,
+        edit_inputs: Mapping[str, Any],
+        active: ActiveSites,
+        *,
+        norm: Norm = "recorded",
+        attention: Attention = "cached",
+    ) -> Tensor:
+        """Run the edit with inactive sites pinned to this base run.
+
+        Args:
+            edit_inputs: keyword arguments of ``module.forward``, shaped as the base inputs were.
+            active: for every resolution, a bool ``[H, W]`` tensor of the sites to compute again.
+            norm: normalise by the base run's statistics, or by those of the map after pinning.
+            attention: inactive keys and values are the base ones, or are left out.
+
+        Returns:
+            ``[B, C, H, W]``: the edit at active sites, the base output, bit for bit, elsewhere.
+
+        Raises:
+            OracleError: a resolution without a mask, a mask of the wrong type, or an edit run which does not
+                take the same path through the model as the base run.
+        """
+        _check_choices(norm, attention)
+        _check_masks(active)
+        if not any(bool(mask.any()) for mask in active.values()):
+            return self.base_output.clone()
+        mode = _ReplayMode(self.tape, self.pin_inputs_of, active, norm, attention)
+        output = _call(self.module, edit_inputs, mode)
+        mode.check_finished()
+        return torch.where(_mask_of(output, active), output, self.base_output)
+
+
+def run_pinned(
+    module: nn.Module,
+    base_inputs: Mapping[str, Any],
+    edit_inputs: Mapping[str, Any],
+    active: ActiveSites,
+    *,
+    norm: Norm = "recorded",
+    attention: Attention = "cached",
+    pin_inputs_of: Collection[str] = (),
+) -> tuple[Tensor, Tensor]:
+    """Return ``(base output, pinned edit output)``; see :class:`PinnedRun` for one base and many edits."""
+    run = PinnedRun(module, base_inputs, pin_inputs_of=pin_inputs_of)
+    return run.base_output, run.replay(edit_inputs, active, norm=norm, attention=attention)
+
+
+def spread_mask(mask: Tensor, resolutions: Collection[Resolution]) -> dict[Resolution, Tensor]:
+    """Bool ``[H, W]`` mask brought to other resolutions: a coarse site is active if any site below it is.
+
+    Plain any-pooling and repetition, for tests that need *some* site plan; real plans may choose otherwise.
+    Every resolution must divide the mask's or be a multiple of it.
+    """
+    height, width = mask.shape
+    spread = {}
+    for rows, columns in resolutions:
+        if (height % rows and rows % height) or (width % columns and columns % width):
+            raise OracleError(
+                f"a {height}x{width} mask has no obvious form at {rows}x{columns}: build it by hand"
+            )
+        fine = mask.repeat_interleave(max(1, rows // height), 0).repeat_interleave(
+            max(1, columns // width), 1
+        )
+        blocks = fine.reshape(rows, fine.shape[0] // rows, columns, fine.shape[1] // columns)
+        spread[rows, columns] = blocks.any(dim=3).any(dim=1)
+    return spread
+
+
+class _RecordMode(TorchFunctionMode):
+    """Copies onto a tape what every boundary reads; computes nothing differently."""
+
+    def __init__(self, pin_inputs_of: frozenset[str]) -> None:
+        super().__init__()
+        self.watched = BOUNDARIES | pin_inputs_of
+        self.tape: list[TapeEntry] = []
+        self.resolutions: set[Resolution] = set()
+        self._islands = _Identities(pin_inputs_of)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in self.watched:
+            tensors = tuple(_tensors(args, kwargs))
+            # In-place activations may overwrite what a boundary read: the tape keeps copies.
+            self.tape.append(TapeEntry(name, tuple(tensor.detach().clone() for tensor in tensors)))
+            if tensors[0].ndim == 4 and name != "scaled_dot_product_attention":
+                known = self._islands.holds(tensors[0]) or _is_pointwise_conv(name, args, kwargs)
+                self.resolutions |= set() if known else {_resolution(tensors[0])}
+        return self._islands.note(name, func(*args, **kwargs))
+
+
+class _ReplayMode(TorchFunctionMode):
+    """Overrides every boundary by the rules of the pinned program."""
+
+    def __init__(
+        self,
+        tape: list[TapeEntry],
+        pin_inputs_of: frozenset[str],
+        active: ActiveSites,
+        norm: Norm,
+        attention: Attention,
+    ) -> None:
+        super().__init__()
+        self.tape = tape
+        self.position = 0
+        self.active = active
+        self.norm = norm
+        self.attention = attention
+        self.pin_inputs_of = pin_inputs_of
+        self.handlers: dict[str, Callable[..., Any]] = {
+            "conv2d": self._conv2d,
+            "group_norm": self._group_norm,
+            "interpolate": self._interpolate,
+            "scaled_dot_product_attention": self._attention,
+        }
+        self._upsampled = _Identities(frozenset({"interpolate"}))
+        self._islands = _Identities(pin_inputs_of)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in self.pin_inputs_of:
+            result = self._pinned_inputs(func, self._next(name, args, kwargs), args, kwargs)
+        elif name in self.handlers:
+            result = self.handlers[name](self._next(name, args, kwargs).tensors, *args, **kwargs)
+        else:
+            result = func(*args, **kwargs)
+        return self._islands.note(name, result)
+
+    def check_finished(self) -> None:
+        if self.position != len(self.tape):
+            raise OracleError(f"the edit run met {self.position} boundaries, the base run {len(self.tape)}")
+
+    def _next(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TapeEntry:
+        here = (name, [tuple(tensor.shape) for tensor in _tensors(args, kwargs)])
+        if self.position == len(self.tape):
+            raise OracleError(f"the edit run meets {here} after the base run's last boundary")
+        entry = self.tape[self.position]
+        there = (entry.function, [tuple(tensor.shape) for tensor in entry.tensors])
+        if here != there:
+            raise OracleError(f"boundary {self.position}: the edit run calls {here}, the base run {there}")
+        self.position += 1
+        return entry
+
+    def _conv2d(
+        self, base: tuple[Tensor, ...], input: Tensor, weight: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        unpinned = (
+            _is_pointwise_conv("conv2d", (input, weight, *args), kwargs)
+            or self._upsampled.holds(input)  # its coarse map was pinned already
+            or self._in_island(input)
+        )
+        pinned = input if unpinned else self._pin_map(input, base[0])
+        return F.conv2d(pinned, weight, *args, **kwargs)
+
+    def _group_norm(
+        self,
+        base: tuple[Tensor, ...],
+        input: Tensor,
+        num_groups: int,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        mask = None if self._in_island(input) else self._group_norm_mask(input)
+        if mask is None:
+            return F.group_norm(input, num_groups, weight, bias, eps)
+        if self.norm == "incremental":
+            return F.group_norm(torch.where(mask, input, base[0]), num_groups, weight, bias, eps)
+        return _normalise_as(base[0], input, num_groups, weight, bias, eps)
+
+    def _interpolate(
+        self,
+        base: tuple[Tensor, ...],
+        input: Tensor,
+        size: Any = None,
+        scale_factor: Any = None,
+        mode: str = "nearest",
+        **kwargs: Any,
+    ) -> Tensor:
+        if mode not in ("nearest", "nearest-exact"):
+            raise OracleError(f"interpolate(mode={mode!r}) mixes sites: name 'interpolate' in pin_inputs_of")
+        pinned = input if self._in_island(input) else self._pin_map(input, base[0])
+        result = F.interpolate(pinned, size, scale_factor, mode, **kwargs)
+        return self._upsampled.note("interpolate", result)
+
+    def _attention(
+        self,
+        base: tuple[Tensor, ...],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        mask = _token_mask(key.shape[-2], self.active) if query.shape[-2] == key.shape[-2] else None
+        if mask is not None and self.attention == "cached":
+            key = torch.where(mask[:, None], key, base[1])
+            value = torch.where(mask[:, None], value, base[2])
+        elif mask is not None and mask.any():  # with no active token no query of this level matters either
+            key, value = key[..., mask, :], value[..., mask, :]
+            if attn_mask is not None and attn_mask.shape[-1] != 1:
+                attn_mask = attn_mask[..., mask]
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, *args, **kwargs)
+
+    def _pinned_inputs(
+        self, func: Callable[..., Any], entry: TapeEntry, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        base = iter(entry.tensors)
+        pinned_args = [self._pin_any(arg, base) for arg in args]
+        return func(*pinned_args, **{name: self._pin_any(arg, base) for name, arg in kwargs.items()})
+
+    def _pin_any(self, argument: Any, base: Iterator[Tensor]) -> Any:
+        if isinstance(argument, list | tuple):
+            return type(argument)(self._pin_any(item, base) for item in argument)
+        if not isinstance(argument, Tensor):
+            return argument
+        recorded = next(base)
+        if argument.ndim == 4 and not self._in_island(argument) and _resolution(argument) in self.active:
+            return self._pin_map(argument, recorded)
+        tokens = _token_mask(argument.shape[1], self.active) if argument.ndim == 3 else None
+        return argument if tokens is None else torch.where(tokens[:, None], argument, recorded)
+
+    def _pin_map(self, input: Tensor, base: Tensor) -> Tensor:
+        return torch.where(_mask_of(input, self.active), input, base)
+
+    def _in_island(self, input: Tensor) -> bool:
+        """True for what a dense function returned at a resolution that is no level, such as a padded map."""
+        return self._islands.holds(input) and _resolution(input) not in self.active
+
+    def _group_norm_mask(self, input: Tensor) -> Tensor | None:
+        if input.ndim == 4:
+            return _mask_of(input, self.active)
+        return _token_mask(input.shape[-1], self.active) if input.ndim == 3 else None
+
+
+class _Identities:
+    """Remembers which tensor objects the functions of one set of names returned."""
+
+    def __init__(self, names: frozenset[str]) -> None:
+        self.names = names
+        self._held: list[Tensor] = []
+
+    def note(self, name: str, result: Any) -> Any:
+        if name in self.names and isinstance(result, Tensor):
+            self._held.append(result)
+        return result
+
+    def holds(self, tensor: Tensor) -> bool:
+        return any(tensor is held for held in self._held)
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    if any(child.training and isinstance(child, nn.Dropout | nn.BatchNorm2d) for child in module.modules()):
+        raise OracleError("the module is in training mode: call module.eval() first")
+    with torch.no_grad():
+        yield
+
+
+def _call(module: nn.Module, inputs: Mapping[str, Any], mode: TorchFunctionMode) -> Tensor:
+    arguments = dict(inputs)
+    if "return_dict" in inspect.signature(module.forward).parameters:
+        arguments["return_dict"] = False
+    with _evaluating(module), mode:
+        output = module(**arguments)
+    return output[0] if isinstance(output, tuple | list) else output
+
+
+def _normalise_as(
+    base: Tensor, input: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Group normalisation of ``input`` (``[B, C, ...]``) by the mean and biased variance of ``base``."""
+    precision = torch.float64 if input.dtype == torch.float64 else torch.float32
+    batch, channels = input.shape[:2]
+    groups = base.to(precision).reshape(batch, num_groups, -1)
+    mean = groups.mean(dim=-1, keepdim=True)
+    variance = ((groups - mean) ** 2).mean(dim=-1, keepdim=True)
+    normal = (input.to(precision).reshape(batch, num_groups, -1) - mean) / torch.sqrt(variance + eps)
+    normal = normal.reshape(input.shape)
+    per_channel = (1, channels) + (1,) * (input.ndim - 2)
+    if weight is not None:
+        normal = normal * weight.to(precision).reshape(per_channel)
+    if bias is not None:
+        normal = normal + bias.to(precision).reshape(per_channel)
+    return normal.to(input.dtype)
+
+
+def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    for argument in (*args, *kwargs.values()):
+        if isinstance(argument, list | tuple):
+            yield from _tensors(tuple(argument), {})
+        elif isinstance(argument, Tensor):
+            yield argument
+
+
+def _is_pointwise_conv(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """True for a 1x1 convolution that reads each output site's own site and nothing else."""
+    if name != "conv2d":
+        return False
+    given = dict(zip(("input", "weight", "bias", "stride", "padding"), args, strict=False)) | dict(kwargs)
+    ones, zeros = (1, 1, (1,), (1, 1), [1, 1]), (0, 0, (0,), (0, 0), [0, 0], "valid", "same")
+    return (
+        tuple(given["weight"].shape[2:]) == (1, 1)
+        and given.get("stride", 1) in ones
+        and given.get("padding", 0) in zeros
+    )
+
+
+def _resolution(feature_map: Tensor) -> Resolution:
+    height, width = feature_map.shape[-2:]
+    return int(height), int(width)
+
+
+def _mask_of(feature_map: Tensor, active: ActiveSites) -> Tensor:
+    resolution = _resolution(feature_map)
+    if resolution not in active:
+        raise OracleError(
+            f"a boundary sees a {resolution[0]}x{resolution[1]} map, but active sites are given for "
+            f"{sorted(active)} only: add its mask (all True pins nothing)"
+        )
+    return active[resolution]
+
+
+def _token_mask(count: int, active: ActiveSites) -> Tensor | None:
+    """The flattened mask of the resolution that has ``count`` sites, or None when none has."""
+    matches = [mask for (height, width), mask in active.items() if height * width == count]
+    if len(matches) > 1:
+        raise OracleError(f"{count} tokens fit several resolutions of {sorted(active)}: use other sizes")
+    return matches[0].reshape(-1) if matches else None
+
+
+def _check_masks(active: ActiveSites) -> None:
+    for resolution, mask in active.items():
+        if mask.dtype != torch.bool or tuple(mask.shape) != resolution:
+            raise OracleError(
+                f"the active sites of {resolution} are {mask.dtype} {tuple(mask.shape)}: pass bool [H, W]"
+            )
+
+
+def _check_choices(norm: str, attention: str) -> None:
+    if norm not in ("recorded", "incremental") or attention not in ("cached", "active"):
+        raise OracleError(f"norm={norm!r}, attention={attention!r}: no such semantics")
