@@ -1,0 +1,31 @@
+"""The ops of the sparse program, one per file; importing this package registers ``torch.ops.fisedit``."""
+
+from __future__ import annotations
+
+from fisedit_compiler.kernels.attention_sites import attention_sites
+from fisedit_compiler.kernels.conv2d_sites import conv2d_sites
+from fisedit_compiler.kernels.gather_sites import gather_sites
+from fisedit_compiler.kernels.group_norm_site_sums import group_norm_site_sums
+from fisedit_compiler.kernels.group_norm_sites import group_norm_sites
+from fisedit_compiler.kernels.group_norm_statistics import group_norm_statistics
+from fisedit_compiler.kernels.pack_conv_weight import pack_conv_weight
+from fisedit_compiler.kernels.recentre_site_sums import recentre_site_sums
+from fisedit_compiler.kernels.registry import KernelError, Op, registered_ops
+from fisedit_compiler.kernels.scatter_sites import scatter_sites
+from fisedit_compiler.kernels.update_statistics import update_statistics
+
+__all__ = [
+    "KernelError",
+    "Op",
+    "attention_sites",
+    "conv2d_sites",
+    "gather_sites",
+    "group_norm_site_sums",
+    "group_norm_sites",
+    "group_norm_statistics",
+    "pack_conv_weight",
+    "recentre_site_sums",
+    "registered_ops",
+    "scatter_sites",
+    "update_statistics",
+]

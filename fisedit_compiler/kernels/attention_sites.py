@@ -1,0 +1,89 @@
+"""``fisedit::attention_sites``: self-attention of active queries against recorded keys and values."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fisedit_compiler.kernels.registry import define_op, require
+
+_NAME = "attention_sites"
+
+
+def _check(query: Tensor, key_canvas: Tensor, value_canvas: Tensor) -> None:
+    require(
+        query.dim() == 4 and key_canvas.dim() == 4 and value_canvas.dim() == 4,
+        _NAME,
+        lambda: (
+            f"query and canvases must be [B, heads, sites, d], got {query.dim()}, {key_canvas.dim()} and "
+            f"{value_canvas.dim()} dimensions; split the heads first"
+        ),
+    )
+
+
+def _reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_canvas: Tensor,
+    value_canvas: Tensor,
+    active: Tensor,
+    scale: float | None = None,
+) -> Tensor:
+    _check(query, key_canvas, value_canvas)
+    keys = key_canvas.index_copy(2, active, key)
+    values = value_canvas.index_copy(2, active, value)
+    out = F.scaled_dot_product_attention(query, keys, values, scale=scale)
+    # [B, N, h, d] in memory: what flash kernels write, and the next projection reads without a copy.
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_canvas: Tensor,
+    value_canvas: Tensor,
+    active: Tensor,
+    scale: float | None = None,
+) -> Tensor:
+    _check(query, key_canvas, value_canvas)
+    batch, heads, count, _ = query.shape
+    return query.new_empty(batch, count, heads, value_canvas.shape[3]).transpose(1, 2)
+
+
+_OP = define_op(
+    f"{_NAME}(Tensor query, Tensor key, Tensor value, Tensor key_canvas, Tensor value_canvas, Tensor active, "
+    "float? scale=None) -> Tensor",
+    _reference,
+    _fake,
+)
+
+
+def attention_sites(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_canvas: Tensor,
+    value_canvas: Tensor,
+    active: Tensor,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention of the active sites over all sites, where only the active keys and values are new.
+
+    Args:
+        query: active rows ``[B, h, N, d]``.
+        key: active rows ``[B, h, N, d]``.
+        value: active rows ``[B, h, N, d]``.
+        key_canvas: recorded keys ``[B, h, S, d]``; not mutated.
+        value_canvas: recorded values ``[B, h, S, d]``; not mutated.
+        active: int64 ``[N]``, where in the canvases the rows belong.
+        scale: factor of the logits, ``1 / sqrt(d)`` if ``None``.
+
+    Returns:
+        ``[B, h, N, d]``, laid out in memory as ``[B, N, h, d]``.
+
+    Raises:
+        KernelError: a tensor does not have four dimensions.
+    """
+    return _OP(query, key, value, key_canvas, value_canvas, active, scale)

@@ -1,0 +1,35 @@
+"""``fisedit::pack_conv_weight``: a convolution's weight in the order in which ``conv2d_sites`` reads it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fisedit_compiler.kernels.registry import define_op, require
+
+_NAME = "pack_conv_weight"
+
+
+def _reference(weight: Tensor) -> Tensor:
+    require(weight.dim() == 4, _NAME, lambda: f"weight must be [O, C, kh, kw], got {weight.dim()} dimensions")
+    # clone, because reshape would hand the permutation of a one-channel 1x1 kernel through as a view.
+    packed = weight.permute(2, 3, 1, 0).clone(memory_format=torch.contiguous_format)
+    return packed.view(-1, weight.shape[0])
+
+
+def _fake(weight: Tensor) -> Tensor:
+    require(weight.dim() == 4, _NAME, lambda: f"weight must be [O, C, kh, kw], got {weight.dim()} dimensions")
+    out_channels, channels, height, width = weight.shape
+    return weight.new_empty(height * width * channels, out_channels)
+
+
+_OP = define_op(f"{_NAME}(Tensor weight) -> Tensor", _reference, _fake)
+
+
+def pack_conv_weight(weight: Tensor) -> Tensor:
+    """``[O, C, kh, kw]`` to contiguous ``[kh*kw*C, O]``: tap-major, tap ``i*kw + j``, then input channel.
+
+    Raises:
+        KernelError: the weight does not have four dimensions.
+    """
+    return _OP(weight)

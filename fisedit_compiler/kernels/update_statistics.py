@@ -1,0 +1,72 @@
+"""``fisedit::update_statistics``: recorded GroupNorm statistics corrected for the sites that changed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fisedit_compiler.kernels.registry import define_op, require
+
+_NAME = "update_statistics"
+
+
+def _check(rows: Tensor, statistics: Tensor, site_sums: Tensor) -> None:
+    groups = statistics.shape[1]
+    require(
+        rows.dim() == 3 and site_sums.dim() == 4,
+        _NAME,
+        lambda: f"rows must be [B, N, C] and site_sums [B, S, G, 2], got {rows.dim()} and {site_sums.dim()} dims",
+    )
+    require(
+        rows.shape[2] % groups == 0 and site_sums.shape[2] == groups,
+        _NAME,
+        lambda: (
+            f"{groups} groups of statistics fit neither {rows.shape[2]} channels nor site sums of "
+            f"{site_sums.shape[2]} groups; all three must come from the same GroupNorm"
+        ),
+    )
+
+
+def _reference(rows: Tensor, statistics: Tensor, site_sums: Tensor, active: Tensor) -> Tensor:
+    _check(rows, statistics, site_sums)
+    batch, count, channels = rows.shape
+    groups = statistics.shape[1]
+    elements = site_sums.shape[1] * (channels // groups)
+    mean, variance = statistics.unbind(dim=-1)
+    centred = rows.float().reshape(batch, count, groups, channels // groups) - mean[:, None, :, None]
+    new = torch.stack([centred.sum(dim=(1, 3)), centred.square_().sum(dim=(1, 3))], dim=-1)
+    change = (new - site_sums.index_select(1, active).sum(dim=1)) / elements
+    shift, spread = change.unbind(dim=-1)
+    # The sums are shifted by the recorded mean, so moving the mean by `shift` costs exactly shift**2.
+    corrected = (variance + spread - shift.square()).clamp_(min=0)
+    return torch.stack([mean + shift, corrected], dim=-1)
+
+
+def _fake(rows: Tensor, statistics: Tensor, site_sums: Tensor, active: Tensor) -> Tensor:
+    _check(rows, statistics, site_sums)
+    return rows.new_empty((rows.shape[0], statistics.shape[1], 2), dtype=torch.float32)
+
+
+_OP = define_op(
+    f"{_NAME}(Tensor rows, Tensor statistics, Tensor site_sums, Tensor active) -> Tensor", _reference, _fake
+)
+
+
+def update_statistics(rows: Tensor, statistics: Tensor, site_sums: Tensor, active: Tensor) -> Tensor:
+    """The statistics of the whole map after its active sites were replaced by ``rows``.
+
+    Exact up to rounding, at two sums per site and group instead of a pass over the dense map.
+
+    Args:
+        rows: new values of the active sites ``[B, N, C]``.
+        statistics: recorded float32 ``[B, G, 2]``.
+        site_sums: recorded float32 ``[B, S, G, 2]``, from ``group_norm_site_sums`` with the same statistics.
+        active: int64 ``[N]``.
+
+    Returns:
+        float32 ``[B, G, 2]``; the variance is clamped at zero.
+
+    Raises:
+        KernelError: the three recorded shapes are not of one GroupNorm.
+    """
+    return _OP(rows, statistics, site_sums, active)
