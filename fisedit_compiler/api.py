@@ -1,0 +1,44 @@
+"""The one verb of the compiler: :func:`sparsify`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from fisedit_compiler.config import SparsifyConfig
+from fisedit_compiler.errors import CaptureError, ModeError
+from fisedit_compiler.runtime.module import SparseModule
+
+
+def sparsify(
+    module: nn.Module, config: SparsifyConfig | None = None, *, example_inputs: Mapping[str, Any] | None = None
+) -> SparseModule:
+    """Compile ``module`` for sparse editing; the module itself is left untouched.
+
+    Args:
+        module: any module whose forward takes maps ``[batch, channels, height, width]``; a diffusers
+            ``UNet2DConditionModel`` needs nothing else.
+        config: options; defaults are FISEdit's approximations.
+        example_inputs: keyword arguments of one typical call, for modules the registry does not know. Without them
+            such a module is compiled at its first recorded call.
+
+    Returns:
+        A module with the same calls as the original, and the modes ``record()`` and ``edit()``.
+
+    Raises:
+        CaptureError: torch.export cannot capture the module, or it has no spatial input.
+        LayoutError: an output mixes sites, so that nothing outside a mask could be kept.
+    """
+    if isinstance(module, SparseModule):
+        raise ModeError("This module is already the result of sparsify(); pass the original (`compiled.original`).")
+    if module.training:
+        raise CaptureError("The module is in training mode; call .eval() first (dropout would differ between runs).")
+    compiled = SparseModule(module, config or SparsifyConfig())
+    known = compiled._programs.known
+    if example_inputs is not None:
+        compiled._programs.prepare(example_inputs)
+    elif known is not None:
+        compiled._programs.prepare(known.example(module))
+    return compiled

@@ -1,0 +1,298 @@
+"""Capture: one graph of the unmodified module, with symbolic batch, height and width.
+
+``torch.export`` does the work. What comes out is translated once into the compiler's own form: an ``fx.Graph`` whose
+placeholders are the call's tensors, whose parameters are ``get_attr`` nodes named as in the user's model (shared with
+it, never copied), and whose nodes carry sympy shapes, module path and source line. Rewriting lives in ``passes/``.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from fisedit_compiler.errors import CaptureError
+from fisedit_compiler.inputs import CallSignature, TensorSpec
+from fisedit_compiler.ir import BATCH, HEIGHT, TEXT, WIDTH, ValueSpec, tensor_args
+
+MAX_BATCH = 63  # diffusers' upsampler branches at a batch of 64
+MAX_SIZE = 1024  # of h and w, in units of the model's total downsampling
+MAX_TEXT = 4096
+MULTIPLES = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclass
+class CapturedGraph:
+    """A dense graph in the compiler's form.
+
+    Attributes:
+        graph: functional ATen; placeholders are the tensors of ``signature`` in order, parameters are ``get_attr``.
+        signature: the call it was captured for.
+        multiple: ``k``; spatial inputs have ``k*h`` by ``k*w`` sites.
+        constants: tensors the graph closes over that the module does not own, by attribute name.
+        treespec: how the flat outputs are put together (``torch.utils._pytree``).
+    """
+
+    graph: fx.Graph
+    signature: CallSignature
+    multiple: int
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    treespec: Any = None
+
+    @property
+    def spatial(self) -> fx.Node:
+        """The placeholder whose sizes define ``b, h, w``."""
+        name = self.signature.spatial.identifier()
+        return next(node for node in self.graph.nodes if node.op == "placeholder" and node.name == name)
+
+
+def capture(
+    module: nn.Module, arguments: dict[str, Any], signature: CallSignature, multiple: int | None
+) -> CapturedGraph:
+    """Capture ``module`` called with ``arguments`` (named, nested tensors allowed).
+
+    Args:
+        multiple: total downsampling ``k``; ``None`` tries powers of two until every shape is a whole expression.
+
+    Raises:
+        CaptureError: torch.export refused the module; the message carries its reason and what to try.
+    """
+    if multiple is not None:
+        return _translate(module, _export(module, arguments, signature, multiple), signature, multiple)
+    problem: Exception | None = None
+    for candidate in MULTIPLES:
+        try:
+            captured = _translate(module, _export(module, arguments, signature, candidate), signature, candidate)
+        except CaptureError as error:
+            problem = problem or error
+            continue
+        if not _has_rounded_sizes(captured.graph):
+            return captured
+        problem = problem or CaptureError(
+            f"{type(module).__name__} rounds its sizes for every divisor of height and width up to {candidate}; "
+            "pass SparsifyConfig(multiple=k) with the model's total downsampling."
+        )
+    assert problem is not None
+    raise problem
+
+
+def _export(module: nn.Module, arguments: dict[str, Any], signature: CallSignature, multiple: int) -> ExportedProgram:
+    dims = {
+        "b": Dim("b", min=1, max=MAX_BATCH),
+        "h": multiple * Dim("h", min=1, max=MAX_SIZE),
+        "w": multiple * Dim("w", min=1, max=MAX_SIZE),
+        "t": Dim("t", min=1, max=MAX_TEXT),
+    }
+    specs = {spec.name: spec for spec in signature.tensors}
+    # Other sizes than the caller's: distinct ones, so that nothing is specialised by coincidence.
+    sizes = {"b": 2, "h": multiple * 3, "w": multiple * 5, "t": 7}
+
+    def example(name: str, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            shape = [sizes[axis] if isinstance(axis, str) else axis for axis in specs[name].axes]
+            return torch.zeros(shape, dtype=value.dtype, device=value.device)
+        return _map_children(name, value, example)
+
+    def dynamic(name: str, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return {axis: dims[kind] for axis, kind in enumerate(specs[name].axes) if isinstance(kind, str)} or None
+        mapped = _map_children(name, value, dynamic)
+        return mapped if isinstance(mapped, (dict, list, tuple)) else None
+
+    kwargs = {name: example(name, value) for name, value in arguments.items()}
+    shapes = {name: dynamic(name, value) for name, value in arguments.items()}
+    try:
+        with torch.no_grad():
+            exported = torch.export.export(module, (), kwargs, dynamic_shapes=shapes, strict=False)
+            if any(_is_mutable(node) for node in exported.graph.nodes):
+                # Functionalize; skipped otherwise because it costs as much as the capture itself.
+                exported = exported.run_decompositions({})
+    except Exception as error:
+        raise CaptureError(
+            f"torch.export could not capture {type(module).__name__} with symbolic batch, height and width "
+            f"(divisor {multiple}): {_first_lines(error)}\nRemedy: make the forward free of data-dependent Python "
+            "control flow, or sparsify the submodule that is; pass SparsifyConfig(multiple=k) if sizes must be "
+            "divisible by k."
+        ) from error
+    return exported
+
+
+def _map_children(name: str, value: Any, function: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: function(f"{name}.{key}", item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)) and any(isinstance(item, (torch.Tensor, list, dict)) for item in value):
+        return type(value)(function(f"{name}.{index}", item) for index, item in enumerate(value))
+    return value
+
+
+def _first_lines(error: Exception) -> str:
+    return "\n".join(str(error).strip().splitlines()[:8])
+
+
+def _is_mutable(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _has_rounded_sizes(graph: fx.Graph) -> bool:
+    whole = (sympy.Add, sympy.Mul, sympy.Pow, sympy.Symbol, sympy.Number)
+    return any(
+        not all(isinstance(part, whole) for part in sympy.preorder_traversal(size))
+        for node in graph.nodes
+        if isinstance(node.meta.get("spec"), ValueSpec)
+        for size in node.meta["spec"].shape
+    )
+
+
+def _translate(module: nn.Module, exported: ExportedProgram, signature: CallSignature, multiple: int) -> CapturedGraph:
+    names = {spec.name: spec for spec in signature.tensors}
+    symbols = _symbols(exported, signature, multiple)
+    result = CapturedGraph(fx.Graph(), signature, multiple)
+    result.treespec = exported.call_spec.out_spec
+    inputs = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
+    leaves = iter(_leaf_names(exported, names))
+    replaced: dict[fx.Node, Any] = {}
+    placeholders: dict[str, fx.Node] = {}
+    for spec in signature.tensors:
+        placeholders[spec.name] = result.graph.create_node("placeholder", spec.identifier(), name=spec.identifier())
+    for node in exported.graph.nodes:
+        if node.op == "placeholder":
+            spec = inputs[node.name]
+            if spec.kind is InputKind.USER_INPUT:
+                leaf = next(leaves)
+                if leaf is None:
+                    replaced[node] = getattr(spec.arg, "value", None)
+                    continue
+                copied = placeholders[leaf]
+            else:
+                copied = _attribute(result, exported, spec, node)
+            replaced[node] = copied
+        elif node.op == "output":
+            flat = node.args[0]
+            copied = result.graph.output(fx.map_arg(flat, lambda argument: replaced[argument]))
+        elif node.op == "get_attr":
+            value = getattr(exported.graph_module, str(node.target), None)
+            if not isinstance(value, torch.Tensor):
+                raise CaptureError(
+                    f"{type(module).__name__} contains control flow captured as a subgraph ({node.target}); "
+                    "sparsify the submodule without it."
+                )
+            result.constants[str(node.target)] = value
+            copied = replaced[node] = result.graph.get_attr(str(node.target))
+        else:
+            copied = result.graph.node_copy(node, lambda argument: replaced[argument])
+            copied.meta = {}
+            replaced[node] = copied
+        _describe(copied, node, symbols)
+    result.graph.lint()
+    return result
+
+
+def _symbols(exported: ExportedProgram, signature: CallSignature, multiple: int) -> dict[sympy.Symbol, sympy.Expr]:
+    """Map from export's own symbols to ``b, h, w``, read off the spatial inputs."""
+    found: dict[sympy.Symbol, sympy.Expr] = {}
+    ours = {"b": BATCH, "h": HEIGHT, "w": WIDTH, "t": TEXT}
+    leaves = _leaf_names(exported, {spec.name: spec for spec in signature.tensors})
+    user = [spec.arg.name for spec in exported.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
+    nodes = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
+    specs = {spec.name: spec for spec in signature.tensors}
+    for name, leaf in zip(user, leaves, strict=True):
+        if leaf is None:
+            continue
+        for axis, size in zip(specs[leaf].axes, nodes[name].meta["val"].shape, strict=True):
+            if isinstance(axis, str) and isinstance(size, torch.SymInt):
+                for symbol in size.node.expr.free_symbols:
+                    found.setdefault(symbol, ours[axis])
+    return found
+
+
+def _leaf_names(exported: ExportedProgram, names: dict[str, TensorSpec]) -> list[str | None]:
+    """Dotted argument name of each flat user input of the exported program; ``None`` for constants."""
+    in_spec = exported.call_spec.in_spec
+    user = [spec for spec in exported.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
+    structure = torch.utils._pytree.tree_unflatten(list(range(len(user))), in_spec)
+    result: list[str | None] = [None] * len(user)
+    _args, kwargs = structure
+    for path, index in torch.utils._pytree.tree_flatten_with_path(kwargs)[0]:
+        name = ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+        result[index] = name if name in names else None
+    return result
+
+
+def _attribute(result: CapturedGraph, exported: ExportedProgram, spec: Any, node: fx.Node) -> fx.Node:
+    """A ``get_attr`` node for a parameter or buffer of the user's module, or for a lifted constant."""
+    if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+        return result.graph.create_node("get_attr", spec.target, name=node.name)
+    if spec.kind is InputKind.CONSTANT_TENSOR:
+        name = "constant_" + re.sub(r"\W", "_", spec.target)
+        result.constants[name] = exported.constants[spec.target]
+        return result.graph.create_node("get_attr", name, name=node.name)
+    raise CaptureError(f"Input {spec.target} of kind {spec.kind} cannot be part of a sparse program.")
+
+
+def _describe(copied: fx.Node, node: fx.Node, symbols: dict[sympy.Symbol, sympy.Expr]) -> None:
+    """Translate export's metadata into ours: spec, expression, module path, source line, origin."""
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        copied.meta["spec"] = _spec(value, symbols)
+    elif isinstance(value, (list, tuple)) and value and all(isinstance(item, torch.Tensor) for item in value):
+        copied.meta["spec"] = tuple(_spec(item, symbols) for item in value)
+    elif isinstance(value, (torch.SymInt, int)) and not isinstance(value, bool):
+        copied.meta["expr"] = _expression(value, symbols)
+    stack = node.meta.get("nn_module_stack")
+    if stack:
+        path = list(stack.values())[-1][0]
+        copied.meta["path"] = "" if path.startswith("_empty") else re.sub(r"^L\['self'\]\.?|@\d+$", "", path)
+    copied.meta["source"] = _source_line(node.meta.get("stack_trace"))
+    copied.meta["origin"] = copied.name
+
+
+def _spec(value: torch.Tensor, symbols: dict[sympy.Symbol, sympy.Expr]) -> ValueSpec:
+    return ValueSpec(tuple(_expression(size, symbols) for size in value.shape), value.dtype)
+
+
+def _expression(size: int | torch.SymInt, symbols: dict[sympy.Symbol, sympy.Expr]) -> sympy.Expr:
+    if isinstance(size, torch.SymInt):
+        return size.node.expr.xreplace(symbols)
+    return sympy.Integer(size)
+
+
+def _source_line(stack_trace: str | None) -> str | None:
+    """``file.py:123: code`` of the innermost frame, without the directory."""
+    if not stack_trace:
+        return None
+    frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)', stack_trace)
+    if not frames:
+        return None
+    file, line, code = frames[-1]
+    return f"{file.rsplit('/', 1)[-1]}:{line}: {code.strip()}"
+
+
+ASSERTIONS = frozenset(
+    {
+        torch.ops.aten._assert_tensor_metadata.default,
+        torch.ops.aten._assert_scalar.default,
+        torch.ops.aten.sym_constrain_range_for_size.default,
+    }
+)
+
+
+def is_size_node(node: fx.Node) -> bool:
+    """Whether a node computes a size from shapes alone."""
+    return node.op == "call_function" and (
+        node.target is torch.ops.aten.sym_size.int
+        or (getattr(node.target, "__module__", "") in ("_operator", "operator", "torch") and "expr" in node.meta)
+    )
+
+
+def is_getitem(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is operator.getitem
+
+
+__all__ = ["ASSERTIONS", "CapturedGraph", "capture", "is_getitem", "is_size_node", "tensor_args"]

@@ -1,0 +1,68 @@
+"""The one configuration object of the compiler: a frozen, validated dataclass passed down, never global state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from fisedit_compiler.errors import ConfigError
+
+Norm = Literal["recorded", "incremental"]
+Attention = Literal["cached", "active"]
+Backend = Literal["eager"]
+
+
+@dataclass(frozen=True)
+class SparsifyConfig:
+    """How :func:`fisedit_compiler.sparsify` rewrites and runs a module.
+
+    Attributes:
+        norm: ``"recorded"`` normalises active sites with the mean and variance of the base run (approximate
+            normalization of FISEdit, Yu et al., AAAI 2024); ``"incremental"`` corrects the recorded statistics by
+            the active sites' old and new sums, exact for the pinned canvas, at ``2 * groups`` extra values a site.
+        attention: ``"cached"`` attends from active queries to recorded keys and values whose active rows are
+            replaced; ``"active"`` attends among active rows only (fastest, roughest, records no keys or values).
+        dilation: sites by which every mask is grown before it is used (square neighbourhood, latent resolution).
+        backend: how the rewritten graphs run; ``"eager"`` runs them as they are read.
+        disabled_passes: names of rewrite passes to leave out; their operations then run densely.
+        check_inputs: compare the input outside the mask with the recorded one at every call and refuse a
+            mismatch (another seed, scheduler or guidance scale). Switch off only for synthetic calls.
+        spatial_inputs: names of the tensor arguments that hold images or latents; ``None`` asks the registry of
+            known model classes, then takes every 4-D floating point tensor of the example call.
+        multiple: the divisor of height and width (the model's total downsampling); ``None`` asks the registry,
+            then tries powers of two.
+        cache: keep captured and rewritten programs on disk for the next process (see ``FISEDIT_CACHE_DIR``).
+
+    Raises:
+        ConfigError: a field is outside the values above.
+    """
+
+    norm: Norm = "recorded"
+    attention: Attention = "cached"
+    dilation: int = 0
+    backend: Backend = "eager"
+    disabled_passes: frozenset[str] = field(default_factory=frozenset)
+    check_inputs: bool = True
+    spatial_inputs: tuple[str, ...] | None = None
+    multiple: int | None = None
+    cache: bool = True
+
+    def __post_init__(self) -> None:
+        for name, choices in (("norm", Norm), ("attention", Attention), ("backend", Backend)):
+            value = getattr(self, name)
+            if value not in get_args(choices):
+                raise ConfigError(f"SparsifyConfig.{name}={value!r} is unknown; choose one of {get_args(choices)}.")
+        if isinstance(self.dilation, bool) or not isinstance(self.dilation, int) or self.dilation < 0:
+            raise ConfigError(f"SparsifyConfig.dilation={self.dilation!r} must be a whole number of sites, 0 or more.")
+        if self.multiple is not None and self.multiple < 1:
+            raise ConfigError(f"SparsifyConfig.multiple={self.multiple!r} must be 1 or more.")
+        object.__setattr__(self, "disabled_passes", frozenset(self.disabled_passes))
+
+    def program_key(self) -> Mapping[str, Any]:
+        """The fields that change the compiled program, for the cache key (run-time switches are left out)."""
+        return {
+            "norm": self.norm,
+            "attention": self.attention,
+            "disabled_passes": sorted(self.disabled_passes),
+        }

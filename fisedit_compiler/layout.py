@@ -1,0 +1,223 @@
+"""Layout inference: which axes of a value are spatial, read from its sympy shape.
+
+An axis is spatial because its expression says so: ``4*h`` next to ``4*w`` is a map at level ``k/4``; ``16*h*w`` is
+the flattened token axis of that level; neither symbol: not spatial. What the expression cannot know (a view that
+cuts an axis into windows, a token axis merged with heads) is settled by the rules for shape-changing operations.
+
+The lattice, from precise to vague: ``plain`` (no spatial axis), ``map``, ``tokens``, ``concat`` (text and image tokens
+side by side on one axis), ``opaque`` (spatial but not site by site, with the reason).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+import sympy
+import torch
+from torch import fx
+
+from fisedit_compiler.ir import BATCH, HEIGHT, WIDTH, ValueSpec, has_spec, spec_of
+
+Kind = Literal["plain", "map", "tokens", "concat", "opaque"]
+SITES = -1
+"""Stands for the merged site axis in :meth:`Layout.packed_axes`."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the sites of a value are.
+
+    Attributes:
+        kind: see the module docstring.
+        rank: number of dense axes.
+        level: the level of the sites (1 is the spatial input's resolution, 2 is half of it).
+        axes: ``(height axis, width axis)`` of a map, ``(token axis,)`` of tokens and concat.
+        reason: why the value is opaque, in words a user can act on.
+    """
+
+    kind: Kind
+    rank: int
+    level: Fraction | None = None
+    axes: tuple[int, ...] = ()
+    reason: str = ""
+
+    @property
+    def is_rows(self) -> bool:
+        """Whether the value has a packed form."""
+        return self.kind in ("map", "tokens")
+
+    def packed_axes(self) -> tuple[int, ...]:
+        """Dense axis behind each axis of the packed form, :data:`SITES` for the site axis.
+
+        Tokens keep their axis order. A map's sites become one axis right behind the leading (batch) axis, so that
+        ``[B, C, H, W]`` packs to ``[B, N, C]``, channels last.
+        """
+        if self.kind == "tokens":
+            return tuple(SITES if axis == self.axes[0] else axis for axis in range(self.rank))
+        inner = [axis for axis in range(self.rank) if axis not in self.axes]
+        leading = 1 if 0 in inner else 0
+        return (*inner[:leading], SITES, *inner[leading:])
+
+    def packed_dim(self, dim: int) -> int | None:
+        """Position of dense axis ``dim`` in the packed form; ``None`` for a spatial axis."""
+        dim %= self.rank
+        if dim in self.axes:
+            return None
+        return self.packed_axes().index(dim)
+
+    def site_dim(self) -> int:
+        """Position of the site axis in the packed form."""
+        return self.packed_axes().index(SITES)
+
+    def __str__(self) -> str:
+        if not self.is_rows:
+            return self.kind + (f" ({self.reason})" if self.reason else "")
+        return f"{self.kind}@{self.level}"
+
+
+def opaque(rank: int, reason: str) -> Layout:
+    return Layout("opaque", rank, reason=reason)
+
+
+def packed_spec(spec: ValueSpec, layout: Layout, rows: sympy.Expr) -> ValueSpec:
+    """Spec of the packed form: the site axis has ``rows`` entries."""
+    return ValueSpec(tuple(rows if axis == SITES else spec.shape[axis] for axis in layout.packed_axes()), spec.dtype)
+
+
+class LayoutRules:
+    """Infers layouts for one captured graph whose spatial inputs have ``multiple*h`` by ``multiple*w`` sites."""
+
+    def __init__(self, multiple: int) -> None:
+        self.multiple = multiple
+
+    def annotate(self, graph: fx.Graph) -> None:
+        """Set ``meta["layout"]`` on every tensor node (a tuple of layouts on multi-output nodes)."""
+        for node in graph.nodes:
+            spec = node.meta.get("spec")
+            if isinstance(spec, ValueSpec):
+                node.meta["layout"] = self._refine(node, self.from_spec(spec))
+            elif isinstance(spec, tuple):
+                node.meta["layout"] = tuple(self.from_spec(item) for item in spec)
+
+    def from_spec(self, spec: ValueSpec) -> Layout:
+        """Layout of a value by its shape expressions alone."""
+        rank, height_axes, width_axes, token_axes, sums = spec.rank, [], [], [], []
+        for axis, size in enumerate(spec.shape):
+            symbols = size.free_symbols & {HEIGHT, WIDTH}
+            if not symbols:
+                continue
+            if size.is_Add:
+                sums.append(axis)
+            elif symbols == {HEIGHT} and (size / HEIGHT).is_Rational:
+                height_axes.append(axis)
+            elif symbols == {WIDTH} and (size / WIDTH).is_Rational:
+                width_axes.append(axis)
+            elif symbols == {HEIGHT, WIDTH} and (size / (HEIGHT * WIDTH)).is_Rational:
+                token_axes.append(axis)
+            elif BATCH in size.free_symbols:
+                return opaque(rank, f"axis {axis} of size {size} merges the batch with sites")
+            else:
+                return opaque(rank, f"axis {axis} of size {size} is not a whole multiple of height or width")
+        if not (height_axes or width_axes or token_axes or sums):
+            return Layout("plain", rank)
+        if len(sums) == 1 and not (height_axes or width_axes or token_axes):
+            return Layout("concat", rank, axes=(sums[0],), reason=f"axis {sums[0]} puts other tokens beside sites")
+        if len(token_axes) == 1 and not (height_axes or width_axes or sums):
+            return self._tokens(spec, token_axes[0])
+        if len(height_axes) == len(width_axes) == 1 and not (token_axes or sums):
+            return self._map(spec, height_axes[0], width_axes[0])
+        return opaque(rank, f"shape {list(spec.shape)} relates sites to sites (such as an attention matrix)")
+
+    def _map(self, spec: ValueSpec, height_axis: int, width_axis: int) -> Layout:
+        height, width = (spec.shape[axis] / symbol for axis, symbol in ((height_axis, HEIGHT), (width_axis, WIDTH)))
+        if height != width:
+            return opaque(spec.rank, f"height is scaled by {height} but width by {width}")
+        level = Fraction(self.multiple) / Fraction(int(height.p), int(height.q))
+        return Layout("map", spec.rank, level, (height_axis, width_axis))
+
+    def _tokens(self, spec: ValueSpec, axis: int) -> Layout:
+        count = spec.shape[axis] / (HEIGHT * WIDTH)
+        root = Fraction(math.isqrt(int(count.p)), math.isqrt(int(count.q)))
+        if root * root != Fraction(int(count.p), int(count.q)):
+            return opaque(spec.rank, f"axis {axis} has {spec.shape[axis]} entries, which is no level of the model")
+        return Layout("tokens", spec.rank, Fraction(self.multiple) / root, (axis,))
+
+    def _refine(self, node: fx.Node, layout: Layout) -> Layout:
+        """Correct what shapes alone cannot know: views that cut or merge spatial axes."""
+        if node.op != "call_function" or node.target not in VIEWS or not layout.is_rows:
+            return layout
+        source = node.args[0]
+        if not has_spec(source) or not source.meta["layout"].is_rows:  # type: ignore[union-attr]
+            return layout
+        groups = view_groups(spec_of(source).shape, spec_of(node).shape)  # type: ignore[arg-type]
+        if groups is None:
+            return opaque(layout.rank, "a view whose axes cannot be matched with its input's")
+        reason = spatial_view_problem(groups, source.meta["layout"], layout)  # type: ignore[union-attr]
+        return opaque(layout.rank, reason) if reason else layout
+
+
+aten = torch.ops.aten
+VIEWS = frozenset(
+    {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int}
+)
+"""Operations that regroup axes without moving data between them."""
+
+Group = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def view_groups(before: Sequence[sympy.Expr], after: Sequence[sympy.Expr]) -> list[Group] | None:
+    """Match the axes of a view: groups of input axes and output axes with equal products, in order.
+
+    Returns ``None`` when the products never meet (which a real view cannot do).
+    """
+    groups: list[Group] = []
+    i = j = 0
+    while i < len(before) or j < len(after):
+        left, right = [i] if i < len(before) else [], [j] if j < len(after) else []
+        product_left = before[i] if left else sympy.Integer(1)
+        product_right = after[j] if right else sympy.Integer(1)
+        i, j = i + len(left), j + len(right)
+        while product_left != product_right:
+            ratio = product_right / product_left
+            grow_left = i < len(before) and (j >= len(after) or _at_least_one(ratio))
+            if grow_left:
+                product_left, i = product_left * before[i], i + 1
+                left.append(i - 1)
+            elif j < len(after):
+                product_right, j = product_right * after[j], j + 1
+                right.append(j - 1)
+            else:
+                return None
+        groups.append((tuple(left), tuple(right)))
+    return groups
+
+
+def _at_least_one(ratio: sympy.Expr) -> bool:
+    """Whether ``right / left`` still has factors that the left side must grow to."""
+    numerator, denominator = ratio.as_numer_denom()
+    if numerator.free_symbols != denominator.free_symbols:
+        return bool(numerator.free_symbols - denominator.free_symbols)
+    value = ratio.subs({BATCH: 5, HEIGHT: 7, WIDTH: 11})
+    return bool(value > 1)
+
+
+def spatial_view_problem(groups: list[Group], source: Layout, target: Layout) -> str | None:
+    """Why a view between two spatial layouts is not site by site; ``None`` when it is."""
+    if source.level != target.level:
+        return "a view that changes the number of sites (windows, patches or pixel shuffle)"
+    for left, right in groups:
+        spatial_left = tuple(axis for axis in left if axis in source.axes)
+        spatial_right = tuple(axis for axis in right if axis in target.axes)
+        if not spatial_left and not spatial_right:
+            continue
+        if left != spatial_left or right != spatial_right:
+            return "a view that merges sites with channels, heads or the batch"
+        if len(spatial_left) == 2 and spatial_left != source.axes:
+            return "a view that flattens columns before rows"
+        if len(spatial_right) == 2 and spatial_right != target.axes:
+            return "a view that unflattens columns before rows"
+    return None

@@ -1,0 +1,232 @@
+"""What every pass is made of: the working program, its slots, and the three moves of rewriting.
+
+A pass takes a dense node apart with three moves: ask for the *rows* of its spatial inputs, compute on rows, and
+*replace* the dense node by the result. ``replace`` leaves a dense value (``unpack``) behind only for readers that are
+still dense; when such a reader is rewritten later, ``pack(unpack(rows, base))`` cancels to ``rows`` on the spot. So
+passes may run in any order, any of them may be left out, and an operation nobody rewrote is a dense island between
+a scatter and a gather by construction.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import fx
+
+from fisedit_compiler import ir
+from fisedit_compiler.capture import CapturedGraph
+from fisedit_compiler.config import SparsifyConfig
+from fisedit_compiler.ir import SizeBuilder, ValueSpec, spec_of
+from fisedit_compiler.layout import Layout, packed_spec
+
+SlotKind = Literal["canvas", "dense", "statistics", "site_sums"]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One recorded value.
+
+    Attributes:
+        name: place in the user's model, such as ``down_blocks.0.resnets.1.conv1.input``.
+        origin: name of the dense node that produces the value.
+        kind: ``canvas`` is the packed form of all sites (a map becomes ``[B, S, C]``), ``dense`` the value as it is,
+            ``statistics`` a GroupNorm's mean and variance ``[B, G, 2]``, ``site_sums`` its sums per site.
+        layout: layout of the dense value.
+        groups: number of groups, for the two GroupNorm kinds.
+        of: name of the statistics slot that ``site_sums`` are centred on.
+    """
+
+    name: str
+    origin: str
+    kind: SlotKind
+    layout: Layout
+    groups: int = 0
+    of: str = ""
+
+
+@dataclass
+class Program:
+    """A program under rewriting: the dense graph as captured, and the graph passes work on.
+
+    Attributes:
+        captured: the dense graph, left as captured and simplified; the recording graph is made from it.
+        graph: the working graph.
+        slots: recorded values asked for so far, by name.
+        refusals: why an operation stays dense, by node name (filled at the end for whatever is left).
+    """
+
+    captured: CapturedGraph
+    graph: fx.Graph
+    config: SparsifyConfig
+    slots: dict[str, Slot] = field(default_factory=dict)
+    refusals: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def multiple(self) -> int:
+        return self.captured.multiple
+
+    def spatial_inputs(self) -> list[fx.Node]:
+        names = {spec.identifier() for spec in self.captured.signature.tensors if spec.is_spatial}
+        return [node for node in self.graph.nodes if node.op == "placeholder" and node.name in names]
+
+
+class Pass(ABC):
+    """A rewrite. ``name`` is what users disable; ``targets`` are the operations it looks for."""
+
+    name: ClassVar[str]
+    targets: ClassVar[frozenset[Any]] = frozenset()
+
+    def run(self, program: Program) -> None:
+        rewriter = Rewriter(program)
+        for node in list(program.graph.nodes):
+            if node.op == "call_function" and node.target in self.targets and self.wants(node):
+                reason = self.rewrite(node, rewriter)
+                if reason:
+                    node.meta["refused"] = f"{self.name}: {reason}"
+        program.graph.eliminate_dead_code()
+
+    def wants(self, node: fx.Node) -> bool:
+        """Whether a node of a target operation is this pass's business: its output is spatial and varies."""
+        layout = node.meta.get("layout")
+        return isinstance(layout, Layout) and layout.is_rows and bool(node.meta.get("varies"))
+
+    @abstractmethod
+    def rewrite(self, node: fx.Node, rewriter: Rewriter) -> str | None:
+        """Rewrite one node, or return why not, in words a user can act on."""
+
+
+class Rewriter:
+    """The moves of rewriting on one program."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.graph = program.graph
+        self._sizes: SizeBuilder | None = None
+
+    def sizes(self) -> SizeBuilder:
+        """Sizes as graph nodes (made on demand)."""
+        if self._sizes is None:
+            self._sizes = SizeBuilder(self.graph, self.program.spatial_inputs()[0], self.program.multiple)
+        return self._sizes
+
+    # -- asking for rows -------------------------------------------------------------------------
+
+    def rows(self, value: fx.Node) -> fx.Node:
+        """Rows of the active sites of a dense spatial value."""
+        layout: Layout = value.meta["layout"]
+        assert layout.is_rows and layout.level is not None, ir.describe(value)
+        if value.target is ir.unpack:
+            return value.args[0]  # type: ignore[return-value]
+        for user in value.users:
+            if user.target is ir.pack:
+                return user
+        with self.graph.inserting_after(_last_placeholder(value)):
+            spec = packed_spec(spec_of(value), layout, ir.row_symbol(layout.level))
+            node = ir.call(self.graph, ir.pack, (value,), spec=spec, source=value)
+        node.meta["varies"] = True
+        return node
+
+    def load(self, slot: Slot, spec: ValueSpec, before: fx.Node) -> fx.Node:
+        """A recorded value; the slot's name is made unique by its origin and kind, and shared by equal requests."""
+        identity = (slot.origin, slot.kind, slot.groups)
+        known = next((s for s in self.program.slots.values() if (s.origin, s.kind, s.groups) == identity), None)
+        if known is None:
+            known = self._unique(slot)
+            self.program.slots[known.name] = known
+        for node in self.graph.nodes:
+            if node is before:
+                break
+            if node.target is ir.load and node.args[0] == known.name:
+                return node
+        with self.graph.inserting_before(before):
+            node = ir.call(self.graph, ir.load, (known.name,), spec=spec)
+        node.meta["varies"] = True
+        return node
+
+    def canvas(self, value: fx.Node, name: str, before: fx.Node) -> fx.Node:
+        """The recorded canvas (packed form of all sites) of a dense value."""
+        layout: Layout = value.meta["layout"]
+        assert layout.level is not None
+        slot = Slot(name, value.meta["origin"], "canvas", layout)
+        return self.load(slot, packed_spec(spec_of(value), layout, self.site_count(layout.level)), before)
+
+    def table(self, kind: str, key: Any, spec: ValueSpec, before: fx.Node) -> fx.Node:
+        """An index table of the site plan; one node per table and program."""
+        for node in self.graph.nodes:
+            if node is before:
+                break
+            if node.target is ir.site_table and node.args == (kind, key):
+                return node
+        with self.graph.inserting_before(before):
+            node = ir.call(self.graph, ir.site_table, (kind, key), spec=spec)
+        node.meta["varies"] = True
+        return node
+
+    def active(self, level: Fraction, before: fx.Node) -> fx.Node:
+        """Indices of the active sites of a level."""
+        return self.table("active", level, ValueSpec((ir.row_symbol(level),), torch.int64), before)
+
+    def site_count(self, level: Fraction) -> Any:
+        """``S``, the number of sites of a level, as an expression."""
+        scale = Fraction(self.program.multiple) / level
+        return ir.HEIGHT * ir.WIDTH * scale.numerator**2 / scale.denominator**2
+
+    # -- writing rows ----------------------------------------------------------------------------
+
+    def call(
+        self, target: Any, args: Sequence[Any], spec: ValueSpec | tuple[ValueSpec, ...], source: fx.Node
+    ) -> fx.Node:
+        """A call on rows, right before ``source`` in the graph."""
+        with self.graph.inserting_before(source):
+            node = ir.call(self.graph, target, args, spec=spec, source=source)
+        node.meta["varies"] = source.meta.get("varies", False)
+        return node
+
+    def constant(self, target: Any, args: Sequence[Any], spec: ValueSpec, source: fx.Node) -> fx.Node:
+        """A call that depends on weights or other non-spatial values only; it will be hoisted."""
+        node = self.call(target, args, spec, source)
+        node.meta["varies"] = any(a.meta.get("varies", False) for a in node.all_input_nodes)
+        return node
+
+    def row_spec(self, node: fx.Node) -> ValueSpec:
+        """Spec of the rows of a dense node."""
+        layout: Layout = node.meta["layout"]
+        assert layout.level is not None
+        return packed_spec(spec_of(node), layout, ir.row_symbol(layout.level))
+
+    def replace(self, node: fx.Node, rows: fx.Node) -> None:
+        """Let ``rows`` stand for the dense ``node``; dense readers, if any, get an ``unpack``."""
+        for user in list(node.users):
+            if user.target is ir.pack:
+                user.replace_all_uses_with(rows)
+                self.graph.erase_node(user)
+        if node.users:
+            path = ir.path_of(node)
+            slot = Slot(f"{path}.output" if path else "output", node.meta["origin"], "dense", node.meta["layout"])
+            base = self.load(slot, spec_of(node), node)
+            dense = self.call(ir.unpack, (rows, base), spec_of(node), node)
+            dense.meta["layout"] = node.meta["layout"]
+            node.replace_all_uses_with(dense)
+        self.graph.erase_node(node)
+
+    def _unique(self, slot: Slot) -> Slot:
+        """A slot whose natural name is taken by another value gets its producer's name as suffix."""
+        if slot.name not in self.program.slots:
+            return slot
+        return replace(slot, name=f"{slot.name}.{slot.origin}")
+
+    def slot(self, name: str, value: fx.Node, kind: SlotKind, groups: int = 0, of: str = "") -> Slot:
+        """A slot for a dense value."""
+        return Slot(name, value.meta["origin"], kind, value.meta["layout"], groups, of)
+
+
+def _last_placeholder(node: fx.Node) -> fx.Node:
+    """``node``, or the last of the placeholders and attributes behind it, so that inputs stay first."""
+    while node.next.op in ("placeholder", "get_attr"):
+        node = node.next
+    return node

@@ -1,0 +1,158 @@
+"""Binding times: move values that depend on neither a spatial input nor the recording out of the step.
+
+Before (step): ``sdpa(rows(q), linear(text, to_k), linear(text, to_v))``
+After (step):  ``sdpa(rows(q), hoisted_k, hoisted_v)``
+       bundle ``encoder_hidden_states``: ``hoisted_k = linear(text, to_k); hoisted_v = ...``
+
+Values are bundled by the exact set of inputs they depend on: weights only, text only, timestep only, timestep and
+text together. A bundle is computed again when one of its inputs changes, and never otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+BATCH_SIZE = "batch"
+"""Name of the pseudo-input that stands for the size of the batch."""
+_UNHOISTABLE = frozenset({"#spatial", "#recording", "#plan"})
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A graph of hoisted values with equal dependences.
+
+    Attributes:
+        name: the inputs it depends on, joined by ``+``; ``weights`` when there are none.
+        dependences: names of call inputs (and :data:`BATCH_SIZE`) it depends on.
+        graph: computes the values; each placeholder carries ``meta["input"]`` as in the step graph.
+        values: names of the values it returns, in order.
+    """
+
+    name: str
+    dependences: frozenset[str]
+    graph: fx.Graph
+    values: tuple[str, ...]
+
+
+def hoist(graph: fx.Graph, spatial: Iterable[str]) -> tuple[fx.Graph, list[Bundle]]:
+    """Split a lowered graph into a step graph and bundles, in an order in which bundles can be computed.
+
+    ``spatial`` are the names of the spatial placeholders. Placeholders of the results carry ``meta["input"]``:
+    ``("call", name)``, ``("slot", name)``, ``("table", kind, key)``, ``("hoisted", value)`` or ``("batch",)``.
+    """
+    dependences = _dependences(graph, frozenset(spatial))
+    groups: dict[frozenset[str], list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op == "call_function" and not _is_size(node) and not dependences[node] & _UNHOISTABLE:
+            groups.setdefault(dependences[node], []).append(node)
+    home = {node: key for key, nodes in groups.items() for node in nodes}
+    bundles = [_bundle(key, groups[key], home) for key in sorted(groups, key=lambda key: (len(key), sorted(key)))]
+    step = _step(graph, home)
+    return step, [bundle for bundle in bundles if bundle.values]
+
+
+def _dependences(graph: fx.Graph, spatial: frozenset[str]) -> dict[fx.Node, frozenset[str]]:
+    result: dict[fx.Node, frozenset[str]] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            kind = node.meta.get("input", ("call",))[0]
+            if kind == "call":
+                result[node] = frozenset({"#spatial" if node.name in spatial else node.name})
+            else:
+                result[node] = frozenset({"#recording" if kind == "slot" else "#plan"})
+        elif node.op == "get_attr":
+            result[node] = frozenset()
+        elif node.target is torch.ops.aten.sym_size.int:
+            result[node] = frozenset({BATCH_SIZE if _is_batch(node, spatial) else "#plan"})
+        else:
+            result[node] = frozenset().union(*(result[argument] for argument in node.all_input_nodes))
+    return result
+
+
+def _is_batch(node: fx.Node, spatial: frozenset[str]) -> bool:
+    source, dim = node.args[:2]
+    return isinstance(source, fx.Node) and source.name in spatial and dim is not None and int(dim) == 0  # type: ignore[arg-type]
+
+
+def _is_size(node: fx.Node) -> bool:
+    return "expr" in node.meta
+
+
+def _bundle(key: frozenset[str], nodes: list[fx.Node], home: dict[fx.Node, frozenset[str]]) -> Bundle:
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        graph_node = graph.node_copy(node, lambda argument: _bundle_input(argument, graph, copies, home, key))
+        copies[node] = graph_node
+    exported = [node for node in nodes if any(home.get(user) != key for user in node.users)]
+    graph.output(tuple(copies[node] for node in exported))
+    _placeholders_first(graph)
+    graph.lint()
+    name = "+".join(sorted(key)) if key else "weights"
+    return Bundle(name, key, graph, tuple(node.name for node in exported))
+
+
+def _bundle_input(
+    node: fx.Node,
+    graph: fx.Graph,
+    copies: dict[fx.Node, fx.Node],
+    home: dict[fx.Node, frozenset[str]],
+    key: frozenset[str],
+) -> fx.Node:
+    """The copy of ``node`` inside a bundle: computed there, or an input of it."""
+    if node in copies:
+        return copies[node]
+    if node.op == "get_attr":
+        copies[node] = graph.node_copy(node)
+    elif node.op == "placeholder":
+        copies[node] = _placeholder(graph, node.name, ("call", node.name))
+    elif node in home:
+        assert home[node] != key, node
+        copies[node] = _placeholder(graph, node.name, ("hoisted", node.name))
+    elif node.target is torch.ops.aten.sym_size.int:
+        copies[node] = _placeholder(graph, BATCH_SIZE, ("batch",))
+    else:  # size arithmetic: cheap, computed again
+        copies[node] = graph.node_copy(node, lambda a: _bundle_input(a, graph, copies, home, key))
+    return copies[node]
+
+
+def _placeholder(graph: fx.Graph, name: str, identity: tuple[str, ...]) -> fx.Node:
+    node = graph.placeholder(name)
+    node.meta["input"] = identity
+    return node
+
+
+def _placeholders_first(graph: fx.Graph) -> None:
+    first = next(iter(graph.nodes))
+    for node in list(graph.nodes):
+        if node.op == "placeholder" and node is not first:
+            first.prepend(node)
+
+
+def _step(graph: fx.Graph, home: dict[fx.Node, frozenset[str]]) -> fx.Graph:
+    step = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    needed = [node for node in home if any(user not in home for user in node.users)]
+    for node in graph.nodes:
+        if node in home:
+            continue
+        copies[node] = step.node_copy(node, lambda argument: copies[argument])
+        if node.op == "placeholder":
+            copies[node].meta.setdefault("input", ("call", node.name))
+        if node is last:
+            for hoisted in needed:
+                placeholder = _placeholder(step, hoisted.name, ("hoisted", hoisted.name))
+                placeholder.meta.update({k: v for k, v in hoisted.meta.items() if k in ("spec", "path", "source")})
+                copies[hoisted] = placeholder
+    for node in reversed(list(step.nodes)):
+        unused = node.op in ("call_function", "get_attr") and not node.users
+        absent = node.op == "placeholder" and not node.users and node.meta["input"][0] != "call"
+        if unused or absent:
+            step.erase_node(node)
+    step.lint()
+    return step

@@ -1,0 +1,136 @@
+"""Turn markers into inputs and operations; afterwards the graph runs.
+
+Before: ``unpack(f(pack(x)), load("output"))``
+After:  ``scatter_sites(f(permute(gather_sites(flatten(x), active, 2))), slot_output, active, 2)`` reshaped as ``x``
+        with the recorded values and the site tables as placeholders
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, cast
+
+import sympy
+import torch
+from torch import fx
+
+from fisedit_compiler import ir
+from fisedit_compiler.ir import ValueSpec, spec_of
+from fisedit_compiler.layout import SITES, Layout
+from fisedit_compiler.passes.base import Program, Rewriter
+from fisedit_compiler.runtime.site_plan import ConvKey
+
+aten = torch.ops.aten
+fisedit = torch.ops.fisedit
+
+
+def lower(program: Program) -> None:
+    """Lower every marker of ``program.graph`` in place."""
+    rewriter = Rewriter(program)
+    graph = program.graph
+    for node in ir.nodes_calling(graph, [ir.pack]):
+        _lower_pack(node, rewriter)
+    for node in ir.nodes_calling(graph, [ir.unpack]):
+        _lower_unpack(node, rewriter)
+    graph.eliminate_dead_code()
+    program.slots = {
+        name: slot
+        for name, slot in program.slots.items()
+        if name in {n.args[0] for n in ir.nodes_calling(graph, [ir.load])}
+    }
+    _inputs(graph)
+    graph.eliminate_dead_code()
+    graph.lint()
+
+
+def _lower_pack(node: fx.Node, rewriter: Rewriter) -> None:
+    value = node.args[0]
+    assert isinstance(value, fx.Node)
+    layout: Layout = value.meta["layout"]
+    assert layout.level is not None
+    flat, axes = _flatten_sites(value, layout, node, rewriter)
+    active = rewriter.active(layout.level, node)
+    dim = axes.index(SITES)
+    shape = tuple(ir.row_symbol(layout.level) if a == SITES else spec_of(value).shape[a] for a in axes)
+    spec = ValueSpec(shape, spec_of(value).dtype)
+    rows = rewriter.call(fisedit.gather_sites.default, (flat, active, dim), spec, node)
+    order = [axes.index(axis) for axis in layout.packed_axes()]
+    if order != sorted(order):
+        rows = rewriter.call(aten.permute.default, (rows, order), spec_of(node), node)
+    node.replace_all_uses_with(rows)
+    rewriter.graph.erase_node(node)
+
+
+def _lower_unpack(node: fx.Node, rewriter: Rewriter) -> None:
+    rows, base = node.args
+    assert isinstance(rows, fx.Node) and isinstance(base, fx.Node)
+    layout: Layout = node.meta["layout"]
+    assert layout.level is not None
+    flat, axes = _flatten_sites(base, layout, node, rewriter)
+    order = [layout.packed_axes().index(axis) for axis in axes]
+    if order != sorted(order):
+        spec = ValueSpec(tuple(spec_of(rows).shape[axis] for axis in order), spec_of(rows).dtype)
+        rows = rewriter.call(aten.permute.default, (rows, order), spec, node)
+    active = rewriter.active(layout.level, node)
+    args = (rows, flat, active, axes.index(SITES))
+    result = rewriter.call(fisedit.scatter_sites.default, args, spec_of(flat), node)
+    if layout.kind == "map":
+        ordered = [axis for axis in range(layout.rank) if axis not in layout.axes]
+        position = axes.index(SITES)
+        dense = [*ordered[:position], *layout.axes, *ordered[position:]]
+        shape = [rewriter.sizes()(spec_of(node).shape[axis]) for axis in dense]
+        spec = ValueSpec(tuple(spec_of(node).shape[axis] for axis in dense), spec_of(node).dtype)
+        result = rewriter.call(aten.reshape.default, (result, shape), spec, node)
+        order = [dense.index(axis) for axis in range(layout.rank)]
+        if order != sorted(order):
+            result = rewriter.call(aten.permute.default, (result, order), spec_of(node), node)
+    assert base.target is ir.load
+    result.meta["updates"] = base.args[0]
+    node.replace_all_uses_with(result)
+    rewriter.graph.erase_node(node)
+
+
+def _flatten_sites(value: fx.Node, layout: Layout, node: fx.Node, rewriter: Rewriter) -> tuple[fx.Node, list[int]]:
+    """``value`` with one site axis, and the dense axis behind each of its axes (SITES for that one)."""
+    if layout.kind == "tokens":
+        return value, [SITES if axis == layout.axes[0] else axis for axis in range(layout.rank)]
+    height_axis, width_axis = layout.axes
+    axes = list(range(layout.rank))
+    spec = spec_of(value)
+    if width_axis != height_axis + 1:
+        inner = [axis for axis in axes if axis not in layout.axes]
+        axes = [*inner, height_axis, width_axis]
+        spec = ValueSpec(tuple(spec.shape[axis] for axis in axes), spec.dtype)
+        value = rewriter.call(aten.permute.default, (value, axes), spec, node)
+    start = axes.index(height_axis)
+    merged = spec.shape[start] * spec.shape[start + 1]
+    spec = ValueSpec((*spec.shape[:start], sympy.sympify(merged), *spec.shape[start + 2 :]), spec.dtype)
+    flat = rewriter.call(aten.flatten.using_ints, (value, start, start + 1), spec, node)
+    return flat, [*axes[:start], SITES, *axes[start + 2 :]]
+
+
+def _inputs(graph: fx.Graph) -> None:
+    """Make one placeholder per slot and per site table, behind the call's own inputs."""
+    made: dict[Any, fx.Node] = {}
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    for node in ir.nodes_calling(graph, [ir.load, ir.site_table]):
+        identity = (node.target, *node.args)
+        if identity not in made:
+            with graph.inserting_after(last):
+                made[identity] = last = graph.placeholder(_input_name(node))
+            last.meta = dict(node.meta)
+            last.meta["input"] = ("slot", node.args[0]) if node.target is ir.load else ("table", *node.args)
+        node.replace_all_uses_with(made[identity])
+        graph.erase_node(node)
+
+
+def _input_name(node: fx.Node) -> str:
+    if node.target is ir.load:
+        return "slot_" + re.sub(r"\W", "_", str(node.args[0]))
+    kind, key = node.args[0], cast(Any, node.args[1])
+    if isinstance(key, ConvKey):
+        kernel = "x".join(map(str, key.kernel))
+        stride = f"s{key.stride[0]}" if key.stride != (1, 1) else ""
+        upsample = f"u{key.upsample}" if key.upsample != 1 else ""
+        return f"{kind}_{ir.level_name(key.source)}_to_{ir.level_name(key.target)}_k{kernel}{stride}{upsample}"
+    return f"{kind}_{ir.level_name(key)}"

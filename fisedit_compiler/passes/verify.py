@@ -1,0 +1,101 @@
+"""The verifier: what must hold of the working graph after every pass, and at the end of rewriting.
+
+A failure here is a defect of a pass, not of the user's model; the message names the pass and the node.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from fisedit_compiler import ir
+from fisedit_compiler.errors import VerificationError
+from fisedit_compiler.ir import ValueSpec, has_spec, spec_of
+from fisedit_compiler.layout import SITES, Layout, packed_spec
+from fisedit_compiler.passes.base import Program
+
+
+def verify(program: Program, after: str) -> None:
+    """Check the invariants of a graph under rewriting.
+
+    Raises:
+        VerificationError: one does not hold; names pass ``after`` and the node.
+    """
+    program.graph.lint()
+    origins = {node.name for node in program.captured.graph.nodes}
+    for node in program.graph.nodes:
+        if node.target is ir.pack:
+            _check_pack(node, after)
+        elif node.target is ir.unpack:
+            _check_unpack(node, after)
+        elif node.target is ir.load:
+            _check_load(node, program, origins, after)
+        elif node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+            if "spec" not in node.meta and "expr" not in node.meta:
+                raise _broken(after, node, "has no spec")
+            if node.target._schema.is_mutable:
+                raise _broken(after, node, "mutates an argument; passes must stay functional")
+
+
+def verify_complete(program: Program) -> None:
+    """No spatial operation is left dense without a recorded reason, and every slot has one spec."""
+    for node in program.graph.nodes:
+        layout = node.meta.get("layout")
+        dense = node.op == "call_function" and node.target not in ir.MARKERS and node.meta.get("varies")
+        if dense and isinstance(layout, Layout) and layout.is_rows and node.name not in program.refusals:
+            raise _broken("the last one", node, "is a spatial operation left dense without a recorded reason")
+    specs: dict[str, ValueSpec] = {}
+    for node in ir.nodes_calling(program.graph, [ir.load]):
+        known = specs.setdefault(str(node.args[0]), spec_of(node))
+        if known != spec_of(node):
+            raise _broken("the last one", node, f"loads slot {node.args[0]} as {spec_of(node)} and as {known}")
+
+
+def _check_pack(node: fx.Node, after: str) -> None:
+    value = node.args[0]
+    if not isinstance(value, fx.Node) or not has_spec(value) or not value.meta["layout"].is_rows:
+        raise _broken(after, node, "packs a value without sites")
+    if value.target is ir.unpack:
+        raise _broken(after, node, "packs what was just unpacked; use Rewriter.rows")
+    _expect(after, node, spec_of(node), _packed(value))
+
+
+def _check_unpack(node: fx.Node, after: str) -> None:
+    rows, base = node.args
+    if not isinstance(rows, fx.Node) or not isinstance(base, fx.Node):
+        raise _broken(after, node, "needs rows and a base value")
+    _expect(after, node, spec_of(rows), _packed(node))
+    _expect(after, node, spec_of(base), spec_of(node))
+
+
+def _check_load(node: fx.Node, program: Program, origins: set[str], after: str) -> None:
+    slot = program.slots.get(str(node.args[0]))
+    if slot is None:
+        raise _broken(after, node, f"loads slot {node.args[0]}, which nothing stores")
+    if slot.origin not in origins:
+        raise _broken(after, node, f"slot {slot.name} comes from {slot.origin}, which the dense graph does not have")
+    if slot.kind == "canvas":
+        origin = next(n for n in program.captured.graph.nodes if n.name == slot.origin)
+        stored = tuple(spec_of(origin).shape[axis] for axis in slot.layout.packed_axes() if axis != SITES)
+        site = slot.layout.site_dim()
+        loaded = spec_of(node).shape[:site] + spec_of(node).shape[site + 1 :]
+        if stored != loaded:
+            raise _broken(after, node, f"loads {loaded} from slot {slot.name}, which stores {stored}")
+
+
+def _packed(value: fx.Node) -> ValueSpec:
+    layout: Layout = value.meta["layout"]
+    assert layout.level is not None
+    return packed_spec(spec_of(value), layout, ir.row_symbol(layout.level))
+
+
+def _expect(after: str, node: fx.Node, actual: ValueSpec, expected: ValueSpec) -> None:
+    if actual != expected:
+        raise _broken(after, node, f"has {actual} where {expected} is due")
+
+
+def _broken(after: str, node: fx.Node, problem: str) -> VerificationError:
+    return VerificationError(
+        f"After pass {after}: {ir.describe(node)} {problem}. This is a defect of the pass, not of your model; "
+        f"SparsifyConfig(disabled_passes={{{after!r}}}) avoids it until it is mended."
+    )

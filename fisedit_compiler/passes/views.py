@@ -1,0 +1,141 @@
+"""Operations that only rename, regroup or reorder axes.
+
+Before: ``view(x [B,S,C], [B, -1, heads, C/heads])``, ``permute(x [B,C,H,W], [0,2,3,1])``, ``unsqueeze(x, 2)``
+After:  ``view(rows(x) [B,N,C], [B, -1, heads, C/heads])``, nothing at all, ``unsqueeze(rows(x), 2)``
+
+Maps and tokens of one level have the same rows up to their order of axes, so most of these vanish.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from fisedit_compiler.ir import ValueSpec, spec_of
+from fisedit_compiler.layout import SITES, VIEWS, Layout, view_groups
+from fisedit_compiler.passes.base import Pass, Rewriter
+
+aten = torch.ops.aten
+PERMUTATIONS = frozenset({aten.permute.default, aten.transpose.int})
+RANK_CHANGES = frozenset({aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims})
+
+
+def permute_rows(rows: fx.Node, order: list[int], node: fx.Node, rewriter: Rewriter) -> fx.Node:
+    """Reorder packed axes; nothing is written for the identity."""
+    if order == sorted(order):
+        return rows
+    spec = spec_of(rows)
+    permuted = ValueSpec(tuple(spec.shape[axis] for axis in order), spec.dtype)
+    return rewriter.call(aten.permute.default, (rows, order), permuted, node)
+
+
+class Permute(Pass):
+    """``permute`` and ``transpose``."""
+
+    name = "permute"
+    targets: ClassVar = PERMUTATIONS
+
+    def rewrite(self, node: fx.Node, rewriter: Rewriter) -> str | None:
+        x = node.args[0]
+        assert isinstance(x, fx.Node)
+        before: Layout = x.meta["layout"]
+        after: Layout = node.meta["layout"]
+        if not before.is_rows:
+            return f"the input is {before}"
+        order = _order(node, before.rank)
+        sources = [SITES if axis == SITES else order[axis] for axis in after.packed_axes()]
+        packed = [before.packed_axes().index(axis) for axis in sources]
+        rewriter.replace(node, permute_rows(rewriter.rows(x), packed, node, rewriter))
+        return None
+
+
+def _order(node: fx.Node, rank: int) -> list[int]:
+    if node.target is aten.permute.default:
+        return [int(axis) % rank for axis in node.args[1]]  # type: ignore[union-attr,arg-type]
+    first, second = (int(axis) % rank for axis in node.args[1:3])  # type: ignore[arg-type]
+    order = list(range(rank))
+    order[first], order[second] = order[second], order[first]
+    return order
+
+
+class View(Pass):
+    """``view``, ``reshape``, ``flatten`` and ``unflatten`` that keep sites apart from everything else."""
+
+    name = "view"
+    targets: ClassVar = VIEWS
+
+    def rewrite(self, node: fx.Node, rewriter: Rewriter) -> str | None:
+        x = node.args[0]
+        assert isinstance(x, fx.Node)
+        before: Layout = x.meta["layout"]
+        after: Layout = node.meta["layout"]
+        if not before.is_rows:
+            return f"the input is {before}"
+        groups = view_groups(spec_of(x).shape, spec_of(node).shape)
+        if groups is None:
+            return "its axes cannot be matched with its input's"
+        # First the new axes in the order of the input's packed axes, then the order of the output's.
+        new_axes: list[int] = []
+        for axis in before.packed_axes():
+            if axis == SITES:
+                new_axes.append(SITES)
+                continue
+            for left, right in groups:
+                if left and left[0] == axis:
+                    new_axes.extend(right)
+        for left, right in groups:
+            if not left:
+                new_axes.extend(right)  # axes of size one that belong to no input axis
+        if sorted(axis for axis in new_axes if axis != SITES) != sorted(set(range(after.rank)) - set(after.axes)):
+            return "its axes are regrouped across the packed order"
+        rows = rewriter.rows(x)
+        row_shape = rewriter.row_spec(node).shape
+        by_axis = dict(zip(after.packed_axes(), row_shape, strict=True))
+        spec = ValueSpec(tuple(by_axis[axis] for axis in new_axes), spec_of(rows).dtype)
+        if spec.shape != spec_of(rows).shape:
+            sizes: list[Any] = [-1 if axis == SITES else rewriter.sizes()(by_axis[axis]) for axis in new_axes]
+            rows = rewriter.call(aten.reshape.default, (rows, sizes), spec, node)
+        rows = permute_rows(rows, [new_axes.index(axis) for axis in after.packed_axes()], node, rewriter)
+        rewriter.replace(node, rows)
+        return None
+
+
+class RankChange(Pass):
+    """``unsqueeze`` and ``squeeze`` of axes that are not sites."""
+
+    name = "rank_change"
+    targets: ClassVar = RANK_CHANGES
+
+    def rewrite(self, node: fx.Node, rewriter: Rewriter) -> str | None:
+        x = node.args[0]
+        assert isinstance(x, fx.Node)
+        before: Layout = x.meta["layout"]
+        after: Layout = node.meta["layout"]
+        if not before.is_rows or before.kind != after.kind:
+            return f"the input is {before} and the result {after}"
+        if node.target is aten.unsqueeze.default:
+            dim = int(node.args[1]) % after.rank  # type: ignore[arg-type]
+            new_axes = [axis if axis == SITES else axis + (axis >= dim) for axis in before.packed_axes()]
+            position = after.packed_axes().index(dim)
+            new_axes.insert(position, dim)
+            spec_axes = dict(zip(after.packed_axes(), rewriter.row_spec(node).shape, strict=True))
+            spec = ValueSpec(tuple(spec_axes[axis] for axis in new_axes), spec_of(node).dtype)
+            rows = rewriter.call(aten.unsqueeze.default, (rewriter.rows(x), position), spec, node)
+        else:
+            dims: Any = node.args[1]
+            dense = [dim % before.rank for dim in (dims if isinstance(dims, (list, tuple)) else [dims])]
+            dropped = [axis for axis in dense if spec_of(x).shape[axis] == 1]
+            packed = [before.packed_dim(axis) for axis in dropped]
+            if any(axis is None for axis in packed):
+                return "a site axis is squeezed"
+            kept = [axis for axis in before.packed_axes() if axis not in dropped]
+            renumber = {axis: axis - sum(drop < axis for drop in dropped) for axis in kept if axis != SITES}
+            new_axes = [SITES if axis == SITES else renumber[axis] for axis in kept]
+            spec_axes = dict(zip(after.packed_axes(), rewriter.row_spec(node).shape, strict=True))
+            spec = ValueSpec(tuple(spec_axes[axis] for axis in new_axes), spec_of(node).dtype)
+            rows = rewriter.call(aten.squeeze.dims, (rewriter.rows(x), packed), spec, node)
+        rows = permute_rows(rows, [new_axes.index(axis) for axis in after.packed_axes()], node, rewriter)
+        rewriter.replace(node, rows)
+        return None

@@ -1,0 +1,163 @@
+"""A compiled program: every graph one call signature needs, and what they must be given.
+
+``compile_program`` is the pipeline of the compiler in one function: capture, rewrite, hoist. Running programs is
+``runtime/``'s business, keeping them on disk is ``cache.py``'s.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fisedit_compiler import cache, ir
+from fisedit_compiler.capture import CapturedGraph, capture
+from fisedit_compiler.config import SparsifyConfig
+from fisedit_compiler.inputs import CallSignature
+from fisedit_compiler.passes import PassReport, rewrite
+from fisedit_compiler.passes.base import Program, Slot
+from fisedit_compiler.passes.hoist import Bundle, hoist
+from fisedit_compiler.passes.recording import recording_graph, with_updates
+from fisedit_compiler.passes.simplify import simplify
+from fisedit_compiler.runtime.site_plan import ConvKey
+
+
+@dataclass(frozen=True)
+class OutputSpec:
+    """One flat output of the model: the slot that holds its base value, if it is spatial."""
+
+    slot: str | None
+
+
+@dataclass
+class CompiledProgram:
+    """Everything compiled for one call signature.
+
+    Attributes:
+        signature: the call it serves.
+        multiple: divisor of height and width.
+        recording: dense graph; returns the model's flat outputs, then every slot in order.
+        step: sparse graph; returns the model's flat outputs.
+        update: sparse graph; returns the model's flat outputs, then every slot after the edit.
+        bundles: hoisted values of ``step`` and ``update``, in order of computation.
+        slots: what a recording stores per call, in order.
+        outputs: one entry per flat output.
+        convs: convolution geometries the site plan must table.
+        levels: levels the site plan must cover.
+        constants: tensors the graphs close over that the module does not own.
+        treespec: how flat outputs are put together (``torch.utils._pytree``).
+        refusals: ``(node, module path, operation, reason)`` of every operation that stays dense.
+        reports: what each pass did.
+        operations: number of call nodes captured, per operation.
+        seconds: wall time of capture and of rewriting.
+        from_cache: whether the capture came from disk.
+    """
+
+    signature: CallSignature
+    multiple: int
+    recording: fx.Graph
+    step: fx.Graph
+    update: fx.Graph
+    bundles: list[Bundle]
+    slots: tuple[Slot, ...]
+    outputs: tuple[OutputSpec, ...]
+    convs: frozenset[ConvKey]
+    levels: frozenset[Fraction]
+    constants: dict[str, torch.Tensor]
+    treespec: Any
+    refusals: tuple[tuple[str, str, str, str], ...] = ()
+    reports: list[PassReport] = field(default_factory=list)
+    operations: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    from_cache: bool = False
+
+    @property
+    def spatial(self) -> tuple[str, ...]:
+        """Placeholder names of the spatial inputs."""
+        return tuple(spec.identifier() for spec in self.signature.tensors if spec.is_spatial)
+
+
+def compile_program(
+    module: nn.Module,
+    arguments: dict[str, Any],
+    signature: CallSignature,
+    config: SparsifyConfig,
+    multiple: int | None,
+    structure: str = "",
+) -> CompiledProgram:
+    """Capture ``module`` for a call (or take the capture from disk) and compile it.
+
+    ``structure`` is the module's structure key; without one, or with ``config.cache`` off, the disk is not used.
+
+    Raises:
+        CaptureError: the module cannot be captured.
+        LayoutError: an output mixes sites.
+    """
+    start = time.perf_counter()
+    entry = cache.entry_path(structure, signature, multiple) if structure and config.cache else None
+    captured = cache.load(entry, signature) if entry else None
+    cached = captured is not None
+    if captured is None:
+        captured = capture(module, arguments, signature, multiple)
+        simplify(captured)
+        if entry:
+            cache.save(entry, captured)
+    captured_at = time.perf_counter()
+    operations = Counter(ir.target_name(node.target) for node in captured.graph.nodes if node.op == "call_function")
+    program, reports = rewrite(captured, config)
+    compiled = _assemble(captured, program, reports)
+    compiled.operations = dict(operations)
+    compiled.seconds = {"capture": captured_at - start, "rewrite": time.perf_counter() - captured_at}
+    compiled.from_cache = cached
+    return compiled
+
+
+def _assemble(captured: CapturedGraph, program: Program, reports: list[PassReport]) -> CompiledProgram:
+    spatial = [spec.identifier() for spec in captured.signature.tensors if spec.is_spatial]
+    update, update_bundles = hoist(with_updates(program), spatial)
+    step, bundles = hoist(program.graph, spatial)
+    # The update graph only adds work on recorded values, so both hoist the same; should a slot's update ever need
+    # more, it is in the update graph's bundles.
+    known = {bundle.name: bundle for bundle in bundles} | {bundle.name: bundle for bundle in update_bundles}
+    tables = [node.meta["input"] for graph in (step, update) for node in graph.nodes if "input" in node.meta]
+    tables = [identity for identity in tables if identity[0] == "table"]
+    convs = frozenset(key for _, _, key in tables if isinstance(key, ConvKey))
+    levels = frozenset(key for _, _, key in tables if isinstance(key, Fraction))
+    levels |= {level for key in convs for level in (key.source, key.target)} | {Fraction(1)}
+    return CompiledProgram(
+        signature=captured.signature,
+        multiple=captured.multiple,
+        recording=recording_graph(program),
+        step=step,
+        update=update,
+        bundles=list(known.values()),
+        slots=tuple(program.slots.values()),
+        outputs=_outputs(program),
+        convs=convs,
+        levels=levels,
+        constants=captured.constants,
+        treespec=captured.treespec,
+        refusals=_refusals(program),
+        reports=reports,
+    )
+
+
+def _outputs(program: Program) -> tuple[OutputSpec, ...]:
+    output = next(node for node in program.graph.nodes if node.op == "output")
+    flat = output.args[0]
+    values = flat if isinstance(flat, (list, tuple)) else (flat,)
+    return tuple(OutputSpec(value.meta.get("updates") if isinstance(value, fx.Node) else None) for value in values)
+
+
+def _refusals(program: Program) -> tuple[tuple[str, str, str, str], ...]:
+    nodes = {node.name: node for node in program.captured.graph.nodes}
+    return tuple(
+        (name, ir.path_of(nodes[name]) if name in nodes else "", ir.target_name(nodes[name].target), reason)
+        for name, reason in program.refusals.items()
+        if name in nodes
+    )
