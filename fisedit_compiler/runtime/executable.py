@@ -1,0 +1,146 @@
+"""A compiled program bound to a module's weights, ready to run.
+
+Binding shares the module's own parameters (never copies) and notices when the module replaced one. Which run is made
+and what is recorded is decided in ``sessions.py``.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from fisedit_compiler.passes.hoist import Bundle
+from fisedit_compiler.program import CompiledProgram
+from fisedit_compiler.runtime.hoisting import HoistCache
+from fisedit_compiler.runtime.site_plan import SitePlan
+
+PER_CALL = frozenset({"timestep"})
+"""Inputs that change from call to call."""
+
+
+class Executable:
+    """One compiled program on one module.
+
+    Graph modules are made on first use: an edit does not pay for the recording graph, nor the reverse.
+    """
+
+    def __init__(self, program: CompiledProgram, module: nn.Module) -> None:
+        self.program, self.module = program, module
+        self.hoisted = HoistCache(PER_CALL)
+        self.slot_names = tuple(slot.name for slot in program.slots)
+        self._graphs: dict[str, fx.GraphModule] = {}
+        self._bundles: dict[str, fx.GraphModule] = {}
+        self._attributes: dict[str, Any] = {}
+        self._plans: OrderedDict[tuple[Any, ...], SitePlan] = OrderedDict()
+
+    # -- weights ---------------------------------------------------------------------------------
+
+    def rebind(self) -> None:
+        """Follow parameters and buffers that the module replaced since the graphs were bound."""
+        for name, bound in self._attributes.items():
+            if self._resolve(name) is not bound:
+                self._graphs.clear()
+                self._bundles.clear()
+                self._attributes.clear()
+                self.hoisted.clear()
+                return
+
+    def _resolve(self, name: str) -> Any:
+        constant = self.program.constants.get(name)
+        return constant if constant is not None else attrgetter(name)(self.module)
+
+    def _bind(self, graph: fx.Graph) -> fx.GraphModule:
+        attributes = {
+            str(node.target): self._resolve(str(node.target)) for node in graph.nodes if node.op == "get_attr"
+        }
+        self._attributes.update(attributes)
+        bound = fx.GraphModule(dict(attributes), graph)
+        return bound.eval()
+
+    def _graph(self, name: str) -> fx.GraphModule:
+        if name not in self._graphs:
+            self._graphs[name] = self._bind(getattr(self.program, name))
+        return self._graphs[name]
+
+    def _bundle_modules(self) -> list[tuple[Bundle, fx.GraphModule]]:
+        for bundle in self.program.bundles:
+            if bundle.name not in self._bundles:
+                self._bundles[bundle.name] = self._bind(bundle.graph)
+        return [(bundle, self._bundles[bundle.name]) for bundle in self.program.bundles]
+
+    # -- runs ------------------------------------------------------------------------------------
+
+    def record(self, tensors: Mapping[str, Tensor]) -> tuple[list[Any], dict[str, Tensor]]:
+        """The dense call: the model's flat outputs, and every slot."""
+        arguments = [tensors[spec.identifier()] for spec in self.program.signature.tensors]
+        flat = self._graph("recording")(*arguments)
+        outputs, stored = self._divide(flat)
+        borrowed = [*arguments, *(value for value in outputs if isinstance(value, Tensor))]
+        return outputs, {name: _own(value, borrowed) for name, value in stored.items()}
+
+    def step(
+        self, tensors: Mapping[str, Tensor], slots: Mapping[str, Tensor], plan: SitePlan, *, update: bool
+    ) -> tuple[list[Any], dict[str, Tensor]]:
+        """The sparse call; with ``update`` also every slot after the edit."""
+        batch = tensors[self.program.spatial[0]].shape[0]
+        hoisted = self.hoisted.evaluate(self._bundle_modules(), tensors, batch)
+        graph: fx.Graph = self.program.update if update else self.program.step
+        arguments: list[Any] = []
+        for node in graph.nodes:
+            if node.op != "placeholder":
+                continue
+            kind, *rest = node.meta["input"]
+            if kind == "call":
+                arguments.append(tensors[rest[0]])
+            elif kind == "slot":
+                arguments.append(slots[rest[0]])
+            elif kind == "hoisted":
+                arguments.append(hoisted[rest[0]])
+            else:
+                arguments.append(getattr(plan, rest[0])[rest[1]])
+        flat = self._graph("update" if update else "step")(*arguments)
+        return self._divide(flat)
+
+    def base_outputs(self, slots: Mapping[str, Tensor]) -> list[Tensor] | None:
+        """The recorded outputs, or ``None`` if an output is not spatial and so not recorded."""
+        names = [output.slot for output in self.program.outputs]
+        if any(name is None for name in names):
+            return None
+        return [slots[str(name)].clone() for name in names]
+
+    def _divide(self, flat: Sequence[Any]) -> tuple[list[Any], dict[str, Tensor]]:
+        count = len(self.program.outputs)
+        return list(flat[:count]), dict(zip(self.slot_names, flat[count:], strict=False))
+
+    def assemble(self, outputs: list[Any]) -> Any:
+        """The model's own output structure from flat outputs."""
+        return pytree.tree_unflatten(outputs, self.program.treespec)
+
+    # -- plans -----------------------------------------------------------------------------------
+
+    def plan(self, mask: Tensor, dilation: int, device: torch.device, kept: int = 8) -> SitePlan:
+        """The site plan of a mask (bool ``[H, W]``); recent ones are kept."""
+        key = (mask.shape, mask.cpu().numpy().tobytes(), dilation, str(device))
+        if key not in self._plans:
+            self._plans[key] = SitePlan.build(
+                mask, self.program.levels, self.program.convs, dilation=dilation, device=device
+            )
+            while len(self._plans) > kept:
+                self._plans.popitem(last=False)
+        self._plans.move_to_end(key)
+        return self._plans[key]
+
+
+def _own(value: Tensor, borrowed: Sequence[Tensor]) -> Tensor:
+    """A tensor with a storage of exactly its size that nobody else writes to."""
+    storage = value.untyped_storage()
+    shared = any(storage.data_ptr() == other.untyped_storage().data_ptr() for other in borrowed)
+    if shared or storage.nbytes() != value.nbytes:
+        return value.clone(memory_format=torch.contiguous_format)
+    return value

@@ -1,0 +1,172 @@
+"""The object ``sparsify`` returns: the user's module with two modes.
+
+In no mode it *is* the original module (one attribute look-up and one call away). What a mode does with a call is
+written in ``sessions.py``; how programs are found or compiled in ``programs.py``.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from fisedit_compiler.config import SparsifyConfig
+from fisedit_compiler.errors import ModeError, RecordingError
+from fisedit_compiler.program import CompiledProgram
+from fisedit_compiler.runtime.fingerprint import weights_key
+from fisedit_compiler.runtime.programs import ProgramStore
+from fisedit_compiler.runtime.recording import Recording
+from fisedit_compiler.runtime.sessions import EditSession, RecordSession, Session
+
+
+class SparseModule(nn.Module):
+    """A module that can record its calls and replay them sparsely under another prompt.
+
+    Made by :func:`fisedit_compiler.sparsify`. Attributes the wrapper does not have (``config``, ``dtype``,
+    ``device``, ``add_embedding``, ...) are the original module's, so a stock diffusers pipeline accepts it.
+
+    Attributes:
+        original: the user's module, unpatched.
+        sparsify_config: the configuration it was compiled with.
+    """
+
+    def __init__(self, original: nn.Module, config: SparsifyConfig) -> None:
+        super().__init__()
+        self.original = original
+        self.sparsify_config = config
+        self._programs = ProgramStore(original, config)
+        self._session: Session | None = None
+        self._mode = ""
+        self._owner = 0
+        self._lock = threading.Lock()
+        self.training = original.training
+
+    # -- calls -----------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The original's forward, or the active mode's version of it; same arguments, same output type."""
+        session = self._session
+        if session is None:
+            return self.original(*args, **kwargs)
+        if threading.get_ident() != self._owner:
+            raise ModeError(
+                f"This module is inside {self._mode}() in another thread. Finish that run first, or sparsify a second "
+                "copy of the model for concurrent runs."
+            )
+        with torch.no_grad():
+            call, wrap = self._programs.bind(args, kwargs)
+            return wrap(session.handle(call))
+
+    # -- modes -----------------------------------------------------------------------------------
+
+    @contextmanager
+    def record(self) -> Iterator[Recording]:
+        """Record every call made inside the block: ``with compiled.record() as recording: pipe(...)``.
+
+        Outputs are exactly those of the original module. A recording whose run raised stays ``complete=False``.
+
+        Raises:
+            ModeError: another mode is active.
+        """
+        with self._entered("record"):
+            recording = Recording(self._refresh(), self.sparsify_config.program_key())
+            self._session = RecordSession(recording)
+            yield recording
+            recording.complete = True
+
+    @contextmanager
+    def edit(self, recording: Recording, mask: Any = None, *, record: bool = False) -> Iterator[EditSession]:
+        """Replay a recorded run under changed inputs: ``with compiled.edit(recording, mask): pipe(new_prompt)``.
+
+        Args:
+            recording: a complete recording of this module.
+            mask: what may change; until one is set (here or by ``session.set_mask``) calls run densely. An empty
+                mask gives the recorded outputs back without running the model.
+            record: also make a recording of the edited run (``session.result``), so that it can be edited in turn.
+
+        Raises:
+            ModeError: another mode is active.
+            RecordingError: the recording is missing, unfinished, of another model or configuration, or the run
+                differs from it (resolution, batch, timesteps, number of calls, input outside the mask).
+            MaskError: the mask does not fit the recording.
+        """
+        with self._entered("edit"):
+            self._check(recording)
+            session = EditSession(recording, self.sparsify_config, mask, record)
+            self._session = session
+            yield session
+            session.finish()
+
+    @contextmanager
+    def _entered(self, mode: str) -> Iterator[None]:
+        with self._lock:
+            if self._mode:
+                raise ModeError(
+                    f"{mode}() was entered while {self._mode}() is active on the same module. Modes do not nest: leave "
+                    "the first `with` block before entering the next."
+                )
+            self._mode, self._owner = mode, threading.get_ident()
+        try:
+            yield
+        finally:
+            self._session, self._mode, self._owner = None, "", 0
+
+    def _check(self, recording: Recording) -> None:
+        if not isinstance(recording, Recording):
+            raise RecordingError(
+                f"edit() needs a recording, got {type(recording).__name__}. Make one first: "
+                "`with compiled.record() as recording: pipe(prompt, ...)`."
+            )
+        if not recording.complete:
+            raise RecordingError(
+                f"The recording is unfinished ({recording.num_calls} calls): its run was interrupted or is still going "
+                "on. Record the base run again."
+            )
+        if not recording.calls:
+            raise RecordingError(
+                "The recording is empty: no call went through the compiled module inside `with compiled.record()`. "
+                "Set `pipe.unet = compiled` before running the pipeline."
+            )
+        if recording.config != self.sparsify_config.program_key():
+            raise RecordingError(
+                f"The recording was made with {dict(recording.config)}, this module is compiled with "
+                f"{dict(self.sparsify_config.program_key())}. Record again, or sparsify with the recorded options."
+            )
+        if recording.model != self._refresh():
+            raise RecordingError(
+                "The recording is of another model: the structure or the weights differ (another checkpoint, a LoRA "
+                "loaded, fused or re-scaled since). Record the base run again with this model."
+            )
+
+    def _refresh(self) -> Any:
+        """Fingerprint the module, dropping whatever was computed from weights that changed since."""
+        fingerprint = weights_key(self.original)
+        self._programs.refresh(fingerprint)
+        return fingerprint
+
+    # -- inspection ------------------------------------------------------------------------------
+
+    @property
+    def programs(self) -> list[CompiledProgram]:
+        """Programs compiled so far, one per call signature."""
+        return self._programs.compiled()
+
+    # -- being the original ----------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("original"), name)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The original's state dict, with the original's keys."""
+        return self.original.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load weights into the original module."""
+        return self.original.load_state_dict(*args, **kwargs)
