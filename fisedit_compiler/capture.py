@@ -84,25 +84,33 @@ def capture(
 
 
 def _export(module: nn.Module, arguments: dict[str, Any], signature: CallSignature, multiple: int) -> ExportedProgram:
-    dims = {
-        "b": Dim("b", min=1, max=MAX_BATCH),
-        "h": multiple * Dim("h", min=1, max=MAX_SIZE),
-        "w": multiple * Dim("w", min=1, max=MAX_SIZE),
-        "t": Dim("t", min=1, max=MAX_TEXT),
-    }
+    batch, height, width, text = (
+        Dim("b", min=1, max=MAX_BATCH),
+        Dim("h", min=1, max=MAX_SIZE),
+        Dim("w", min=1, max=MAX_SIZE),
+        Dim("t", min=1, max=MAX_TEXT),
+    )
     specs = {spec.name: spec for spec in signature.tensors}
-    # Other sizes than the caller's: distinct ones, so that nothing is specialised by coincidence.
-    sizes = {"b": 2, "h": multiple * 3, "w": multiple * 5, "t": 7}
+
+    def axes_of(name: str) -> list[tuple[int, Any] | None]:
+        """Per axis, an example size and the symbolic dimension, or ``None`` for a fixed size.
+
+        The sizes are other than the caller's and distinct, so that nothing is specialised by coincidence.
+        """
+        spec = specs[name]
+        scale = _scale(multiple, spec)
+        known = {"b": (2, batch), "h": (scale * 3, scale * height), "w": (scale * 5, scale * width), "t": (7, text)}
+        return [known[axis] if isinstance(axis, str) else None for axis in spec.axes]
 
     def example(name: str, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            shape = [sizes[axis] if isinstance(axis, str) else axis for axis in specs[name].axes]
+            shape = [size if axis is None else axis[0] for axis, size in zip(axes_of(name), value.shape, strict=True)]
             return torch.zeros(shape, dtype=value.dtype, device=value.device)
         return _map_children(name, value, example)
 
     def dynamic(name: str, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return {axis: dims[kind] for axis, kind in enumerate(specs[name].axes) if isinstance(kind, str)} or None
+            return {index: axis[1] for index, axis in enumerate(axes_of(name)) if axis is not None} or None
         mapped = _map_children(name, value, dynamic)
         return mapped if isinstance(mapped, (dict, list, tuple)) else None
 
@@ -122,6 +130,19 @@ def _export(module: nn.Module, arguments: dict[str, Any], signature: CallSignatu
             "divisible by k."
         ) from error
     return exported
+
+
+def _scale(multiple: int, spec: TensorSpec) -> int:
+    """Height of a spatial input in units of ``h`` (1 for all other inputs)."""
+    if not spec.is_spatial:
+        return 1
+    scale = multiple / spec.level
+    if scale.denominator != 1:
+        raise CaptureError(
+            f"Spatial input {spec.name} is {spec.level} times smaller than the first one, which is more than the "
+            f"divisor {multiple} of its sizes; pass SparsifyConfig(multiple=k) with a multiple of {spec.level}."
+        )
+    return int(scale)
 
 
 def _map_children(name: str, value: Any, function: Any) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ class KnownModel:
     """What the compiler knows about a model class without an example.
 
     Attributes:
-        spatial: names of the arguments that hold latents.
+        spatial: names of the arguments that hold latents or features; the first one sets the size, the others
+            (such as a ControlNet's residuals) may be absent and have their own resolution.
         multiple: the model's total downsampling, from its config.
         example: builds the keyword arguments of one typical call.
         constants: arguments fixed at capture whatever the caller passes (``return_dict``).
@@ -85,7 +87,12 @@ def known_models() -> dict[type[nn.Module], KnownModel]:
 
     return {
         UNet2DConditionModel: KnownModel(
-            spatial=("sample",),
+            spatial=(
+                "sample",
+                "down_block_additional_residuals",
+                "mid_block_additional_residual",
+                "down_intrablock_additional_residuals",
+            ),
             multiple=_unet_multiple,
             example=_unet_example,
             constants={"return_dict": False},
@@ -151,15 +158,19 @@ def flatten(arguments: Mapping[str, Any]) -> tuple[list[Leaf], list[Leaf]]:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor argument: ``axes[i]`` is ``"b"``, ``"h"``, ``"w"``, ``"t"`` (text tokens) or a fixed size."""
+    """One tensor argument: ``axes[i]`` is ``"b"``, ``"h"``, ``"w"``, ``"t"`` (text tokens) or a fixed size.
+
+    ``level`` is the resolution of a spatial argument relative to the first one (2 is half), 0 for all others.
+    """
 
     name: str
     dtype: torch.dtype
     axes: tuple[str | int, ...]
+    level: Fraction = Fraction(0)
 
     @property
     def is_spatial(self) -> bool:
-        return "h" in self.axes
+        return self.level != 0
 
     def identifier(self) -> str:
         return self.name.replace(".", "_")
@@ -167,15 +178,26 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class CallSignature:
-    """What a captured program is specialised on; equal signatures share a program."""
+    """What a captured program is specialised on; equal signatures share a program.
+
+    ``tensors`` are sorted by name, ``primary`` names the spatial one that sets height and width.
+    """
 
     tensors: tuple[TensorSpec, ...]
     constants: tuple[tuple[str, str], ...]
     device: str
+    primary: str
 
     @property
     def spatial(self) -> TensorSpec:
-        return next(spec for spec in self.tensors if spec.is_spatial)
+        """The spatial tensor that sets height and width."""
+        return next(spec for spec in self.tensors if spec.name == self.primary)
+
+    @property
+    def spatial_names(self) -> tuple[str, ...]:
+        """Placeholder names of all spatial tensors, the primary one first."""
+        others = [s.identifier() for s in self.tensors if s.is_spatial and s.name != self.primary]
+        return (self.spatial.identifier(), *others)
 
 
 def sign(
@@ -188,19 +210,19 @@ def sign(
     """
     tensors, constants = flatten(arguments)
     chosen = _spatial_names(tensors, spatial)
-    batch = next(tensor.shape[0] for name, tensor in tensors if name == chosen[0])
-    device = next(str(tensor.device) for name, tensor in tensors if name == chosen[0])
-    specs = tuple(TensorSpec(name, tensor.dtype, _axes(name, tensor, batch, chosen)) for name, tensor in tensors)
-    return CallSignature(specs, tuple((name, repr(value)) for name, value in constants), device), dict(tensors)
+    primary = dict(tensors)[chosen[0]]
+    specs = tuple(_tensor_spec(name, tensor, primary, name in chosen) for name, tensor in tensors)
+    texts = tuple((name, repr(value)) for name, value in constants)
+    return CallSignature(specs, texts, str(primary.device), chosen[0]), dict(tensors)
 
 
 def _spatial_names(tensors: list[Leaf], spatial: tuple[str, ...] | None) -> tuple[str, ...]:
     names = [name for name, _ in tensors]
     if spatial is not None:
-        missing = [name for name in spatial if name not in names]
-        if missing:
-            raise CaptureError(f"spatial_inputs={missing} are not tensor arguments of this call; it has {names}.")
-        return spatial
+        found = tuple(name for wanted in spatial for name in names if name == wanted or name.startswith(f"{wanted}."))
+        if spatial[0] not in found:
+            raise CaptureError(f"Spatial input {spatial[0]!r} is no tensor argument of this call; it has {names}.")
+        return found
     found = tuple(name for name, tensor in tensors if tensor.dim() == 4 and tensor.is_floating_point())
     if not found:
         raise CaptureError(
@@ -215,16 +237,24 @@ def _spatial_names(tensors: list[Leaf], spatial: tuple[str, ...] | None) -> tupl
 _BATCHED = ("encoder_hidden_states", "added_cond_kwargs.text_embeds", "added_cond_kwargs.time_ids", "class_labels")
 
 
-def _axes(name: str, tensor: torch.Tensor, batch: int, spatial: tuple[str, ...]) -> tuple[str | int, ...]:
+def _tensor_spec(name: str, tensor: torch.Tensor, primary: torch.Tensor, spatial: bool) -> TensorSpec:
     sizes: list[str | int] = [int(size) for size in tensor.shape]
-    if name in spatial:
+    if spatial:
         if tensor.dim() != 4:
             raise CaptureError(
                 f"Spatial input {name} must be [batch, channels, height, width], got {list(tensor.shape)}."
             )
-        return ("b", sizes[1], "h", "w")
+        level = Fraction(int(primary.shape[2]), int(tensor.shape[2]))
+        if Fraction(int(primary.shape[3]), int(tensor.shape[3])) != level:
+            raise CaptureError(
+                f"Spatial input {name} is {tensor.shape[2]}x{tensor.shape[3]}, which is no scaling of "
+                f"{primary.shape[2]}x{primary.shape[3]}. "
+                "Name the inputs that hold maps in SparsifyConfig(spatial_inputs=...)."
+            )
+        return TensorSpec(name, tensor.dtype, ("b", sizes[1], "h", "w"), level)
+    batch = int(primary.shape[0])
     if sizes and (name in _BATCHED or (batch > 1 and sizes[0] == batch)):
         sizes[0] = "b"
     if name == "encoder_hidden_states" and len(sizes) == 3:
         sizes[1] = "t"
-    return tuple(sizes)
+    return TensorSpec(name, tensor.dtype, tuple(sizes))

@@ -78,8 +78,8 @@ class CompiledProgram:
 
     @property
     def spatial(self) -> tuple[str, ...]:
-        """Placeholder names of the spatial inputs."""
-        return tuple(spec.identifier() for spec in self.signature.tensors if spec.is_spatial)
+        """Placeholder names of the spatial inputs, the one that sets height and width first."""
+        return self.signature.spatial_names
 
 
 def compile_program(
@@ -118,7 +118,7 @@ def compile_program(
 
 
 def _assemble(captured: CapturedGraph, program: Program, reports: list[PassReport]) -> CompiledProgram:
-    spatial = [spec.identifier() for spec in captured.signature.tensors if spec.is_spatial]
+    spatial = captured.signature.spatial_names
     update, update_bundles = hoist(with_updates(program), spatial)
     step, bundles = hoist(program.graph, spatial)
     # The update graph only adds work on recorded values, so both hoist the same; should a slot's update ever need

@@ -100,7 +100,7 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
 
 def mark_varying(captured: CapturedGraph) -> None:
     """Set ``meta["varies"]`` on every value that depends on what is inside a spatial input (not on its sizes)."""
-    spatial = {spec.identifier() for spec in captured.signature.tensors if spec.is_spatial}
+    spatial = set(captured.signature.spatial_names)
     for node in captured.graph.nodes:
         if node.op == "placeholder":
             node.meta["varies"] = node.name in spatial

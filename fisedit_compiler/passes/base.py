@@ -71,8 +71,9 @@ class Program:
         return self.captured.multiple
 
     def spatial_inputs(self) -> list[fx.Node]:
-        names = {spec.identifier() for spec in self.captured.signature.tensors if spec.is_spatial}
-        return [node for node in self.graph.nodes if node.op == "placeholder" and node.name in names]
+        """Placeholders of the spatial inputs, the one that sets height and width first."""
+        nodes = {node.name: node for node in self.graph.nodes if node.op == "placeholder"}
+        return [nodes[name] for name in self.captured.signature.spatial_names]
 
 
 class Pass(ABC):

@@ -104,8 +104,9 @@ class Executable:
                 arguments.append(hoisted[rest[0]])
             else:
                 arguments.append(getattr(plan, rest[0])[rest[1]])
-        flat = self._graph("update" if update else "step")(*arguments)
-        return self._divide(flat)
+        outputs, stored = self._divide(self._graph("update" if update else "step")(*arguments))
+        # The caller gets the outputs and may write to them; what is recorded must not follow.
+        return outputs, {name: _own(value, outputs) for name, value in stored.items()}
 
     def base_outputs(self, slots: Mapping[str, Tensor]) -> list[Tensor] | None:
         """The recorded outputs, or ``None`` if an output is not spatial and so not recorded."""

@@ -17,23 +17,32 @@ Values = Mapping[str, Tensor]
 
 @dataclass
 class _Input:
-    """An input a cached result was computed from, kept alive so that identity means equality."""
+    """An input a cached result was computed from, kept alive so that identity means equality.
+
+    Inference tensors have no version counter, so a write to one goes unseen: a copy is kept instead, and compared.
+    """
 
     value: Any
     version: int
 
     @classmethod
     def of(cls, value: Any) -> _Input:
-        return cls(value, value._version if isinstance(value, Tensor) else 0)
+        if isinstance(value, Tensor) and value.is_inference():
+            value = value.clone()
+        return cls(value, _version(value))
 
     def matches(self, value: Any) -> bool:
         if not isinstance(value, Tensor):
             return bool(self.value == value)
         if self.value is value:
-            return self.version == value._version
+            return self.version == _version(value)
         same = self.value.shape == value.shape and self.value.dtype == value.dtype and self.value.device == value.device
         # A kept tensor that was written to since no longer tells what the result was computed from.
-        return same and self.version == self.value._version and torch.equal(self.value, value)
+        return same and self.version == _version(self.value) and torch.equal(self.value, value)
+
+
+def _version(value: Any) -> int:
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
 
 
 @dataclass

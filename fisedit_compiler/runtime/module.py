@@ -44,6 +44,8 @@ class SparseModule(nn.Module):
         self._owner = 0
         self._lock = threading.Lock()
         self.training = original.training
+        # diffusers writes module and class name of every part into model_index.json; see also __class__.
+        self.__module__ = type(original).__module__
 
     # -- calls -----------------------------------------------------------------------------------
 
@@ -70,9 +72,10 @@ class SparseModule(nn.Module):
         Outputs are exactly those of the original module. A recording whose run raised stays ``complete=False``.
 
         Raises:
-            ModeError: another mode is active.
+            ModeError: another mode is active, or the module is in training mode.
         """
         with self._entered("record"):
+            self._check_evaluating()
             recording = Recording(self._refresh(), self.sparsify_config.program_key())
             self._session = RecordSession(recording)
             yield recording
@@ -89,12 +92,13 @@ class SparseModule(nn.Module):
             record: also make a recording of the edited run (``session.result``), so that it can be edited in turn.
 
         Raises:
-            ModeError: another mode is active.
+            ModeError: another mode is active, or the module is in training mode.
             RecordingError: the recording is missing, unfinished, of another model or configuration, or the run
                 differs from it (resolution, batch, timesteps, number of calls, input outside the mask).
             MaskError: the mask does not fit the recording.
         """
         with self._entered("edit"):
+            self._check_evaluating()
             self._check(recording)
             session = EditSession(recording, self.sparsify_config, mask, record)
             self._session = session
@@ -114,6 +118,12 @@ class SparseModule(nn.Module):
             yield
         finally:
             self._session, self._mode, self._owner = None, "", 0
+
+    def _check_evaluating(self) -> None:
+        if self.original.training:
+            raise ModeError(
+                "The module is in training mode, where dropout would make every run another one; call .eval() first."
+            )
 
     def _check(self, recording: Recording) -> None:
         if not isinstance(recording, Recording):
@@ -162,6 +172,27 @@ class SparseModule(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("original"), name)
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        """The original's class, as ``isinstance`` and diffusers' ``save_pretrained`` see it; ``type()`` is the wrapper's.
+
+        So a pipeline that asks for a ``UNet2DConditionModel`` takes the wrapper, and saves the original.
+        """
+        original = self.__dict__.get("_modules", {}).get("original")
+        return SparseModule if original is None else type(original)
+
+    def __repr__(self) -> str:
+        state = f"inside {self._mode}()" if self._mode else "in no mode"
+        programs = len(self.programs)
+        return f"SparseModule({type(self.original).__name__}, {programs} program{'s' * (programs != 1)}, {state})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles carry the original and the configuration, no program, mode or recording.
+
+        Programs are found again, in the disk cache if it is on, when the copy records its first call.
+        """
+        return SparseModule, (self.original, self.sparsify_config)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The original's state dict, with the original's keys."""
