@@ -1,0 +1,155 @@
+"""The command ``fisedit``: arguments in, tables and files out.
+
+A command here parses, calls the library and prints. What only one command needs is imported
+inside it, so that the others start fast.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fisedit_compiler import __version__
+from fisedit_compiler.errors import FiseditError
+
+if TYPE_CHECKING:
+    from fisedit_compiler.pipelines.demo import Comparison
+
+USER_ERROR = 2
+"""Exit code of a mistake the user can mend; the message says how."""
+
+app = typer.Typer(
+    name="fisedit",
+    help="Edit images with diffusion models, computing only the pixels that change.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fisedit-compiler {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    """Edit images with diffusion models, computing only the pixels that change."""
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Directory of a Stable Diffusion pipeline (diffusers layout); else the embedded one."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Directory for the pictures.")] = Path("fisedit-demo"),
+    steps: Annotated[int, typer.Option(min=6, max=1000, help="Steps of the scheduler.")] = 25,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 7,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's own choice.")] = None,
+    device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1 ...")] = "cpu",
+    progress: Annotated[bool, typer.Option(help="Show progress bars.")] = True,
+) -> None:
+    """Make an image, edit it three ways, and compare every edit with the dense run."""
+    console = Console()
+    started = time.perf_counter()
+    with _clean_errors():
+        _check_output(output)
+        import torch
+
+        from fisedit_compiler.models import load_pipeline
+        from fisedit_compiler.pipelines import Editor
+        from fisedit_compiler.pipelines.demo import run_demo, save_pictures
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        _check_device(device)
+        with Editor(load_pipeline(model, device=device), progress=progress) as editor:
+            comparisons = run_demo(editor, seed=seed, steps=steps)
+        paths = save_pictures(comparisons, output)
+    console.print(_demo_table(comparisons, steps))
+    console.print(f"{len(paths)} pictures in {output}, all of them on {paths[-1]}", soft_wrap=True)
+    console.print(f"{time.perf_counter() - started:.0f} s in all", highlight=False)
+
+
+def _demo_table(comparisons: Sequence[Comparison], steps: int) -> Table:
+    table = Table(title=f"Sparse edits and dense runs of the same prompt and seed, {steps} steps")
+    table.add_column("edit")
+    for heading in (
+        "mask area",
+        "dense\nms/call",
+        "sparse\nms/call",
+        "ratio",
+        "PSNR to dense\ninside mask, dB",
+        "PSNR to base\noutside, dB",
+        "latents outside\nbit-identical",
+    ):
+        table.add_column(heading, justify="right")
+    for comparison in comparisons:
+        edit = comparison.edit
+        table.add_row(
+            comparison.title,
+            f"{edit.report.area:.1%}",
+            f"{comparison.dense.ms:.1f}",
+            _number(edit.report.sparse_ms),
+            _number(comparison.speedup, "{:.2f}x"),
+            f"{comparison.psnr_to_dense_inside:.1f}",
+            f"{comparison.psnr_to_base_outside:.1f}",
+            "yes" if edit.unchanged_outside else "NO",
+        )
+    return table
+
+
+def _number(value: float | None, form: str = "{:.1f}") -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _check_output(folder: Path) -> None:
+    """Fail before the work, not after it, if the pictures cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FiseditError(f"cannot write to {str(folder)!r} ({error.strerror}); choose another --output") from error
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise FiseditError(f"{device!r} is not a device; use --device cpu or --device cuda") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise FiseditError("no CUDA device is available here; use --device cpu")
+
+
+@contextmanager
+def _clean_errors() -> Iterator[None]:
+    """Print errors that were raised on purpose without a traceback, and exit with :data:`USER_ERROR`."""
+    try:
+        yield
+    except FiseditError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {type(error).__name__}:", end=" ", soft_wrap=True)
+        Console(stderr=True).print(str(error), markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(USER_ERROR) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Questions the Editor asks a pipeline and a prompt before it runs anything.
+
+Every function here either answers or raises an error with the remedy; none of them runs a model.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from fisedit_compiler.errors import ConfigError, PromptError, RecordingError
+
+_LONGEST_BELIEVABLE_CONTEXT = 100_000
+_CALLBACK = "callback_on_step_end_tensor_inputs"
+
+
+def check_pipeline(pipe: Any) -> None:
+    """Refuse pipelines the Editor cannot drive.
+
+    Raises:
+        ConfigError: no ``unet``, or no step callback that hands out the latents.
+    """
+    name = type(pipe).__name__
+    if getattr(pipe, "unet", None) is None:
+        raise ConfigError(f"{name} has no `unet`; the Editor drives Stable-Diffusion-like diffusers pipelines")
+    if "latents" not in getattr(pipe, "_callback_tensor_inputs", ()):
+        raise ConfigError(
+            f"{name} does not hand `latents` to `callback_on_step_end`; use compiled.record() and "
+            "compiled.edit() with it directly"
+        )
+
+
+def check_prompt(pipe: Any, prompt: object, what: str = "prompt") -> str:
+    """Return ``prompt`` if every tokenizer of ``pipe`` reads all of it.
+
+    Raises:
+        PromptError: not a string, or longer than a tokenizer's limit; names the words that would be cut off.
+    """
+    if not isinstance(prompt, str):
+        raise PromptError(f"the {what} is a {type(prompt).__name__}; the Editor takes one string per run")
+    for attribute in ("tokenizer", "tokenizer_2"):
+        tokenizer = getattr(pipe, attribute, None)
+        if tokenizer is None:
+            continue
+        limit = _token_limit(pipe, tokenizer, attribute)
+        if limit is not None and _num_tokens(tokenizer, prompt) > limit:
+            raise _too_long(tokenizer, prompt, limit, what)
+    return prompt
+
+
+def scheduler_fingerprint(scheduler: Any) -> str:
+    """Class and configuration of a scheduler as text; equal for schedulers that walk the same path."""
+    config = {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")}
+    return f"{type(scheduler).__name__} {json.dumps(config, sort_keys=True, default=str)}"
+
+
+def check_scheduler(expected: str, scheduler: Any) -> None:
+    """Refuse a scheduler other than the base's.
+
+    Raises:
+        RecordingError: names the settings that differ.
+    """
+    found = scheduler_fingerprint(scheduler)
+    if found == expected:
+        return
+    old_name, old_config = expected.split(" ", 1)
+    new_name, new_config = found.split(" ", 1)
+    if old_name != new_name:
+        change = f"the base was made with {old_name}, the pipeline now has {new_name}"
+    else:
+        old, new = json.loads(old_config), json.loads(new_config)
+        keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+        change = f"{old_name} was changed since the base was made: " + ", ".join(
+            f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in keys
+        )
+    raise RecordingError(f"{change}; put the base's scheduler back, or generate the base again with this one")
+
+
+def check_same(name: str, wanted: object, base: object) -> None:
+    """Refuse an option that must be the base's, if it was given and differs.
+
+    Raises:
+        ConfigError: ``wanted`` is neither ``None`` nor equal to ``base``.
+    """
+    if wanted is not None and wanted != base:
+        raise ConfigError(
+            f"{name}={wanted!r}, but the base was made with {base!r} and an edit follows its base step by "
+            f"step; leave {name} out, or generate a new base with {name}={wanted!r}"
+        )
+
+
+def _token_limit(pipe: Any, tokenizer: Any, attribute: str) -> int | None:
+    limit = int(getattr(tokenizer, "model_max_length", 0) or 0)
+    if 0 < limit < _LONGEST_BELIEVABLE_CONTEXT:
+        return limit
+    # Tokenizers saved without a limit report about 1e30; the text encoder's table of positions is the real
+    # one.
+    encoder = getattr(pipe, attribute.replace("tokenizer", "text_encoder"), None)
+    return getattr(getattr(encoder, "config", None), "max_position_embeddings", None)
+
+
+def _num_tokens(tokenizer: Any, text: str) -> int:
+    return len(tokenizer(text, truncation=False, verbose=False).input_ids)
+
+
+def _too_long(tokenizer: Any, prompt: str, limit: int, what: str) -> PromptError:
+    words = prompt.split()
+    kept = len(words)
+    while kept and _num_tokens(tokenizer, " ".join(words[:kept])) > limit:
+        kept -= 1
+    return PromptError(
+        f"the {what} has {_num_tokens(tokenizer, prompt)} tokens and the text encoder reads {limit}; it "
+        f"would not see {' '.join(words[kept:])!r}. Shorten the {what}"
+    )

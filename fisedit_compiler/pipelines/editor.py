@@ -1,0 +1,314 @@
+"""The comfortable door: ``Editor`` makes images, edits them, and edits the edits.
+
+It drives a stock diffusers pipeline through public features only: a seeded generator and
+``callback_on_step_end`` with the latents. The sparse work is the compiled UNet's, the automatic mask's rule
+``pipelines.detect``'s, the looking at the user's arguments ``pipelines.checks``'s.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, TypeGuard
+
+import torch
+from PIL import Image
+
+from fisedit_compiler.config import SparsifyConfig
+from fisedit_compiler.errors import ConfigError, ModeError, RecordingError
+from fisedit_compiler.masks import MaskLike
+from fisedit_compiler.pipelines import checks
+from fisedit_compiler.pipelines.detect import LatentDifference
+from fisedit_compiler.pipelines.instruments import status, timed_calls
+from fisedit_compiler.pipelines.plan import EditPlan, mask_argument
+from fisedit_compiler.pipelines.runs import DenseRun, Edit, Generation, RunSettings
+from fisedit_compiler.pipelines.steps import EmptyMaskFound, FollowBase, KeepLatents
+from fisedit_compiler.runtime.module import SparseModule
+
+
+class Editor:
+    """Generate images with a diffusers pipeline and edit them, computing only what changes.
+
+    The pipeline's UNet is compiled on the first use (or ahead of it by ``prepare()``) and ``pipe.unet``
+    replaced by the compiled one; the original module is never patched, and ``close()`` or leaving a ``with``
+    block puts it back.
+
+    ``pipe`` is a Stable-Diffusion-like pipeline that hands ``latents`` to its step callback; its UNet may be
+    compiled already. ``config`` is a ``SparsifyConfig`` for that compilation. ``progress`` switches the
+    progress bars on or off; by default the pipeline's own setting counts
+    (``pipe.set_progress_bar_config(disable=...)``).
+
+    Raises:
+        ConfigError: the pipeline is not of that kind, or ``config`` was given for a compiled UNet.
+    """
+
+    def __init__(self, pipe: Any, config: SparsifyConfig | None = None, *, progress: bool | None = None) -> None:
+        checks.check_pipeline(pipe)
+        if config is not None and _is_compiled(pipe.unet):
+            raise ConfigError("pipe.unet is compiled already; leave config out, or pass the original UNet")
+        self.pipe = pipe
+        self.config = config
+        self.progress = progress
+        self._given = pipe.unet
+        self._compiled: SparseModule | None = pipe.unet if _is_compiled(pipe.unet) else None
+        self._closed = False
+
+    def __enter__(self) -> Editor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def compiled(self) -> SparseModule:
+        """The compiled UNet; compiles it if that has not happened yet. Same errors as :meth:`prepare`."""
+        self.prepare()
+        assert self._compiled is not None  # prepare() raises otherwise
+        return self._compiled
+
+    def prepare(self) -> Editor:
+        """Compile the UNet now instead of on the first use, and put it into the pipeline; returns the editor.
+
+        Raises:
+            ModeError: the editor was closed, or someone else replaced ``pipe.unet`` meanwhile.
+            CaptureError: the UNet cannot be captured.
+        """
+        if self._closed:
+            raise ModeError("this Editor is closed; make a new Editor(pipe)")
+        if self._compiled is None:
+            from fisedit_compiler import sparsify
+
+            with status("compiling the UNet", self._shows_progress()):
+                self._compiled = sparsify(self._given, self.config or SparsifyConfig())
+        elif self.pipe.unet is not self._compiled:
+            raise ModeError(
+                "pipe.unet was replaced since this Editor compiled it; put the compiled UNet back "
+                "(pipe.unet = editor.compiled before the change) or make a new Editor(pipe)"
+            )
+        self.pipe.unet = self._compiled
+        return self
+
+    def close(self) -> None:
+        """Put the UNet the editor was given back into the pipeline; closing twice is fine."""
+        if not self._closed and self.pipe.unet is self._compiled:
+            self.pipe.unet = self._given
+        self._closed = True
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        seed: int,
+        negative_prompt: str | None = None,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 5.0,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> Generation:
+        """Make an image densely and record what its edits will need.
+
+        Args:
+            prompt: what to draw.
+            seed: of the noise; drawn on the CPU, so that every machine draws the same.
+            negative_prompt: what to keep away from.
+            num_inference_steps: steps of the scheduler.
+            guidance_scale: weight of classifier-free guidance; 1 or less turns it off.
+            height: of the image in pixels; the model's own size if left out.
+            width: likewise.
+
+        Raises:
+            PromptError: a prompt is no string, or longer than the text encoder reads.
+            FiseditError: another of its subclasses, if the UNet cannot be compiled or recorded.
+        """
+        self._check_prompts(prompt, negative_prompt)
+        compiled = self.compiled
+        default_height, default_width = self._default_size()
+        settings = RunSettings(
+            seed=seed,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            height=height or default_height,
+            width=width or default_width,
+            scheduler=checks.scheduler_fingerprint(self.pipe.scheduler),
+        )
+        keep = KeepLatents()
+        with compiled.record() as recording:
+            image = self._run(prompt, negative_prompt, settings, keep, "generate")
+        return Generation(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            settings=settings,
+            image=image,
+            latents=tuple(keep.latents),
+            initial_latents=self._initial_latents(keep.latents[0], settings),
+            recording=recording,
+        )
+
+    def edit(
+        self,
+        base: Generation,
+        prompt: str,
+        *,
+        mask: MaskLike | LatentDifference | None = None,
+        dense_calls: int = 4,
+        negative_prompt: str | None = None,
+        record: bool = True,
+        seed: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+    ) -> Edit:
+        """Change the prompt of ``base`` and compute only the sites of the mask again.
+
+        Seed, steps, guidance, size and scheduler are the base's; ``seed``, ``num_inference_steps`` and
+        ``guidance_scale`` may be repeated, but not changed. The same prompts, or an empty mask, return the
+        base's image without a sparse call.
+
+        Args:
+            base: a generation, or an earlier edit made with ``record=True``.
+            prompt: the new text.
+            mask: what to change, in any form :func:`fisedit_compiler.masks.to_site_mask` takes, at the latent's
+                or the image's size. ``None`` or ``"latent-difference"`` finds it: the first steps run densely
+                and the mask is where the latents leave the base's; if that is everywhere, the whole run is dense.
+                A :class:`~fisedit_compiler.pipelines.detect.LatentDifference` does so with its own settings.
+            dense_calls: steps the automatic mask is found in; each costs a dense UNet call.
+            negative_prompt: the base's if left out.
+            record: keep a recording of the edited run, so that the edit can be edited; costs memory like the
+                base's.
+            seed: the base's.
+            num_inference_steps: the base's.
+            guidance_scale: the base's.
+
+        Raises:
+            PromptError: a prompt is no string, or longer than the text encoder reads.
+            MaskError: the mask has the wrong size, type or contents.
+            RecordingError: the scheduler was changed, or the base has no recording or another model's.
+            ConfigError: another seed, number of steps or guidance than the base's, or ``dense_calls`` out of
+                range.
+        """
+        started = time.perf_counter()
+        settings = base.settings
+        checks.check_same("seed", seed, settings.seed)
+        checks.check_same("num_inference_steps", num_inference_steps, settings.num_inference_steps)
+        checks.check_same("guidance_scale", guidance_scale, settings.guidance_scale)
+        checks.check_scheduler(settings.scheduler, self.pipe.scheduler)
+        negative = base.negative_prompt if negative_prompt is None else negative_prompt
+        self._check_prompts(prompt, negative)
+        if base.recording is None:
+            raise RecordingError(
+                "this edit was made with record=False, so it cannot be edited; make it with record=True"
+            )
+
+        source, given = mask_argument(mask, base)
+        if isinstance(given, LatentDifference) and not 1 <= dense_calls < len(base.latents):
+            raise ConfigError(
+                f"dense_calls={dense_calls} must be at least 1 and less than the {len(base.latents)} steps of the base"
+            )
+        plan = EditPlan(base, prompt, negative, source, given, dense_calls, record, started)
+        if prompt == base.prompt and (negative or "") == (base.negative_prompt or ""):
+            return plan.unchanged("the prompts are the base's: nothing was run", source="none")
+        if isinstance(given, torch.Tensor) and not bool(given.any()):
+            return plan.unchanged("the mask is empty: nothing was run")
+        return self._edit(plan)
+
+    def dense(self, base: Generation, prompt: str, *, negative_prompt: str | None = None) -> DenseRun:
+        """Run ``prompt`` with the base's noise and settings through the unmodified UNet, for comparison.
+
+        Raises:
+            PromptError: a prompt is no string, or longer than the text encoder reads.
+            RecordingError: the scheduler was changed since the base was made.
+        """
+        checks.check_scheduler(base.settings.scheduler, self.pipe.scheduler)
+        negative = base.negative_prompt if negative_prompt is None else negative_prompt
+        self._check_prompts(prompt, negative)
+        compiled = self.compiled
+        keep = KeepLatents()
+        self.pipe.unet = compiled.original
+        try:
+            with timed_calls(compiled.original) as seconds:
+                image = self._run(prompt, negative, base.settings, keep, "dense")
+        finally:
+            self.pipe.unet = compiled
+        return DenseRun(image, keep.latents[-1], tuple(seconds))
+
+    def _edit(self, plan: EditPlan) -> Edit:
+        base = plan.base
+        compiled = self.compiled
+        assert base.recording is not None  # edit() refuses a base without
+        try:
+            mask = plan.mask if isinstance(plan.mask, torch.Tensor) else None
+            with compiled.edit(base.recording, mask=mask, record=plan.record) as session:
+                growth = compiled.sparsify_config.dilation
+                follow = FollowBase(base.latents, session, plan.mask, plan.dense_calls, growth)
+                with timed_calls(compiled) as seconds:
+                    image = self._run(plan.prompt, plan.negative_prompt, base.settings, follow, "edit")
+        except EmptyMaskFound as found:
+            return plan.unchanged("the latents do not differ from the base's", calls=found.calls)
+        return plan.edited(image, follow, session, seconds)
+
+    def _run(
+        self,
+        prompt: str,
+        negative_prompt: str | None,
+        settings: RunSettings,
+        callback: Callable[..., dict[str, torch.Tensor]],
+        description: str,
+    ) -> Image.Image:
+        """One run of the pipeline; ``callback`` sees the latents after every step."""
+        with self._progress_bar(description):
+            output = self.pipe(
+                prompt=prompt,
+                negative_prompt=negative_prompt,
+                num_inference_steps=settings.num_inference_steps,
+                guidance_scale=settings.guidance_scale,
+                height=settings.height,
+                width=settings.width,
+                generator=torch.Generator("cpu").manual_seed(settings.seed),
+                callback_on_step_end=callback,
+                callback_on_step_end_tensor_inputs=["latents"],
+                output_type="pil",
+            )
+        image: Image.Image = output.images[0]
+        return image
+
+    @contextmanager
+    def _progress_bar(self, description: str) -> Iterator[None]:
+        """The pipeline's own bar, named or switched off for one run, the user's settings back afterwards."""
+        saved = dict(getattr(self.pipe, "_progress_bar_config", {}))
+        disable = not self._shows_progress()
+        self.pipe.set_progress_bar_config(**{"desc": description, **saved, "disable": disable})
+        try:
+            yield
+        finally:
+            self.pipe.set_progress_bar_config(**saved)
+
+    def _shows_progress(self) -> bool:
+        if self.progress is not None:
+            return self.progress
+        return not getattr(self.pipe, "_progress_bar_config", {}).get("disable", False)
+
+    def _check_prompts(self, prompt: str, negative_prompt: str | None) -> None:
+        checks.check_prompt(self.pipe, prompt)
+        if negative_prompt is not None:
+            checks.check_prompt(self.pipe, negative_prompt, "negative prompt")
+
+    def _default_size(self) -> tuple[int, int]:
+        size = self.pipe.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * self.pipe.vae_scale_factor, width * self.pipe.vae_scale_factor
+
+    def _initial_latents(self, like: torch.Tensor, settings: RunSettings) -> torch.Tensor:
+        """The noise of the run that has just ended, drawn again while the scheduler is still set to it."""
+        generator = torch.Generator("cpu").manual_seed(settings.seed)
+        noise = self.pipe.prepare_latents(
+            1, like.shape[1], settings.height, settings.width, like.dtype, like.device, generator
+        )
+        assert isinstance(noise, torch.Tensor)
+        return noise
+
+
+def _is_compiled(unet: Any) -> TypeGuard[SparseModule]:
+    return callable(getattr(unet, "record", None)) and callable(getattr(unet, "edit", None))

@@ -1,0 +1,109 @@
+"""One edit before it runs and after: its checked arguments, where its mask comes from, and the result they make.
+
+Nothing is run here; ``pipelines.editor`` does that in between.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from fisedit_compiler import masks
+from fisedit_compiler.masks import MaskLike
+from fisedit_compiler.pipelines.detect import LatentDifference
+from fisedit_compiler.pipelines.report import EditReport
+from fisedit_compiler.pipelines.runs import Edit, Generation
+from fisedit_compiler.pipelines.steps import FollowBase
+from fisedit_compiler.runtime.sessions import EditSession
+
+AUTOMATIC_MASK = "latent-difference"
+
+
+@dataclass(frozen=True)
+class EditPlan:
+    """The checked arguments of one edit, and the two ways it can end."""
+
+    base: Generation
+    prompt: str
+    negative_prompt: str | None
+    source: str
+    mask: torch.Tensor | LatentDifference
+    dense_calls: int
+    record: bool
+    started: float
+
+    def unchanged(self, note: str, source: str | None = None, calls: tuple[tuple[str, float], ...] = ()) -> Edit:
+        """The base as an edit: same picture, latents and recording."""
+        empty = torch.zeros(self.base.latents[0].shape[-2:], dtype=torch.bool)
+        report = EditReport(
+            mask_source=source or self.source,
+            area=0.0,
+            calls=calls,
+            wall_seconds=time.perf_counter() - self.started,
+            recording_bytes=_nbytes(self.base),
+            note=note,
+        )
+        base = self.base
+        return Edit(
+            prompt=self.prompt,
+            negative_prompt=self.negative_prompt,
+            settings=base.settings,
+            image=base.image,
+            latents=base.latents,
+            initial_latents=base.initial_latents,
+            recording=base.recording,
+            base=base,
+            mask=empty,
+            report=report,
+        )
+
+    def edited(self, image: Image.Image, follow: FollowBase, session: EditSession, seconds: Sequence[float]) -> Edit:
+        """The edit whose run has ended."""
+        found = follow.detected
+        mask = follow.mask
+        assert mask is not None  # the run has ended, so a mask was given or found
+        # The session's own times leave out what a GPU is still doing when a call returns.
+        kinds = [kind for kind, _ in session.timings]
+        report = EditReport(
+            mask_source=self.source,
+            area=masks.area(mask),
+            threshold=None if found is None else found.threshold,
+            calls=tuple(zip(kinds, seconds, strict=True)),
+            wall_seconds=time.perf_counter() - self.started,
+            recording_bytes=_nbytes(self.base),
+            restored_steps=follow.restored_steps,
+            note="the prompt changes the whole picture: run densely" if found and found.everywhere else "",
+        )
+        return Edit(
+            prompt=self.prompt,
+            negative_prompt=self.negative_prompt,
+            settings=self.base.settings,
+            image=image,
+            latents=tuple(follow.latents),
+            initial_latents=self.base.initial_latents,
+            recording=session.result if self.record else None,
+            base=self.base,
+            mask=mask,
+            report=report,
+            heat=None if found is None else found.heat,
+        )
+
+
+def mask_argument(
+    mask: MaskLike | LatentDifference | None, base: Generation
+) -> tuple[str, torch.Tensor | LatentDifference]:
+    """Where the mask comes from, and the mask itself or the rule that will find it."""
+    if isinstance(mask, LatentDifference):
+        return AUTOMATIC_MASK, mask.fresh()
+    if mask is None or (isinstance(mask, str) and mask == AUTOMATIC_MASK):
+        return AUTOMATIC_MASK, LatentDifference()
+    height, width = base.latents[0].shape[-2:]
+    return "user", masks.to_site_mask(mask, height, width, image_scale=base.settings.height // height)
+
+
+def _nbytes(base: Generation) -> int:
+    return base.recording.nbytes if base.recording is not None else 0

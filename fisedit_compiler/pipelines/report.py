@@ -1,0 +1,87 @@
+"""What an edit cost, as numbers and as text. Nothing is measured here."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class EditReport:
+    """The cost of one edit; ``print(report)`` shows it.
+
+    Attributes:
+        mask_source: ``"latent-difference"``, ``"user"`` or ``"none"`` (the base was returned without a run).
+        area: share of the sites that the mask makes active, in [0, 1].
+        threshold: Otsu's threshold of the automatic mask.
+        calls: ``(kind, seconds)`` of every UNet call, kind ``"dense"``, ``"sparse"`` or ``"skipped"``.
+        wall_seconds: duration of the whole edit, text encoder and decoder included.
+        recording_bytes: size of the recording the edit read from.
+        restored_steps: steps after which latents outside the mask had to be set back to the base's: the end of
+            an automatic mask's dense calls and the steps in which the scheduler remembers them. 0 with a mask
+            given by the user, unless the base is an edit that had such steps itself.
+        note: why nothing was run, or everything densely.
+    """
+
+    mask_source: str
+    area: float
+    threshold: float | None = None
+    calls: Sequence[tuple[str, float]] = field(default=(), repr=False)
+    wall_seconds: float = 0.0
+    recording_bytes: int = 0
+    restored_steps: int = 0
+    note: str = ""
+
+    @property
+    def dense_calls(self) -> int:
+        """UNet calls made densely, to find the mask."""
+        return self._count("dense")
+
+    @property
+    def sparse_calls(self) -> int:
+        """UNet calls that computed the active sites only."""
+        return self._count("sparse")
+
+    @property
+    def skipped_calls(self) -> int:
+        """Calls answered from the recording alone."""
+        return self._count("skipped")
+
+    @property
+    def dense_ms(self) -> float | None:
+        """Median milliseconds of a dense call; ``None`` if there was none."""
+        return self._median_ms("dense")
+
+    @property
+    def sparse_ms(self) -> float | None:
+        """Median milliseconds of a sparse call; ``None`` if there was none."""
+        return self._median_ms("sparse")
+
+    def __str__(self) -> str:
+        lines = [f"mask      {self.area:.1%} of the sites ({self._source()})"]
+        for kind, count, median in (
+            ("dense", self.dense_calls, self.dense_ms),
+            ("sparse", self.sparse_calls, self.sparse_ms),
+        ):
+            if median is not None:
+                lines.append(f"{kind:<9} {count} calls, {median:.1f} ms each (median)")
+        if self.skipped_calls:
+            lines.append(f"skipped   {self.skipped_calls} calls")
+        lines.append(f"recording {self.recording_bytes / 2**20:.1f} MiB")
+        lines.append(f"wall      {self.wall_seconds:.2f} s")
+        if self.note:
+            lines.append(f"note      {self.note}")
+        return "\n".join(lines)
+
+    def _source(self) -> str:
+        if self.threshold is None:
+            return self.mask_source
+        return f"{self.mask_source}, threshold {self.threshold:.3g}"
+
+    def _count(self, kind: str) -> int:
+        return sum(1 for seen, _ in self.calls if seen == kind)
+
+    def _median_ms(self, kind: str) -> float | None:
+        times = [seconds for seen, seconds in self.calls if seen == kind]
+        return 1000.0 * statistics.median(times) if times else None

@@ -1,0 +1,115 @@
+"""The results of an Editor: a generated image, an edited one, and a dense one to compare with.
+
+They are plain data; the work is done in ``pipelines.editor``.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+
+from fisedit_compiler.pipelines.report import EditReport
+from fisedit_compiler.runtime.recording import Recording
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a run must share with its edits.
+
+    Attributes:
+        seed: of the CPU generator that draws the noise, so that every machine draws the same.
+        num_inference_steps: as given to the pipeline.
+        guidance_scale: as given to the pipeline.
+        height: of the image in pixels.
+        width: of the image in pixels.
+        scheduler: fingerprint of the scheduler, see
+            :func:`~fisedit_compiler.pipelines.checks.scheduler_fingerprint`.
+    """
+
+    seed: int
+    num_inference_steps: int
+    guidance_scale: float
+    height: int
+    width: int
+    scheduler: str = field(repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """An image, and everything an edit of it starts from.
+
+    Attributes:
+        prompt: the text it was made from.
+        negative_prompt: the text it was guided away from.
+        settings: what its edits must share.
+        image: the decoded picture.
+        latents: the latents after every step, each ``[1, C, H, W]`` in the model's dtype and on its device.
+        initial_latents: the noise the run started from, same form.
+        recording: what the UNet recorded; ``None`` for an edit made with ``record=False``.
+    """
+
+    prompt: str
+    negative_prompt: str | None
+    settings: RunSettings
+    image: Image.Image = field(repr=False)
+    latents: Sequence[torch.Tensor] = field(repr=False)
+    initial_latents: torch.Tensor = field(repr=False)
+    recording: Recording | None = field(repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Edit(Generation):
+    """An edited image; it can be edited again if it was recorded.
+
+    Attributes:
+        base: the run that was edited.
+        mask: bool ``[H, W]`` at the latent's size, on the CPU; true where the edit was allowed to change the
+            latents.
+        report: what it cost.
+        heat: the map behind an automatic mask, float32 ``[H, W]``.
+    """
+
+    base: Generation = field(repr=False)
+    mask: torch.Tensor = field(repr=False)
+    report: EditReport
+    heat: torch.Tensor | None = field(default=None, repr=False)
+
+    @property
+    def unchanged_outside(self) -> bool:
+        """Whether the final latents outside the mask are the base's, bit for bit."""
+        outside = ~self.mask.to(self.latents[-1].device)
+        return torch.equal(self.latents[-1][..., outside], self.base.latents[-1][..., outside])
+
+    def show(self) -> Figure:
+        """Base, mask over base, and edit as a matplotlib figure, which notebooks display."""
+        from fisedit_compiler.pipelines.drawing import edit_figure
+
+        return edit_figure(self)
+
+
+@dataclass(frozen=True, eq=False)
+class DenseRun:
+    """The same prompt and seed through the unmodified UNet, to compare an edit with.
+
+    Attributes:
+        image: the decoded picture.
+        latents: the final latents ``[1, C, H, W]``.
+        call_seconds: duration of every UNet call.
+    """
+
+    image: Image.Image = field(repr=False)
+    latents: torch.Tensor = field(repr=False)
+    call_seconds: Sequence[float] = field(repr=False)
+
+    @property
+    def ms(self) -> float:
+        """Median milliseconds of a UNet call."""
+        return 1000.0 * statistics.median(self.call_seconds)

@@ -1,0 +1,114 @@
+"""What happens between two steps of a run: the callbacks an Editor hands to a diffusers pipeline.
+
+A callback sees the latents after every step and may replace them. That is the only way an Editor touches a
+run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fisedit_compiler import masks
+from fisedit_compiler.errors import RecordingError
+from fisedit_compiler.pipelines.detect import DetectedMask, LatentDifference
+from fisedit_compiler.runtime.sessions import EditSession
+
+
+class EmptyMaskFound(Exception):
+    """The automatic mask is empty. Ends a run from inside; the Editor catches it, users never see it."""
+
+    def __init__(self, calls: tuple[tuple[str, float], ...]) -> None:
+        super().__init__("the automatic mask is empty")
+        self.calls = calls
+
+
+class KeepLatents:
+    """Keeps the latents of every step and changes nothing."""
+
+    def __init__(self) -> None:
+        self.latents: list[torch.Tensor] = []
+
+    def __call__(
+        self, pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        # A scheduler may reuse its buffers, so each step is copied.
+        self.latents.append(tensors["latents"].detach().clone())
+        return tensors
+
+
+class FollowBase:
+    """Keeps an edit on its base outside the mask, and finds the mask first if none was given.
+
+    A mask is a tensor or the rule to find one by. Until it is known the UNet runs densely under the new prompt;
+    after ``dense_calls`` steps the mask is where the latents left the base's. From then on the latents outside
+    the mask are set to the base's after every step. In a sparse step of a stateless scheduler they are so
+    already, bit for bit; the step that ends the dense calls needs it, and so do multistep schedulers for as long
+    as they remember a dense call.
+    """
+
+    def __init__(
+        self,
+        base_latents: Sequence[torch.Tensor],
+        session: EditSession,
+        mask: torch.Tensor | LatentDifference,
+        dense_calls: int,
+        growth: int = 0,
+    ) -> None:
+        self.latents: list[torch.Tensor] = []
+        self.detected: DetectedMask | None = None
+        self._base_latents = base_latents
+        self._session = session
+        self._dense_calls = dense_calls
+        self._difference = mask if isinstance(mask, LatentDifference) else None
+        self._growth = growth
+        self._mask = self._grown(mask) if isinstance(mask, torch.Tensor) else None
+        self._restored: list[torch.Tensor] = []
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """The mask as the session uses it, grown by the configured dilation; bool ``[H, W]``, on the CPU."""
+        if self._mask is None:
+            return None if self.detected is None else self.detected.mask
+        return self._mask.cpu()
+
+    @property
+    def restored_steps(self) -> int:
+        """Steps after which latents outside the mask differed from the base's and were set back."""
+        return sum(int(changed) for changed in self._restored)
+
+    def __call__(
+        self, pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        latents = tensors["latents"]
+        if step >= len(self._base_latents):
+            raise RecordingError(
+                f"the pipeline makes step {step + 1}, but the base has {len(self._base_latents)}; "
+                "put the base's scheduler back"
+            )
+        base = self._base_latents[step]
+        if self._difference is not None and self.detected is None:
+            self._find_mask(self._difference, step, latents, base)
+        if self._mask is not None:
+            # The flag stays on the device: reading it here would make the GPU wait at every step.
+            self._restored.append(((latents != base) & ~self._mask).any())
+            latents = torch.where(self._mask, latents, base)
+        self.latents.append(latents.detach().clone())
+        return {"latents": latents}
+
+    def _find_mask(self, difference: LatentDifference, step: int, latents: torch.Tensor, base: torch.Tensor) -> None:
+        difference.update(latents, base)
+        if step + 1 < self._dense_calls:
+            return
+        self.detected = difference.detect()
+        if self.detected.everywhere:
+            return  # nothing to keep: without a mask the session runs the other calls densely, too
+        if not bool(self.detected.mask.any()):
+            raise EmptyMaskFound(tuple(self._session.timings))
+        self._session.set_mask(self.detected.mask)
+        self._mask = self._grown(self.detected.mask)
+
+    def _grown(self, mask: torch.Tensor) -> torch.Tensor:
+        return masks.grown(mask, self._growth).to(self._base_latents[0].device)

@@ -1,0 +1,51 @@
+"""The demo's story and numbers, and the command around it, on the tiny pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from fisedit_compiler import cli, models
+from fisedit_compiler.pipelines import Editor
+from fisedit_compiler.pipelines.demo import masked_psnr, run_demo, save_pictures
+
+
+def test_demo_compares_three_kinds_of_edit(pinned_editor: Editor, tmp_path: Path) -> None:
+    drawn, automatic, second = run_demo(pinned_editor, seed=1, steps=6)
+    assert drawn.edit.report.mask_source == "user"
+    assert automatic.edit.report.mask_source == "latent-difference"
+    assert second.edit.base is automatic.edit
+    assert drawn.psnr_to_base_outside > 0
+    assert drawn.speedup is not None
+    assert all(comparison.edit.unchanged_outside for comparison in (drawn, automatic, second))
+    paths = save_pictures([drawn, automatic, second], tmp_path / "new" / "folder")
+    assert len(paths) == 1 + 3 * 3 + 1
+    assert Image.open(paths[-1]).height > 3 * 256
+
+
+def test_demo_command_prints_one_table(
+    tiny_pipe: Any, pinned_editor: Editor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "load_pipeline", lambda model, device: tiny_pipe)
+    result = CliRunner().invoke(
+        cli.app,
+        ["demo", "--output", str(tmp_path), "--steps", "6", "--seed", "1", "--no-progress"],
+        env={"COLUMNS": "160"},
+    )
+    assert result.exit_code == 0, result.output
+    assert result.output.count("bit-identical") == 1
+    assert result.output.count("yes") == 3
+    assert (tmp_path / "sheet.png").exists()
+
+
+def test_masked_psnr() -> None:
+    black, grey = Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4), (51, 51, 51))
+    everywhere = np.ones((4, 4), dtype=bool)
+    assert masked_psnr(black, black, everywhere) == float("inf")
+    assert masked_psnr(black, grey, everywhere) == pytest.approx(20 * np.log10(5))
+    assert np.isnan(masked_psnr(black, grey, ~everywhere))
