@@ -1,0 +1,224 @@
+"""What every benchmark shares: describing the machine, timing side by side, printing and writing the result.
+
+No question about the compiler is answered here; each question has a module of its own beside this one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+LIBRARIES = ("fisedit-compiler", "torch", "triton", "diffusers", "transformers", "numpy")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Repeated wall-clock times of one thing, in milliseconds."""
+
+    samples_ms: tuple[float, ...]
+
+    @property
+    def median_ms(self) -> float:
+        return statistics.median(self.samples_ms)
+
+    @property
+    def iqr_ms(self) -> float:
+        """Distance of the quartiles: the spread that one disturbed repeat does not change."""
+        if len(self.samples_ms) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.samples_ms, n=4, method="inclusive")
+        return high - low
+
+    def as_dict(self, prefix: str) -> dict[str, float]:
+        """``{prefix}_ms`` and ``{prefix}_iqr_ms``, rounded to a microsecond."""
+        return {f"{prefix}_ms": round(self.median_ms, 3), f"{prefix}_iqr_ms": round(self.iqr_ms, 3)}
+
+    def __str__(self) -> str:
+        return f"{self.median_ms:.1f} ± {self.iqr_ms:.1f}"
+
+
+class Stopwatch:
+    """Collects the times of named things; a GPU's queue is drained before the clock is read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._samples: dict[str, list[float]] = {}
+
+    def time(self, name: str, function: Callable[[], Any]) -> Any:
+        """Run ``function`` once, file its time under ``name`` and return its result."""
+        self._synchronize()
+        start = time.perf_counter()
+        result = function()
+        self._synchronize()
+        self._samples.setdefault(name, []).append((time.perf_counter() - start) * 1e3)
+        return result
+
+    def __getitem__(self, name: str) -> Timing:
+        return Timing(tuple(self._samples[name]))
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def alternate(
+    sides: Sequence[Callable[[Stopwatch], None]], *, repeats: int, warmup: int, device: torch.device
+) -> Stopwatch:
+    """Time several things in turn (A, B, A, B, …), so that a machine that slows down slows all of them.
+
+    Args:
+        sides: each runs its thing once and times, with the stopwatch it is given, the part that counts.
+        repeats: timed rounds.
+        warmup: rounds before them whose times are dropped.
+        device: whose queue has to be empty before the clock is read.
+    """
+    for _ in range(warmup):
+        for side in sides:
+            side(Stopwatch(device))
+    stopwatch = Stopwatch(device)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(repeats):
+            for side in sides:
+                side(stopwatch)
+    finally:
+        gc.enable()
+    return stopwatch
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the numbers were taken on. No host name: the model of the parts is what matters."""
+    description: dict[str, Any] = {
+        "device": device.type,
+        "system": platform.system(),
+        "architecture": platform.machine(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": _load_average(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        description["gpu"] = properties.name
+        description["gpu_memory_gib"] = round(properties.total_memory / 2**30, 1)
+    return description
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python, CUDA and the libraries a number depends on."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    for library in LIBRARIES:
+        try:
+            found[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            found[library] = None
+    # The build (+cpu, +cu130) says more than the number of the release.
+    found["torch"] = torch.__version__
+    return found
+
+
+@dataclass(frozen=True)
+class Report:
+    """A finished benchmark.
+
+    Attributes:
+        benchmark: name of the module that ran.
+        settings: its options, so that the run can be repeated.
+        machine: see :func:`machine`.
+        versions: see :func:`versions`.
+        rows: the measurements, one JSON object each.
+    """
+
+    benchmark: str
+    settings: Mapping[str, Any]
+    machine: Mapping[str, Any]
+    versions: Mapping[str, str | None]
+    rows: Sequence[Mapping[str, Any]]
+
+    def as_json(self) -> str:
+        return json.dumps(
+            {
+                "benchmark": self.benchmark,
+                "settings": dict(self.settings),
+                "machine": dict(self.machine),
+                "versions": dict(self.versions),
+                "rows": [dict(row) for row in self.rows],
+            },
+            indent=2,
+        )
+
+    def publish(self, table: Table, path: Path | None, console: Console | None = None) -> None:
+        """Print machine, versions and table; write the JSON to ``path`` unless it is ``None``."""
+        console = console or Console()
+        for label, facts in (("machine", self.machine), ("versions", self.versions)):
+            shown = ", ".join(f"{key} {value}" for key, value in facts.items() if value is not None)
+            console.print(f"[bold]{label}[/bold]: {shown}", highlight=False, soft_wrap=True)
+        console.print(table)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(self.as_json() + "\n", encoding="utf-8")
+            console.print(f"written to {path}", highlight=False, soft_wrap=True)
+
+
+def argument_parser(description: str, *, repeats: int) -> argparse.ArgumentParser:
+    """The options every benchmark has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--device", default="cpu", help="where to run: cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float32 on a CPU")
+    parser.add_argument("--threads", type=positive, help="CPU threads; default: what torch chooses")
+    parser.add_argument("--repeats", type=positive, default=repeats, help="timed repeats of everything")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here as well")
+    return parser
+
+
+def positive(text: str) -> int:
+    """A whole number of at least one, for ``argparse``."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least one")
+    return number
+
+
+def prepare(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    """Apply ``--threads`` and resolve ``--device`` and ``--dtype``.
+
+    Raises:
+        SystemExit: the device is not there.
+    """
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: this machine has no CUDA device, or this torch was built without CUDA")
+    default = "float32" if device.type == "cpu" else "float16"
+    return device, getattr(torch, options.dtype or default)
+
+
+def _cpu_name() -> str:
+    """The processor's model; ``platform.processor()`` is empty on most Linux systems."""
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or "unknown"
+
+
+def _load_average() -> float | None:
+    """Work already queued when the benchmark began: above zero, the numbers carry somebody else's work."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None

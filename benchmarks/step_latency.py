@@ -1,0 +1,139 @@
+"""How long is a sparse step, by mask area, against the dense step of the same model in the same run?
+
+A run is recorded; then, for every mask fraction, the dense call of the original module and the sparse call of
+the compiled one are timed in turn, both with the edited prompt. ``ratio`` is dense over sparse.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script: make the repository's root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from rich.table import Table
+
+from benchmarks.harness import (
+    Report,
+    Stopwatch,
+    alternate,
+    argument_parser,
+    machine,
+    positive,
+    prepare,
+    versions,
+)
+from benchmarks.subjects import Call, load_unet, make_call, square_mask
+
+FRACTIONS = (0.02, 0.06, 0.15, 0.30, 0.60, 1.00)
+
+
+def measure(
+    unet: torch.nn.Module, compiled: Any, call: Call, fraction: float, *, repeats: int, warmup: int
+) -> dict[str, Any]:
+    """One row: dense and sparse step at one mask fraction.
+
+    Two calls are recorded and two are run in every edit, each edit with a prompt never seen before. Its first
+    call also computes what depends on the prompt alone; the second one is the step that a run repeats, and is
+    what ``sparse_ms`` means. The mask's tables are built in the warm-up and serve every edit with that mask.
+    """
+    mask = square_mask(fraction, *call.sample.shape[-2:]).to(call.sample.device)
+    with compiled.record() as recording:
+        for _ in range(2):
+            call.dense(compiled)
+
+    def dense(stopwatch: Stopwatch) -> None:
+        stopwatch.time("dense", lambda: call.dense(unet, text=call.edit_text))
+
+    def sparse(stopwatch: Stopwatch) -> None:
+        new_text = torch.randn_like(call.edit_text)
+        with compiled.edit(recording, mask=mask):
+            stopwatch.time("first", lambda: call.dense(compiled, text=new_text))
+            stopwatch.time("sparse", lambda: call.dense(compiled, text=new_text))
+
+    stopwatch = alternate([dense, sparse], repeats=repeats, warmup=warmup, device=call.sample.device)
+    dense_time, sparse_time = stopwatch["dense"], stopwatch["sparse"]
+    return {
+        "mask_fraction": round(mask.float().mean().item(), 4),
+        "requested_fraction": fraction,
+        **dense_time.as_dict("dense"),
+        **sparse_time.as_dict("sparse"),
+        **stopwatch["first"].as_dict("sparse_first_call"),
+        "ratio": round(dense_time.median_ms / sparse_time.median_ms, 3),
+    }
+
+
+def draw(rows: list[dict[str, Any]], title: str) -> Table:
+    """The rows as a table for people."""
+    table = Table(title=title, caption="median ± interquartile range; ratio = dense / sparse")
+    for column in ("mask", "dense ms", "sparse ms", "first call ms", "ratio"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            f"{row['mask_fraction']:.1%}",
+            *(
+                f"{row[f'{name}_ms']:.1f} ± {row[f'{name}_iqr_ms']:.1f}"
+                for name in ("dense", "sparse", "sparse_first_call")
+            ),
+            f"{row['ratio']:.2f}x",
+        )
+    return table
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argument_parser(str(__doc__).splitlines()[0], repeats=15)
+    parser.add_argument("--model", type=Path, metavar="DIR", help="a model in diffusers layout; default: embedded")
+    parser.add_argument("--fractions", type=float, nargs="+", default=list(FRACTIONS), metavar="F", help="mask areas")
+    parser.add_argument("--height", type=positive, default=64, help="of the latents")
+    parser.add_argument("--width", type=positive, default=64, help="of the latents")
+    parser.add_argument("--batch", type=positive, default=2, help="2 is one image with guidance")
+    parser.add_argument("--tokens", type=positive, help="length of the text; default: 32 embedded, else 77")
+    parser.add_argument("--norm", default="recorded", help="SparsifyConfig.norm")
+    parser.add_argument("--attention", default="cached", help="SparsifyConfig.attention")
+    parser.add_argument("--warmup", type=positive, default=2, help="untimed repeats before the timed ones")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> Report:
+    """Run the benchmark, print and write its report."""
+    options = parse(arguments)
+    device, dtype = prepare(options)
+    from fisedit_compiler import SparsifyConfig, sparsify
+
+    facts = machine(device)
+    unet = load_unet(options.model, device, dtype)
+    call = make_call(
+        unet,
+        batch=options.batch,
+        height=options.height,
+        width=options.width,
+        tokens=options.tokens or (77 if options.model else 32),
+    )
+    compiled = sparsify(unet, SparsifyConfig(norm=options.norm, attention=options.attention))
+    with torch.no_grad():
+        rows = [
+            measure(unet, compiled, call, fraction, repeats=options.repeats, warmup=options.warmup)
+            for fraction in options.fractions
+        ]
+    settings = {
+        "model": options.model.name if options.model else "emoji-scenes",
+        "latents": [options.batch, *call.sample.shape[1:]],
+        "dtype": str(dtype).removeprefix("torch."),
+        "norm": options.norm,
+        "attention": options.attention,
+        "repeats": options.repeats,
+        "warmup": options.warmup,
+    }
+    report = Report("step_latency", settings, facts, versions(), rows)
+    title = f"{settings['model']}, latents {settings['latents']}, {settings['dtype']}"
+    report.publish(draw(rows, title), options.json)
+    return report
+
+
+if __name__ == "__main__":
+    main()
