@@ -285,13 +285,14 @@ def _expression(size: int | torch.SymInt, symbols: dict[sympy.Symbol, sympy.Expr
 
 
 def _source_line(stack_trace: str | None) -> str | None:
-    """``file.py:123: code`` of the innermost frame, without the directory."""
+    """``file.py:123: code`` of the innermost frame of the user's model, without the directory."""
     if not stack_trace:
         return None
     frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)', stack_trace)
     if not frames:
         return None
-    file, line, code = frames[-1]
+    # A line of torch.nn says less than the line that called the layer.
+    file, line, code = next((frame for frame in reversed(frames) if "/torch/nn/" not in frame[0]), frames[-1])
     return f"{file.rsplit('/', 1)[-1]}:{line}: {code.strip()}"
 
 

@@ -18,7 +18,7 @@ from torch import fx
 from fisedit_compiler import ir
 from fisedit_compiler.ir import has_spec
 from fisedit_compiler.layout import Layout
-from fisedit_compiler.passes.base import Pass, Rewriter
+from fisedit_compiler.passes.base import Pass, Rewriter, slot_name
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
@@ -92,9 +92,8 @@ class SelfAttention(Pass):
         else:
             level = layouts[0].level
             assert level is not None
-            path = ir.path_of(node)
-            key_canvas = rewriter.canvas(call.key, f"{path}.key", node)
-            value_canvas = rewriter.canvas(call.value, f"{path}.value", node)
+            key_canvas = rewriter.canvas(call.key, slot_name(node, "key"), node)
+            value_canvas = rewriter.canvas(call.value, slot_name(node, "value"), node)
             active = rewriter.active(level, node)
             args = (query, key, value, key_canvas, value_canvas, active, call.scale)
             rows = rewriter.call(torch.ops.fisedit.attention_sites.default, args, spec, node)

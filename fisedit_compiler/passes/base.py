@@ -207,8 +207,7 @@ class Rewriter:
                 user.replace_all_uses_with(rows)
                 self.graph.erase_node(user)
         if node.users:
-            path = ir.path_of(node)
-            slot = Slot(f"{path}.output" if path else "output", node.meta["origin"], "dense", node.meta["layout"])
+            slot = Slot(slot_name(node, "output"), node.meta["origin"], "dense", node.meta["layout"])
             base = self.load(slot, spec_of(node), node)
             dense = self.call(ir.unpack, (rows, base), spec_of(node), node)
             dense.meta["layout"] = node.meta["layout"]
@@ -224,6 +223,12 @@ class Rewriter:
     def slot(self, name: str, value: fx.Node, kind: SlotKind, groups: int = 0, of: str = "") -> Slot:
         """A slot for a dense value."""
         return Slot(name, value.meta["origin"], kind, value.meta["layout"], groups, of)
+
+
+def slot_name(node: fx.Node, what: str) -> str:
+    """Natural name of a slot: the module path of the operation that asks for it, and what it is to it."""
+    path = ir.path_of(node)
+    return f"{path}.{what}" if path else what
 
 
 def _last_placeholder(node: fx.Node) -> fx.Node:

@@ -19,7 +19,7 @@ from torch import fx
 from fisedit_compiler import ir
 from fisedit_compiler.ir import ValueSpec, spec_of
 from fisedit_compiler.layout import Layout
-from fisedit_compiler.passes.base import Pass, Rewriter
+from fisedit_compiler.passes.base import Pass, Rewriter, slot_name
 from fisedit_compiler.passes.upsample import upsampling_factor
 from fisedit_compiler.runtime.site_plan import ConvKey
 
@@ -67,7 +67,7 @@ class Convolution(Pass):
         )
         args = (
             rewriter.rows(source),
-            rewriter.canvas(source, f"{ir.path_of(node)}.input", node),
+            rewriter.canvas(source, slot_name(node, "input"), node),
             rewriter.table("ring", key, ring, node),
             rewriter.table("taps", key, taps, node),
             rewriter.constant(torch.ops.fisedit.pack_conv_weight.default, (weight,), packed, node),

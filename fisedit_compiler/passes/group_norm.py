@@ -20,7 +20,7 @@ from torch import fx
 from fisedit_compiler import ir
 from fisedit_compiler.ir import ValueSpec, spec_of
 from fisedit_compiler.layout import SITES, Layout
-from fisedit_compiler.passes.base import Pass, Rewriter
+from fisedit_compiler.passes.base import Pass, Rewriter, slot_name
 
 aten = torch.ops.aten
 fisedit = torch.ops.fisedit
@@ -42,13 +42,12 @@ class GroupNorm(Pass):
             return "axes other than sites are normalised together with channels"
         assert layout.level is not None
         batch, channels = spec_of(x).shape[0], spec_of(x).shape[1]
-        path = ir.path_of(node)
         rows = _channels_last(rewriter, rewriter.rows(x), layout, node)
         pair = (sympy.Integer(groups), sympy.Integer(2))
-        statistics_slot = rewriter.slot(f"{path}.statistics", x, "statistics", groups)
+        statistics_slot = rewriter.slot(slot_name(node, "statistics"), x, "statistics", groups)
         statistics = rewriter.load(statistics_slot, ValueSpec((batch, *pair), torch.float32), node)
         if rewriter.program.config.norm == "incremental":
-            slot = rewriter.slot(f"{path}.site_sums", x, "site_sums", groups, of=str(statistics.args[0]))
+            slot = rewriter.slot(slot_name(node, "site_sums"), x, "site_sums", groups, of=str(statistics.args[0]))
             sums_spec = ValueSpec((batch, rewriter.site_count(layout.level), *pair), torch.float32)
             sums = rewriter.load(slot, sums_spec, node)
             active = rewriter.active(layout.level, node)

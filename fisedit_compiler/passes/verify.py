@@ -21,7 +21,10 @@ def verify(program: Program, after: str) -> None:
     Raises:
         VerificationError: one does not hold; names pass ``after`` and the node.
     """
-    program.graph.lint()
+    try:
+        program.graph.lint()
+    except RuntimeError as error:
+        raise VerificationError(f"After pass {after}: the graph is malformed ({error}). {_remedy(after)}") from error
     origins = {node.name for node in program.captured.graph.nodes}
     for node in program.graph.nodes:
         if node.target is ir.pack:
@@ -95,7 +98,11 @@ def _expect(after: str, node: fx.Node, actual: ValueSpec, expected: ValueSpec) -
 
 
 def _broken(after: str, node: fx.Node, problem: str) -> VerificationError:
-    return VerificationError(
-        f"After pass {after}: {ir.describe(node)} {problem}. This is a defect of the pass, not of your model; "
+    return VerificationError(f"After pass {after}: {ir.describe(node)} {problem}. {_remedy(after)}")
+
+
+def _remedy(after: str) -> str:
+    return (
+        "This is a defect of the pass, not of your model; "
         f"SparsifyConfig(disabled_passes={{{after!r}}}) avoids it until it is mended."
     )

@@ -18,7 +18,8 @@ from fisedit_compiler.layout import SITES, VIEWS, Layout, view_groups
 from fisedit_compiler.passes.base import Pass, Rewriter
 
 aten = torch.ops.aten
-PERMUTATIONS = frozenset({aten.permute.default, aten.transpose.int})
+SWAPS = frozenset({aten.transpose.int, aten.swapaxes.default, aten.swapdims.default})
+PERMUTATIONS = frozenset({aten.permute.default, aten.mT.default, aten.movedim.int, aten.movedim.intlist, *SWAPS})
 RANK_CHANGES = frozenset({aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims})
 
 
@@ -32,7 +33,7 @@ def permute_rows(rows: fx.Node, order: list[int], node: fx.Node, rewriter: Rewri
 
 
 class Permute(Pass):
-    """``permute`` and ``transpose``."""
+    """``permute``, ``transpose`` and their other spellings."""
 
     name = "permute"
     targets: ClassVar = PERMUTATIONS
@@ -54,9 +55,14 @@ class Permute(Pass):
 def _order(node: fx.Node, rank: int) -> list[int]:
     if node.target is aten.permute.default:
         return [int(axis) % rank for axis in node.args[1]]  # type: ignore[union-attr,arg-type]
-    first, second = (int(axis) % rank for axis in node.args[1:3])  # type: ignore[arg-type]
+    if node.target in (aten.movedim.int, aten.movedim.intlist):
+        sources, targets = ([axis] if isinstance(axis, int) else axis for axis in node.args[1:3])
+        moved = {int(t) % rank: int(s) % rank for s, t in zip(sources, targets, strict=True)}  # type: ignore[union-attr,arg-type]
+        kept = iter(axis for axis in range(rank) if axis not in moved.values())
+        return [moved[axis] if axis in moved else next(kept) for axis in range(rank)]
+    first, second = (-2, -1) if node.target is aten.mT.default else node.args[1:3]
     order = list(range(rank))
-    order[first], order[second] = order[second], order[first]
+    order[first], order[second] = order[second], order[first]  # type: ignore[index]
     return order
 
 

@@ -1,25 +1,37 @@
 """Two fingerprints of a module: what a program was compiled for, and what a recording was made with.
 
-*Structure* is everything that changes the graph: module classes, plain attributes (LoRA scales among them), names,
-shapes and dtypes of parameters. *Weights* are cheap checksums of parameter values, so that a fused LoRA or another
-checkpoint is noticed even when it was written through ``.data``.
+*Structure* is everything that changes the graph: module classes and their code, plain attributes (LoRA scales among
+them), names, shapes and dtypes of parameters. *Weights* are cheap checksums of parameter values, so that a fused LoRA
+or another checkpoint is noticed even when it was written through ``.data``.
 """
 
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype)
+_VERSIONED = frozenset({"torch", "diffusers"})  # packages whose versions are part of every cache key
 
 
 def structure_key(module: nn.Module) -> str:
-    """Hex digest of a module's structure. A few milliseconds for SD-sized UNets."""
+    """Hex digest of a module's structure, equal in every process. A few milliseconds for SD-sized UNets.
+
+    A diffusers config's private entries are left out: they say where a model was loaded from and, in an order that
+    differs from process to process, which values were defaults.
+    """
     digest = hashlib.sha256()
+    classes = {type(part) for part in module.modules()}
+    for code in sorted({item for part_class in classes for item in _code(part_class)}):
+        digest.update(code.encode())
     for path, part in module.named_modules():
         digest.update(f"{path}:{type(part).__module__}.{type(part).__qualname__}".encode())
         for name in sorted(vars(part)):
@@ -29,7 +41,10 @@ def structure_key(module: nn.Module) -> str:
         for name, parameter in (*part._parameters.items(), *part._buffers.items()):
             if parameter is not None:
                 digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}{parameter.device.type}".encode())
-    digest.update(repr(getattr(module, "config", "")).encode())
+    config = getattr(module, "config", None)
+    if isinstance(config, Mapping):
+        for item in _plain("config", {key: config[key] for key in config if not str(key).startswith("_")}):
+            digest.update(item.encode())
     return digest.hexdigest()
 
 
@@ -43,8 +58,36 @@ def _plain(name: str, value: Any) -> Iterator[str]:
     elif isinstance(value, Mapping):
         for key in sorted(value, key=str):
             yield from _plain(f"{name}.{key}", value[key])
+    elif isinstance(value, (FunctionType, MethodType)):
+        yield f"{name}:{value.__module__}.{value.__qualname__}:{_function(value)}"
     else:
-        yield f"{name}:{type(value).__module__}.{type(value).__qualname__}"
+        # Built-in functions have a name of their own, other objects are told apart by their class.
+        named = value if isinstance(getattr(value, "__qualname__", None), str) else type(value)
+        yield f"{name}:{named.__module__}.{named.__qualname__}"
+
+
+def _code(part_class: type) -> Iterator[str]:
+    """What tells an edited forward from the one that was compiled, for classes of no versioned package."""
+    for base in part_class.__mro__:
+        if base.__module__.partition(".")[0] in _VERSIONED | {"builtins"}:
+            continue
+        file = getattr(sys.modules.get(base.__module__), "__file__", None)
+        if file and Path(file).is_file():
+            yield f"{base.__module__}:{_file_digest(file, Path(file).stat().st_mtime_ns)}"
+        for name, value in vars(base).items():
+            if isinstance(value, FunctionType):
+                yield f"{base.__module__}.{base.__qualname__}.{name}:{_function(value)}"
+
+
+def _function(function: FunctionType | MethodType) -> str:
+    code = function.__code__
+    constants = [value for value in code.co_consts if isinstance(value, _PLAIN)]
+    return hashlib.sha256(repr((code.co_code, code.co_names, constants)).encode()).hexdigest()
+
+
+@lru_cache(maxsize=256)
+def _file_digest(file: str, modified: int) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def weights_key(module: nn.Module) -> tuple[str, tuple[float, ...]]:

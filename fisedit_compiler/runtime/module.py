@@ -173,9 +173,9 @@ class SparseModule(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("original"), name)
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> type:  # type: ignore[override]
-        """The original's class, as ``isinstance`` and diffusers' ``save_pretrained`` see it; ``type()`` is the wrapper's.
+        """The original's class, for ``isinstance`` and diffusers' ``save_pretrained``; ``type()`` tells the truth.
 
         So a pipeline that asks for a ``UNet2DConditionModel`` takes the wrapper, and saves the original.
         """

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fisedit_compiler.config import SparsifyConfig
+from fisedit_compiler.errors import RecordingError
 from fisedit_compiler.inputs import CallSignature, bind, known_model, sign
 from fisedit_compiler.program import CompiledProgram, compile_program
 from fisedit_compiler.runtime.executable import Executable
@@ -48,13 +49,16 @@ class ProgramStore:
         """The call made ready for a session, and how its result must be wrapped for the caller."""
         bound = bind(self.module, args, kwargs, self.known.constants if self.known else {})
         signature, tensors, canonical = self._sign(bound)
-        executable = self._executable(signature, canonical)
+
+        def find() -> Executable:
+            return self._executable(signature, canonical)
+
         named = {name.replace(".", "_"): tensor for name, tensor in tensors.items()}
         if self.known is None:
-            return Call(executable, signature, named, lambda: self.module(*args, **kwargs)), lambda result: result
+            return Call(find, signature, named, lambda: self.module(*args, **kwargs)), lambda result: result
         known = self.known
         fixed = {name: value for name, value in known.constants.items() if name in bound}
-        call = Call(executable, signature, named, lambda: self.module(**{**bound, **fixed}))
+        call = Call(find, signature, named, lambda: self.module(**{**bound, **fixed}))
         wanted = bind(self.module, args, kwargs, {}).get("return_dict", True)
         return call, (known.wrap if wanted else lambda result: result)
 
@@ -75,5 +79,15 @@ class ProgramStore:
             program = compile_program(
                 self.module, arguments, signature, self.config, multiple, structure=self._structure
             )
-            self._executables[key] = Executable(program, self.module)
+            self._executables[key] = Executable(program, self.module, self.config)
         return self._executables[key]
+
+
+def _check_divisible(sample: Tensor, multiple: int) -> None:
+    height, width = sample.shape[2:]
+    if height % multiple or width % multiple:
+        raise RecordingError(
+            f"The input is {height}x{width}, but the model scales its maps down to 1/{multiple}: sparse edits need "
+            f"both sizes to be multiples of {multiple}. Choose another image size; outside record() and edit() the "
+            "module takes any."
+        )

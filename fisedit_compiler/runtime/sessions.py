@@ -7,8 +7,9 @@ no graph: running is ``executable.py``'s business, entering and leaving modes ``
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import torch
@@ -30,20 +31,25 @@ class Call:
     """One call of the module, bound and flattened.
 
     Attributes:
-        executable: the program for its signature.
-        signature: what the program was compiled for.
+        find_executable: finds or compiles the program for the signature; call ``executable`` instead.
+        signature: what the program is compiled for.
         tensors: tensor arguments by placeholder name.
         run_original: runs the user's own module on the call's arguments.
     """
 
-    executable: Executable
+    find_executable: Callable[[], Executable]
     signature: CallSignature
     tensors: Mapping[str, Tensor]
     run_original: Any
 
+    @cached_property
+    def executable(self) -> Executable:
+        """The program for the signature; on first use, so that a call that is refused compiles nothing."""
+        return self.find_executable()
+
     @property
     def sample(self) -> Tensor:
-        return self.tensors[self.executable.program.spatial[0]]
+        return self.tensors[self.signature.spatial.identifier()]
 
     @property
     def timestep(self) -> float | None:
@@ -203,7 +209,8 @@ class EditSession:
                 raise RecordingError(
                     f"At call {self.call} the input differs from the recorded one outside the mask. The edit must "
                     "start from the recorded noise and follow the recorded run: the same seed (a fresh generator), "
-                    "the same scheduler and the same guidance scale. SparsifyConfig(check_inputs=False) allows it."
+                    "the same scheduler, the same guidance scale, and nothing that mixes all sites between two calls "
+                    "(guidance_rescale, dynamic thresholding). SparsifyConfig(check_inputs=False) allows it."
                 )
 
     def _grown_mask(self) -> Tensor:

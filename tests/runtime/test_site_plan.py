@@ -139,9 +139,7 @@ def test_levels_of_convolutions_are_planned_without_being_named() -> None:
 
 
 def test_equal_keys_share_tables() -> None:
-    plan = SitePlan.build(
-        _mask(8, 8, 0.1), [], [CONVS[0], ConvKey(Fraction(2, 2), ONE, (3, 3), padding=(1, 1))]
-    )
+    plan = SitePlan.build(_mask(8, 8, 0.1), [], [CONVS[0], ConvKey(Fraction(2, 2), ONE, (3, 3), padding=(1, 1))])
     assert len(plan.taps) == 1
 
 

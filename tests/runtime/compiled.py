@@ -1,0 +1,67 @@
+"""Compiled models that the runtime's tests share, and a denoising loop small enough to read.
+
+Compiling costs seconds, so each model and configuration is compiled once per process. Tests that change a
+module take ``copy.deepcopy`` of it: a copy shares no state and finds its capture in the disk cache.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisedit_compiler import SparseModule, SparsifyConfig, sparsify
+from tests.pipelines.conftest import make_tiny_pipeline
+from tests.zoo import ZOO, Inputs, ZooModel
+
+HEIGHT, WIDTH = 16, 24
+STEPS = 3
+
+
+@cache
+def compiled_model(name: str = "sd15", **options: Any) -> tuple[ZooModel, SparseModule]:
+    """A member of the zoo and the same compiled; shared, so leave it as it is."""
+    model = ZOO[name]()
+    inputs = None if model.text_length else model.make_inputs(2, HEIGHT, WIDTH)
+    return model, sparsify(model.module, SparsifyConfig(multiple=model.multiple, **options), example_inputs=inputs)
+
+
+@cache
+def compiled_pipeline() -> Any:
+    """A stock diffusers pipeline with 16 x 16 latents whose UNet is compiled; shared."""
+    pipe = make_tiny_pipeline()
+    pipe.unet = sparsify(pipe.unet)
+    return pipe
+
+
+def box(top: int, left: int, bottom: int, right: int, height: int = HEIGHT, width: int = WIDTH) -> Tensor:
+    """A rectangular mask, bool ``[height, width]``."""
+    mask = torch.zeros(height, width, dtype=torch.bool)
+    mask[top:bottom, left:right] = True
+    return mask
+
+
+def denoise(module: Any, inputs: Inputs, steps: int = STEPS, size: float = 0.1) -> Tensor:
+    """Run ``steps`` calls of ``module``, each starting where the last one led; returns the last sample."""
+    sample = inputs["sample"]
+    for step in range(steps):
+        call = {**inputs, "sample": sample, "timestep": torch.tensor(900 - 100 * step)}
+        sample = sample - size * module(**call)[0]
+    return sample
+
+
+def other_text(inputs: Inputs, seed: int = 1) -> Inputs:
+    """The same call under another prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randn(inputs["encoder_hidden_states"].shape, generator=generator)
+    return {**inputs, "encoder_hidden_states": text.to(inputs["sample"].dtype)}
+
+
+def run_pipeline(pipe: Any, prompt: str = "a cat", **settings: Any) -> Tensor:
+    """Final latents of a short seeded run."""
+    seed = settings.pop("seed", 3)
+    options = {"num_inference_steps": 4, "guidance_scale": 5.0, "output_type": "latent", **settings}
+    latents: Tensor = pipe(prompt, generator=torch.Generator().manual_seed(seed), **options).images
+    return latents
