@@ -10,7 +10,7 @@ from fisedit_compiler.errors import ConfigError
 
 Norm = Literal["recorded", "incremental"]
 Attention = Literal["cached", "active"]
-Backend = Literal["eager"]
+Backend = Literal["eager", "inductor"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class SparsifyConfig:
         attention: ``"cached"`` attends from active queries to recorded keys and values whose active rows are
             replaced; ``"active"`` attends among active rows only (fastest, roughest, records no keys or values).
         dilation: sites by which every mask is grown before it is used (square neighbourhood, latent resolution).
-        backend: how the rewritten graphs run; ``"eager"`` runs them as they are read.
+        backend: how the sparse step runs; ``"eager"`` runs it as it is read, ``"inductor"`` compiles it once with
+            torch.compile and replays CUDA graphs (on a CUDA device; elsewhere it runs eagerly).
         disabled_passes: names of rewrite passes to leave out; their operations then run densely.
         check_inputs: compare the input outside the mask with the recorded one at every call and refuse a
             mismatch (another seed, scheduler or guidance scale). Switch off only for synthetic calls.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fisedit_compiler.kernels.registry import define_op, require
+from fisedit_compiler.kernels.registry import define_op, provide, require
 
 _NAME = "attention_sites"
 
@@ -58,6 +59,27 @@ _OP = define_op(
     _reference,
     _fake,
 )
+
+
+def _cuda(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_canvas: Tensor,
+    value_canvas: Tensor,
+    active: Tensor,
+    scale: float | None = None,
+) -> Tensor:
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        return _reference(query, key, value, key_canvas, value_canvas, active, scale)
+    from fisedit_compiler.kernels.triton.attention_sites import attention_sites as kernel
+
+    inverse = torch.full((key_canvas.shape[2],), -1, dtype=torch.int32, device=active.device)
+    inverse[active] = torch.arange(active.shape[0], dtype=torch.int32, device=active.device)
+    return kernel(query, key, value, key_canvas, value_canvas, inverse, scale)
+
+
+provide(_NAME, "CUDA", _cuda)
 
 
 def attention_sites(

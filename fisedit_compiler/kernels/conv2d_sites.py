@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fisedit_compiler.kernels.registry import define_op, require
+from fisedit_compiler.kernels.registry import define_op, provide, require
 
 _NAME = "conv2d_sites"
 
@@ -70,6 +70,17 @@ _OP = define_op(
     _reference,
     _fake,
 )
+
+
+def _cuda(rows: Tensor, canvas: Tensor, ring: Tensor, taps: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if rows.dtype not in (torch.float16, torch.bfloat16):
+        return _reference(rows, canvas, ring, taps, weight, bias)  # tensor cores would round fp32 to tf32
+    from fisedit_compiler.kernels.triton.conv2d_sites import conv2d_sites as kernel
+
+    return kernel(rows, canvas, ring, taps, weight, bias)
+
+
+provide(_NAME, "CUDA", _cuda)
 
 
 def conv2d_sites(

@@ -64,6 +64,11 @@ def define_op(schema: str, reference: Callable[..., torch.Tensor], fake: Callabl
     return _OPS[name]
 
 
+def provide(name: str, dispatch_key: str, kernel: Callable[..., torch.Tensor]) -> None:
+    """Let ``kernel`` compute ``fisedit::<name>`` on one backend; it must match the op's reference."""
+    _LIBRARY.impl(name, kernel, dispatch_key)
+
+
 def registered_ops() -> dict[str, Op]:
     """Every op defined so far, by name."""
     return dict(_OPS)

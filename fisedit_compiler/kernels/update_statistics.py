@@ -34,11 +34,11 @@ def _reference(rows: Tensor, statistics: Tensor, site_sums: Tensor, active: Tens
     elements = site_sums.shape[1] * (channels // groups)
     mean, variance = statistics.unbind(dim=-1)
     centred = rows.float().reshape(batch, count, groups, channels // groups) - mean[:, None, :, None]
-    new = torch.stack([centred.sum(dim=(1, 3)), centred.square_().sum(dim=(1, 3))], dim=-1)
+    new = torch.stack([centred.sum(dim=(1, 3)), centred.square().sum(dim=(1, 3))], dim=-1)
     change = (new - site_sums.index_select(1, active).sum(dim=1)) / elements
     shift, spread = change.unbind(dim=-1)
     # The sums are shifted by the recorded mean, so moving the mean by `shift` costs exactly shift**2.
-    corrected = (variance + spread - shift.square()).clamp_(min=0)
+    corrected = (variance + spread - shift.square()).clamp(min=0)
     return torch.stack([mean + shift, corrected], dim=-1)
 
 

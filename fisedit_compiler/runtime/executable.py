@@ -15,8 +15,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.passes.hoist import Bundle
+from fisedit_compiler.passes.stage import stage_rings
 from fisedit_compiler.program import CompiledProgram
+from fisedit_compiler.runtime.cuda_graphs import GraphPool, PreparedPlan
 from fisedit_compiler.runtime.hoisting import HoistCache
 from fisedit_compiler.runtime.site_plan import SitePlan
 
@@ -30,13 +33,15 @@ class Executable:
     Graph modules are made on first use: an edit does not pay for the recording graph, nor the reverse.
     """
 
-    def __init__(self, program: CompiledProgram, module: nn.Module) -> None:
-        self.program, self.module = program, module
+    def __init__(self, program: CompiledProgram, module: nn.Module, config: SparsifyConfig) -> None:
+        self.program, self.module, self.config = program, module, config
         self.hoisted = HoistCache(PER_CALL)
         self.slot_names = tuple(slot.name for slot in program.slots)
         self._graphs: dict[str, fx.GraphModule] = {}
         self._bundles: dict[str, fx.GraphModule] = {}
         self._attributes: dict[str, Any] = {}
+        self._pool: GraphPool | None = None
+        self._prepared: OrderedDict[int, tuple[SitePlan, PreparedPlan]] = OrderedDict()
         self._plans: OrderedDict[tuple[Any, ...], SitePlan] = OrderedDict()
 
     # -- weights ---------------------------------------------------------------------------------
@@ -47,6 +52,7 @@ class Executable:
             if self._resolve(name) is not bound:
                 self._graphs.clear()
                 self._bundles.clear()
+                self._pool = None
                 self._attributes.clear()
                 self.hoisted.clear()
                 return
@@ -90,6 +96,8 @@ class Executable:
         """The sparse call; with ``update`` also every slot after the edit."""
         batch = tensors[self.program.spatial[0]].shape[0]
         hoisted = self.hoisted.evaluate(self._bundle_modules(), tensors, batch)
+        if self._uses_cuda_graphs(tensors) and not update:
+            return self._divide(self._graph_pool().run(self._prepare(plan), tensors, slots, hoisted))
         graph: fx.Graph = self.program.update if update else self.program.step
         arguments: list[Any] = []
         for node in graph.nodes:
@@ -107,6 +115,25 @@ class Executable:
         outputs, stored = self._divide(self._graph("update" if update else "step")(*arguments))
         # The caller gets the outputs and may write to them; what is recorded must not follow.
         return outputs, {name: _own(value, outputs) for name, value in stored.items()}
+
+    # Padding repeats rows, which sums over rows and attention among rows would count twice.
+    def _uses_cuda_graphs(self, tensors: Mapping[str, Tensor]) -> bool:
+        padded = self.config.norm == "recorded" and self.config.attention == "cached"
+        return self.config.backend == "inductor" and padded and tensors[self.program.spatial[0]].is_cuda
+
+    def _graph_pool(self) -> GraphPool:
+        if self._pool is None:
+            graph = stage_rings(self.program.step)
+            identities = [node.meta["input"] for node in graph.nodes if node.op == "placeholder"]
+            self._pool = GraphPool(self._bind(graph), identities)
+        return self._pool
+
+    def _prepare(self, plan: SitePlan, kept: int = 8) -> PreparedPlan:
+        if id(plan) not in self._prepared:
+            self._prepared[id(plan)] = (plan, self._graph_pool().prepare(plan))
+            while len(self._prepared) > kept:
+                self._prepared.popitem(last=False)
+        return self._prepared[id(plan)][1]
 
     def base_outputs(self, slots: Mapping[str, Tensor]) -> list[Tensor] | None:
         """The recorded outputs, or ``None`` if an output is not spatial and so not recorded."""

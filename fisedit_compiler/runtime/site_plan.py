@@ -133,6 +133,27 @@ class SitePlan:
 
         return SitePlan(self.height, self.width, move(self.active), move_convs(self.ring), move_convs(self.taps))
 
+    def padded(self, rows: Mapping[Fraction, int], rings: Mapping[ConvKey, int]) -> SitePlan:
+        """The same plan with more rows: the last active site and the last ring site are repeated.
+
+        Repeated rows compute the same values once more, so whatever is written from them is the same. They do
+        change sums over rows (``update_statistics``) and attention among rows only.
+
+        Args:
+            rows: per level, the number of rows to have, at least as many as there are.
+            rings: per convolution, the number of ring sites to have, likewise.
+        """
+        active = {level: _repeat_last(table, rows[level]) for level, table in self.active.items()}
+        ring = {key: _repeat_last(table, rings[key]) for key, table in self.ring.items()}
+        taps = {}
+        for key, table in self.taps.items():
+            inputs, ring_size = self.rows(key.source), self.ring[key].shape[0]
+            ring_index = table - inputs + rows[key.source]
+            moved = torch.where(table < inputs, table, ring_index)
+            moved = torch.where(table == inputs + ring_size, rows[key.source] + rings[key], moved)
+            taps[key] = _repeat_last(moved, rows[key.target])
+        return SitePlan(self.height, self.width, active, ring, taps)
+
     def size(self, level: Fraction) -> tuple[int, int]:
         """Height and width of the lattice at ``level``."""
         return _size_at(self.height, self.width, level)
@@ -200,6 +221,17 @@ class SitePlan:
             planned = ", ".join(str(known) for known in sorted(self.active))
             raise PlanError(f"level {level} is not in this plan (it has {planned}); name it in `levels`")
         return self.active[level]
+
+
+def _repeat_last(table: Tensor, count: int) -> Tensor:
+    """``table`` with its last entry repeated to ``count`` entries (an empty one is filled with zeros)."""
+    missing = count - table.shape[0]
+    if missing < 0:
+        raise PlanError(f"a table of {table.shape[0]} entries cannot be padded to {count}")
+    if missing == 0:
+        return table
+    last = table[-1:] if table.shape[0] else table.new_zeros(1, *table.shape[1:])
+    return torch.cat([table, last.expand(missing, *table.shape[1:])])
 
 
 def _check_mask(mask: Tensor) -> None:

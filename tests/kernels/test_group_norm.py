@@ -28,9 +28,7 @@ def _rows(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("groups", [1, 4, 8])
 @pytest.mark.parametrize("spatial", [(6, 5), (1, 1), (30,)], ids=str)
-def test_statistics_are_mean_and_biased_variance(
-    groups: int, spatial: tuple[int, ...], dtype: torch.dtype
-) -> None:
+def test_statistics_are_mean_and_biased_variance(groups: int, spatial: tuple[int, ...], dtype: torch.dtype) -> None:
     x = (torch.randn(2, 8, *spatial) + 3).to(dtype)
     actual = group_norm_statistics(x, groups)
     grouped = x.double().reshape(2, groups, -1)
@@ -43,9 +41,7 @@ def test_statistics_are_mean_and_biased_variance(
 
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("count", [0, 1, 7, 30])
-def test_rows_normalised_with_dense_statistics_are_group_norm(
-    affine: bool, count: int, dtype: torch.dtype
-) -> None:
+def test_rows_normalised_with_dense_statistics_are_group_norm(affine: bool, count: int, dtype: torch.dtype) -> None:
     x = (torch.randn(2, 8, 6, 5) * 2 + 1).to(dtype)
     weight, bias = (torch.randn(8).to(dtype), torch.randn(8).to(dtype)) if affine else (None, None)
     active = pick(30, count)

@@ -32,6 +32,7 @@ def _arguments(count: int) -> dict[str, tuple[Any, ...]]:
         "attention_sites": (heads, heads, heads, head_canvas, head_canvas, active, None),
         "gather_sites": (canvas, active, 1),
         "scatter_sites": (rows, canvas, active, 1),
+        "recentre_site_sums": (torch.randn(2, 24, 4, 2), statistics, torch.rand(2, 4, 2), 8),
     }
 
 

@@ -1,0 +1,162 @@
+"""Few queries against many recorded keys: flash attention with the keys split over programs.
+
+A step at 5 % area has a few hundred queries and thousands of keys, so one program per block of queries would leave
+most of the chip idle. The keys are cut into ``SPLITS`` parts (Flash-Decoding, Dao et al. 2023); each program keeps a
+running softmax over its part, a second kernel combines the parts. Whether a key is the recorded one or an active row
+is one look-up in ``inverse``, so the canvas is neither copied nor written.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _attention_sites_kernel(
+    query, key, value, key_canvas, value_canvas, inverse, out, partial, stats,
+    scale, heads, queries, sites, per_split,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, kc_b, kc_h, kc_n, vc_b, vc_h, vc_n, o_b, o_h, o_n,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    group = tl.program_id(1)
+    split = tl.program_id(2)
+    batch = (group // heads).to(tl.int64)
+    head = (group % heads).to(tl.int64)
+    offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    in_m = offs_m < queries
+    in_d = offs_d < D
+    q = tl.load(
+        query + batch * q_b + head * q_h + offs_m.to(tl.int64)[:, None] * q_n + offs_d[None, :],
+        mask=in_m[:, None] & in_d[None, :],
+        other=0.0,
+    )  # [BLOCK_M, BLOCK_D]
+    key_rows = key + batch * k_b + head * k_h
+    value_rows = value + batch * v_b + head * v_h
+    key_sites = key_canvas + batch * kc_b + head * kc_h
+    value_sites = value_canvas + batch * vc_b + head * vc_h
+
+    largest = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+    first = split * per_split
+    last = tl.minimum(first + per_split, sites)
+    for start in range(first, last, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        in_n = offs_n < last
+        row = tl.load(inverse + offs_n, mask=in_n, other=-1).to(tl.int64)
+        site = offs_n.to(tl.int64)
+        k_pointer = tl.where(row >= 0, key_rows + row * k_n, key_sites + site * kc_n)
+        v_pointer = tl.where(row >= 0, value_rows + row * v_n, value_sites + site * vc_n)
+        inside = in_n[:, None] & in_d[None, :]
+        k = tl.load(k_pointer[:, None] + offs_d[None, :], mask=inside, other=0.0)  # [BLOCK_N, BLOCK_D]
+        logits = tl.dot(q, tl.trans(k)) * scale  # [BLOCK_M, BLOCK_N], base 2
+        logits = tl.where(in_n[None, :], logits, float("-inf"))
+        new_largest = tl.maximum(largest, tl.max(logits, 1))
+        weights = tl.exp2(logits - new_largest[:, None])
+        shrink = tl.exp2(largest - new_largest)
+        total = total * shrink + tl.sum(weights, 1)
+        v = tl.load(v_pointer[:, None] + offs_d[None, :], mask=inside, other=0.0)  # [BLOCK_N, BLOCK_D]
+        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None])
+        largest = new_largest
+
+    inside = in_m[:, None] & in_d[None, :]
+    if SPLITS == 1:
+        place = batch * o_b + head * o_h + offs_m.to(tl.int64)[:, None] * o_n + offs_d[None, :]
+        tl.store(out + place, (acc / total[:, None]).to(out.dtype.element_ty), mask=inside)
+    else:
+        row = (group.to(tl.int64) * SPLITS + split) * queries + offs_m
+        tl.store(partial + row[:, None] * D + offs_d[None, :], acc, mask=inside)
+        tl.store(stats + row * 2, largest, mask=in_m)
+        tl.store(stats + row * 2 + 1, total, mask=in_m)
+
+
+@triton.jit
+def _combine_kernel(
+    partial, stats, out, heads, queries, o_b, o_h, o_n,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    group = tl.program_id(1)
+    offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    in_m = offs_m < queries
+    inside = in_m[:, None] & (offs_d < D)[None, :]
+    largest = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+    for split in tl.static_range(SPLITS):
+        row = (group.to(tl.int64) * SPLITS + split) * queries + offs_m
+        part_largest = tl.load(stats + row * 2, mask=in_m, other=0.0)
+        part_total = tl.load(stats + row * 2 + 1, mask=in_m, other=1.0)
+        part = tl.load(partial + row[:, None] * D + offs_d[None, :], mask=inside, other=0.0)
+        new_largest = tl.maximum(largest, part_largest)
+        shrink = tl.exp2(largest - new_largest)
+        grow = tl.exp2(part_largest - new_largest)
+        total = total * shrink + part_total * grow
+        acc = acc * shrink[:, None] + part * grow[:, None]
+        largest = new_largest
+    batch = (group // heads).to(tl.int64)
+    head = (group % heads).to(tl.int64)
+    place = batch * o_b + head * o_h + offs_m.to(tl.int64)[:, None] * o_n + offs_d[None, :]
+    tl.store(out + place, (acc / total[:, None]).to(out.dtype.element_ty), mask=inside)
+
+
+def choose_splits(blocks: int, sites: int, processors: int, block_n: int) -> int:
+    """Parts of the keys: enough programs for two per processor, no part shorter than four blocks of keys."""
+    splits = 1
+    while splits < 32 and blocks * splits < 2 * processors and sites // (splits * 2) >= 4 * block_n:
+        splits *= 2
+    return splits
+
+
+def attention_sites(
+    query: Tensor, key: Tensor, value: Tensor, key_canvas: Tensor, value_canvas: Tensor, inverse: Tensor,
+    scale: float | None = None, splits: int | None = None,
+) -> Tensor:  # fmt: skip
+    """The ``fisedit::attention_sites`` op on a GPU; see its reference for shapes.
+
+    ``inverse`` is int32 ``[S]``: the row of an active site, -1 for others. ``splits`` forces the number of parts.
+    """
+    batch, heads, queries, size = query.shape
+    sites = key_canvas.shape[2]
+    out = query.new_empty(batch, queries, heads, size).transpose(1, 2)
+    if queries == 0:
+        return out
+    query, key, value, key_canvas, value_canvas = (
+        t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value, key_canvas, value_canvas)
+    )
+    block_m = 64 if queries > 32 else (32 if queries > 16 else 16)
+    block_n = 64
+    block_d = max(triton.next_power_of_2(size), 16)
+    blocks = triton.cdiv(queries, block_m)
+    if splits is None:
+        processors = torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 1
+        splits = choose_splits(blocks * batch * heads, sites, processors, block_n)
+    per_split = triton.cdiv(triton.cdiv(sites, splits), block_n) * block_n
+    splits = triton.cdiv(sites, per_split)
+    groups = batch * heads
+    rows = groups * splits * queries if splits > 1 else 1
+    partial = query.new_empty((rows, size), dtype=torch.float32)
+    stats = query.new_empty((rows, 2), dtype=torch.float32)
+    factor = (1.0 / math.sqrt(size) if scale is None else scale) / math.log(2.0)
+    _attention_sites_kernel[(blocks, groups, splits)](
+        query, key, value, key_canvas, value_canvas, inverse, out, partial, stats,
+        factor, heads, queries, sites, per_split,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *key_canvas.stride()[:3],
+        *value_canvas.stride()[:3], *out.stride()[:3],
+        D=size, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, SPLITS=splits, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    if splits > 1:
+        combine_m = 16
+        _combine_kernel[(triton.cdiv(queries, combine_m), groups)](
+            partial, stats, out, heads, queries, *out.stride()[:3],
+            D=size, BLOCK_D=block_d, BLOCK_M=combine_m, SPLITS=splits,
+        )  # fmt: skip
+    return out
