@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fisedit_compiler.kernels import attention_sites
+from fisedit_compiler.kernels.attention_sites import inverse_table
 from fisedit_compiler.kernels.tolerances import assert_close
 
 # batch, heads, active, sites, size of a head, splits
@@ -22,7 +23,7 @@ SHAPES = (
 )
 
 
-def check(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+def check(shape: tuple[int, ...], dtype: torch.dtype, device: str, padding: int = 0) -> None:
     from fisedit_compiler.kernels.triton.attention_sites import attention_sites as kernel
 
     batch, heads, count, sites, size, splits = shape
@@ -35,10 +36,12 @@ def check(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
     rows = [tokens(count) for _ in range(3)]
     canvases = [tokens(sites) for _ in range(2)]
     active = torch.randperm(sites, generator=generator)[:count].sort().values
-    inverse = torch.full((sites,), -1, dtype=torch.int32)
-    inverse[active] = torch.arange(count, dtype=torch.int32)
     expected = attention_sites(*(t.cpu().float() for t in (*rows, *canvases)), active)
-    actual = kernel(*rows, *canvases, inverse.to(device), splits=splits)
+    if padding and count:  # repeated rows must not count twice
+        active = torch.cat([active, active[-1:].expand(padding)])
+        rows = [torch.cat([t, t[:, :, -1:].expand(-1, -1, padding, -1)], dim=2) for t in rows]
+    inverse = inverse_table(active, sites)
+    actual = kernel(*rows, *canvases, active.to(device), inverse.to(device), splits=splits)[:, :, :count]
     assert_close(actual.cpu().float(), expected, dtype)
 
 
@@ -47,6 +50,7 @@ def check(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_on_a_gpu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     check(shape, dtype, "cuda")
+    check(shape, dtype, "cuda", padding=3)
 
 
 def test_in_the_interpreter() -> None:
@@ -61,4 +65,5 @@ def test_in_the_interpreter() -> None:
 
 if __name__ == "__main__":
     for shape in SHAPES:
-        check(shape, torch.float32, "cpu")
+        for padding in (0, 3):
+            check(shape, torch.float32, "cpu", padding)

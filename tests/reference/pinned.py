@@ -123,12 +123,8 @@ def spread_mask(mask: Tensor, resolutions: Collection[Resolution]) -> dict[Resol
     spread = {}
     for rows, columns in resolutions:
         if (height % rows and rows % height) or (width % columns and columns % width):
-            raise OracleError(
-                f"a {height}x{width} mask has no obvious form at {rows}x{columns}: build it by hand"
-            )
-        fine = mask.repeat_interleave(max(1, rows // height), 0).repeat_interleave(
-            max(1, columns // width), 1
-        )
+            raise OracleError(f"a {height}x{width} mask has no obvious form at {rows}x{columns}: build it by hand")
+        fine = mask.repeat_interleave(max(1, rows // height), 0).repeat_interleave(max(1, columns // width), 1)
         blocks = fine.reshape(rows, fine.shape[0] // rows, columns, fine.shape[1] // columns)
         spread[rows, columns] = blocks.any(dim=3).any(dim=1)
     return spread
@@ -214,9 +210,7 @@ class _ReplayMode(TorchFunctionMode):
         self.position += 1
         return entry
 
-    def _conv2d(
-        self, base: tuple[Tensor, ...], input: Tensor, weight: Tensor, *args: Any, **kwargs: Any
-    ) -> Tensor:
+    def _conv2d(self, base: tuple[Tensor, ...], input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         unpinned = (
             _is_pointwise_conv("conv2d", (input, weight, *args), kwargs)
             or self._upsampled.holds(input)  # its coarse map was pinned already

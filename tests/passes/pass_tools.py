@@ -1,0 +1,131 @@
+"""What the tests of single passes share: compiling a module of a few lines, counting operations, asking the oracle."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from compiled_zoo import active_sets, edited, make_mask, output_of, record_run
+from reference.pinned import PinnedRun
+from torch import Tensor, fx, nn
+
+from fisedit_compiler import SparseModule, SparsifyConfig, ir, sparsify
+from fisedit_compiler.capture import CapturedGraph, capture
+from fisedit_compiler.inputs import sign
+from fisedit_compiler.kernels.tolerances import assert_close
+from fisedit_compiler.layout import LayoutRules
+from fisedit_compiler.passes import copy_graph, mark_varying
+from fisedit_compiler.passes.base import Program
+from fisedit_compiler.passes.simplify import simplify
+from fisedit_compiler.program import CompiledProgram
+
+Size = tuple[int, int]
+CHANNELS = 8
+TEXT_TOKENS = 5
+
+
+class Forward(nn.Module):
+    """A module from a function of ``(module, sample[, text])`` and its layers."""
+
+    def __init__(self, function: Callable[..., Any], **layers: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, sample: Tensor) -> Any:
+        return self.function(self, sample)
+
+
+class TextForward(Forward):
+    """As :class:`Forward`, with a second input that has no sites."""
+
+    def forward(self, sample: Tensor, text: Tensor) -> Any:  # type: ignore[override]
+        return self.function(self, sample, text)
+
+
+def example(module: nn.Module, batch: int = 2, size: Size = (12, 20), seed: int = 0) -> dict[str, Any]:
+    """Inputs of a small module: ``sample [B, 8, H, W]`` and, where it takes one, ``text [B, 5, 8]``."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = {"sample": torch.randn(batch, CHANNELS, *size, generator=generator)}
+    if isinstance(module, TextForward):
+        inputs["text"] = torch.randn(batch, TEXT_TOKENS, CHANNELS, generator=generator)
+    return inputs
+
+
+def compile_small(module: nn.Module, multiple: int = 1, **options: Any) -> SparseModule:
+    """``sparsify`` without a disk cache; weights get a spread, so that no forgotten bias goes unseen."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in module.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+    config = SparsifyConfig(cache=False, multiple=multiple, **options)
+    return sparsify(module.eval().requires_grad_(False), config, example_inputs=example(module))
+
+
+def program_of(compiled: SparseModule) -> CompiledProgram:
+    """The one program of a compiled module."""
+    (program,) = compiled.programs
+    return program
+
+
+def counts(graph: fx.Graph) -> Counter[str]:
+    """Call nodes of a graph by readable operation name."""
+    return Counter(ir.target_name(node.target) for node in graph.nodes if node.op == "call_function")
+
+
+def reasons(program: CompiledProgram) -> dict[str, str]:
+    """Why operations stay dense, by operation."""
+    return {operation: reason for _, _, operation, reason in program.refusals}
+
+
+def assert_equals_oracle(
+    compiled: SparseModule,
+    pin_inputs_of: Collection[str] = (),
+    *,
+    masks: Collection[str] = ("site", "scattered", "block", "border"),
+    size: Size = (12, 20),
+    scale: tuple[int, int] = (1, 1),
+    **semantics: Any,
+) -> None:
+    """Edits of a few masks by the packed program and by the oracle, and an edit of nothing by the base run."""
+    module, config = compiled.original, compiled.sparsify_config
+    semantics = {"norm": config.norm, "attention": config.attention, **semantics}
+    inputs = example(module, size=size)
+    base = record_run(compiled, inputs)
+    run = PinnedRun(module, inputs, pin_inputs_of=pin_inputs_of)
+    assert torch.equal(base.output, run.base_output)
+    changed = example(module, size=size, seed=1)
+    for kind in masks:
+        mask = make_mask(kind, size, seed=4)
+        edit = {**changed, "sample": torch.where(mask, changed["sample"], inputs["sample"])}
+        packed, session = edited(compiled, base, edit, mask)
+        assert_close(packed, run.replay(edit, active_sets(session), **semantics), torch.float32)
+        if semantics["attention"] == "cached":
+            again, _ = edited(compiled, base, inputs, mask)
+            assert_close(again, base.output, torch.float32)
+
+
+def assert_full_mask_is_dense(compiled: SparseModule, size: Size = (12, 20)) -> None:
+    """An edit of every site is the original module's run."""
+    inputs, changed = (example(compiled.original, size=size, seed=seed) for seed in (0, 1))
+    packed, _ = edited(compiled, record_run(compiled, inputs), changed, make_mask("full", size))
+    with torch.no_grad():
+        assert_close(packed, output_of(compiled.original(**changed)), torch.float32)
+
+
+def working_program(module: nn.Module, multiple: int = 1, **options: Any) -> Program:
+    """A captured, simplified and annotated program before its first pass."""
+    captured = captured_graph(module, multiple)
+    simplify(captured)
+    LayoutRules(captured.multiple).annotate(captured.graph)
+    mark_varying(captured)
+    return Program(captured, copy_graph(captured.graph), SparsifyConfig(cache=False, **options))
+
+
+def captured_graph(module: nn.Module, multiple: int | None = 1) -> CapturedGraph:
+    """A module's capture, as it comes."""
+    inputs = example(module)
+    signature, _ = sign(inputs, None)
+    return capture(module.eval(), inputs, signature, multiple)
