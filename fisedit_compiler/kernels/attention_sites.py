@@ -30,6 +30,7 @@ def _reference(
     value_canvas: Tensor,
     active: Tensor,
     scale: float | None = None,
+    inverse: Tensor | None = None,
 ) -> Tensor:
     _check(query, key_canvas, value_canvas)
     keys = key_canvas.index_copy(2, active, key)
@@ -47,6 +48,7 @@ def _fake(
     value_canvas: Tensor,
     active: Tensor,
     scale: float | None = None,
+    inverse: Tensor | None = None,
 ) -> Tensor:
     _check(query, key_canvas, value_canvas)
     batch, heads, count, _ = query.shape
@@ -55,7 +57,7 @@ def _fake(
 
 _OP = define_op(
     f"{_NAME}(Tensor query, Tensor key, Tensor value, Tensor key_canvas, Tensor value_canvas, Tensor active, "
-    "float? scale=None) -> Tensor",
+    "float? scale=None, Tensor? inverse=None) -> Tensor",
     _reference,
     _fake,
 )
@@ -69,14 +71,15 @@ def _cuda(
     value_canvas: Tensor,
     active: Tensor,
     scale: float | None = None,
+    inverse: Tensor | None = None,
 ) -> Tensor:
     if query.dtype not in (torch.float16, torch.bfloat16):
         return _reference(query, key, value, key_canvas, value_canvas, active, scale)
     from fisedit_compiler.kernels.triton.attention_sites import attention_sites as kernel
 
-    inverse = torch.full((key_canvas.shape[2],), -1, dtype=torch.int32, device=active.device)
-    inverse[active] = torch.arange(active.shape[0], dtype=torch.int32, device=active.device)
-    return kernel(query, key, value, key_canvas, value_canvas, inverse, scale)
+    if inverse is None:
+        inverse = inverse_table(active, key_canvas.shape[2])
+    return kernel(query, key, value, key_canvas, value_canvas, active, inverse, scale)
 
 
 provide(_NAME, "CUDA", _cuda)
@@ -90,6 +93,7 @@ def attention_sites(
     value_canvas: Tensor,
     active: Tensor,
     scale: float | None = None,
+    inverse: Tensor | None = None,
 ) -> Tensor:
     """Attention of the active sites over all sites, where only the active keys and values are new.
 
@@ -101,6 +105,7 @@ def attention_sites(
         value_canvas: recorded values ``[B, h, S, d]``; not mutated.
         active: int64 ``[N]``, where in the canvases the rows belong.
         scale: factor of the logits, ``1 / sqrt(d)`` if ``None``.
+        inverse: ``inverse_table(active, S)``; says nothing new, but saves GPU kernels from making it.
 
     Returns:
         ``[B, h, N, d]``, laid out in memory as ``[B, N, h, d]``.
@@ -108,4 +113,11 @@ def attention_sites(
     Raises:
         KernelError: a tensor does not have four dimensions.
     """
-    return _OP(query, key, value, key_canvas, value_canvas, active, scale)
+    return _OP(query, key, value, key_canvas, value_canvas, active, scale, inverse)
+
+
+def inverse_table(active: Tensor, sites: int) -> Tensor:
+    """int32 ``[S]``: the row of every active site, -1 elsewhere. Of rows repeated by padding, the last one counts."""
+    table = torch.full((sites,), -1, dtype=torch.int64, device=active.device)
+    rows = torch.arange(active.shape[0], device=active.device)
+    return table.scatter_reduce(0, active, rows, "amax").to(torch.int32)

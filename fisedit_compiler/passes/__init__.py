@@ -23,6 +23,7 @@ from fisedit_compiler.passes.channels import ChannelAxis, Concatenation, Split
 from fisedit_compiler.passes.convolution import Convolution
 from fisedit_compiler.passes.group_norm import GroupNorm
 from fisedit_compiler.passes.lower import lower
+from fisedit_compiler.passes.merge_linears import MergeLinears
 from fisedit_compiler.passes.outputs import Outputs
 from fisedit_compiler.passes.pointwise import Pointwise
 from fisedit_compiler.passes.rowwise import Rowwise
@@ -44,6 +45,7 @@ REWRITES: tuple[type[Pass], ...] = (
     View,
     Permute,
     RankChange,
+    MergeLinears,
     Outputs,
 )
 REQUIRED = frozenset({Outputs.name})

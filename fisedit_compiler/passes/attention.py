@@ -1,7 +1,7 @@
 """Attention over sites: two passes that share how a ``scaled_dot_product_attention`` node is read.
 
 Self-attention, before: ``sdpa(q, k, v)`` with q, k, v spatial
-  ``attention="cached"``: ``attention_sites(rows(q), rows(k), rows(v), load(key), load(value), active)``
+  ``attention="cached"``: ``attention_sites(rows(q), rows(k), rows(v), load(key), load(value), active, scale, inverse)``
   ``attention="active"``: ``sdpa(rows(q), rows(k), rows(v))``, active sites among themselves
 Cross-attention, before: ``sdpa(q, k, v)`` with q spatial, k and v from the text
   after: ``sdpa(rows(q), k, v)``; k and v are hoisted
@@ -95,7 +95,8 @@ class SelfAttention(Pass):
             key_canvas = rewriter.canvas(call.key, slot_name(node, "key"), node)
             value_canvas = rewriter.canvas(call.value, slot_name(node, "value"), node)
             active = rewriter.active(level, node)
-            args = (query, key, value, key_canvas, value_canvas, active, call.scale)
+            inverse = rewriter.inverse(level, node)
+            args = (query, key, value, key_canvas, value_canvas, active, call.scale, inverse)
             rows = rewriter.call(torch.ops.fisedit.attention_sites.default, args, spec, node)
         rewriter.replace(node, rows)
         return None

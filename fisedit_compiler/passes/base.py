@@ -172,6 +172,10 @@ class Rewriter:
         """Indices of the active sites of a level."""
         return self.table("active", level, ValueSpec((ir.row_symbol(level),), torch.int64), before)
 
+    def inverse(self, level: Fraction, before: fx.Node) -> fx.Node:
+        """Row of every active site of a level, -1 elsewhere."""
+        return self.table("inverse", level, ValueSpec((self.site_count(level),), torch.int32), before)
+
     def site_count(self, level: Fraction) -> Any:
         """``S``, the number of sites of a level, as an expression."""
         scale = Fraction(self.program.multiple) / level

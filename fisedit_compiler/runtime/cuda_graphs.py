@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
@@ -19,7 +19,13 @@ from torch import Tensor, fx
 from fisedit_compiler.kernels.registry import registered_ops
 from fisedit_compiler.runtime.site_plan import ConvKey, SitePlan
 
+if TYPE_CHECKING:
+    from fisedit_compiler.kernels.triton.stage_copies import CopyStager
+    from fisedit_compiler.kernels.triton.stage_rings import RingStager
+
 POOL_SIZE = 8
+Identity = tuple[Any, ...]
+Values = Mapping[str, Tensor]
 
 
 def bucket(count: int) -> int:
@@ -31,7 +37,7 @@ def bucket(count: int) -> int:
 
 
 # Ops whose meaning is pointwise or a copy: Inductor sees their references and fuses them with their neighbours.
-_INLINED = ("gather_sites", "scatter_sites", "group_norm_sites", "update_statistics")
+_INLINED = ("gather_sites", "scatter_sites", "group_norm_sites", "update_statistics", "conv2d_sites")
 
 
 def _inductor(graph: fx.GraphModule, example_inputs: Any) -> Any:
@@ -43,32 +49,45 @@ def _inductor(graph: fx.GraphModule, example_inputs: Any) -> Any:
     return compile_fx(graph, example_inputs, decompositions={**select_decomp_table(), **inlined})
 
 
+@dataclass(frozen=True)
+class PreparedPlan:
+    """A padded plan on the device, the tables a graph needs of it, and the number of its bucket."""
+
+    bucket: int
+    plan: SitePlan
+    tables: dict[Identity, Tensor]
+
+
+@dataclass(frozen=True)
+class _Copies:
+    """Graph inputs that every call fills: by one staging kernel where their memory is plain, one by one elsewhere."""
+
+    staged: list[Identity]
+    stager: CopyStager | None
+    others: list[tuple[Identity, Tensor]]
+
+
 @dataclass
 class _Graph:
-    """One captured graph, its inputs by identity and its flat outputs."""
+    """One captured graph, its inputs by identity, its flat outputs, and the plan whose tables are in its inputs."""
 
     graph: torch.cuda.CUDAGraph
-    inputs: dict[tuple[Any, ...], Tensor]
+    inputs: dict[Identity, Tensor]
     outputs: list[Tensor]
-
-
-@dataclass
-class PreparedPlan:
-    """A padded plan on the device, and the tables a graph needs of it."""
-
-    key: tuple[Any, ...]
-    plan: SitePlan
-    tables: dict[tuple[Any, ...], Tensor]
+    copies: _Copies
+    plan: PreparedPlan
+    stagers: list[tuple[RingStager, list[str]]]
 
 
 class GraphPool:
     """Compiled step of one program, and its CUDA graphs by (shape, bucket)."""
 
-    def __init__(self, step: fx.GraphModule, identities: list[tuple[Any, ...]]) -> None:
+    def __init__(self, step: fx.GraphModule, identities: list[Identity]) -> None:
         """``identities`` are ``meta["input"]`` of the step's placeholders, in order."""
         self.identities = identities
         self.compiled: Callable[..., Any] = torch.compile(step, fullgraph=True, backend=_inductor)
         self._graphs: OrderedDict[tuple[Any, ...], _Graph] = OrderedDict()
+        self._buckets: dict[tuple[Any, ...], int] = {}
         self._memory: Any = None
 
     def prepare(self, plan: SitePlan) -> PreparedPlan:
@@ -76,7 +95,7 @@ class GraphPool:
         rows: dict[Fraction, int] = {level: bucket(table.shape[0]) for level, table in plan.active.items()}
         rings: dict[ConvKey, int] = {key: bucket(table.shape[0]) for key, table in plan.ring.items()}
         padded = plan.padded(rows, rings)
-        tables: dict[tuple[Any, ...], Tensor] = {}
+        tables: dict[Identity, Tensor] = {}
         for identity in self.identities:
             kind, *rest = identity
             if kind == "table":
@@ -85,60 +104,79 @@ class GraphPool:
                 ring = padded.ring[rest[0]]
                 tables[identity] = torch.arange(ring.shape[0], device=ring.device)
         key = (*sorted(rows.items()), *sorted(rings.items(), key=str))
-        return PreparedPlan(key, padded, tables)
+        number = self._buckets.setdefault(key, len(self._buckets))
+        return PreparedPlan(number, padded, tables)
 
-    def run(
-        self,
-        prepared: PreparedPlan,
-        tensors: Mapping[str, Tensor],
-        slots: Mapping[str, Tensor],
-        hoisted: Mapping[str, Tensor],
-    ) -> list[Tensor]:
+    def run(self, prepared: PreparedPlan, tensors: Values, slots: Values, hoisted: Values) -> list[Tensor]:
         """Replay (or first capture) the step; returned tensors are the caller's own."""
-        values = self._values(prepared, tensors, slots, hoisted)
-        shape = next(iter(tensors.values())).shape if tensors else ()
-        key = (prepared.key, tuple((name, tuple(tensor.shape)) for name, tensor in sorted(tensors.items())), shape)
+        key = (prepared.bucket, tuple(tuple(tensor.shape) for tensor in tensors.values()))
         if key not in self._graphs:
-            self._graphs[key] = self._capture(values)
+            self._graphs[key] = self._capture(prepared, tensors, slots, hoisted)
             while len(self._graphs) > POOL_SIZE:
                 self._graphs.popitem(last=False)
         self._graphs.move_to_end(key)
         graph = self._graphs[key]
-        torch._foreach_copy_([graph.inputs[identity] for identity in values], list(values.values()))
+        self._fill(graph, prepared, {"call": tensors, "slot": slots, "hoisted": hoisted})
         graph.graph.replay()
         return [output.clone() for output in graph.outputs]
 
-    def _values(
-        self,
-        prepared: PreparedPlan,
-        tensors: Mapping[str, Tensor],
-        slots: Mapping[str, Tensor],
-        hoisted: Mapping[str, Tensor],
-    ) -> dict[tuple[Any, ...], Tensor]:
-        values: dict[tuple[Any, ...], Tensor] = {}
+    def _fill(self, graph: _Graph, prepared: PreparedPlan, values: Mapping[str, Values]) -> None:
+        """Bring everything the replay reads to the graph's own inputs."""
+        copies = graph.copies
+        if copies.stager is not None:
+            copies.stager.run([values[kind][name] for kind, name in copies.staged])
+        for (kind, name), target in copies.others:
+            target.copy_(values[kind][name])
+        if graph.plan is not prepared:
+            for identity, table in prepared.tables.items():
+                graph.inputs[identity].copy_(table)
+            graph.plan = prepared
+            graph.stagers = self._stagers(prepared, graph.inputs, values["slot"])
+        for stager, names in graph.stagers:
+            stager.run([values["slot"][name] for name in names])
+
+    def _copies(self, inputs: Mapping[Identity, Tensor], values: Mapping[str, Values]) -> _Copies:
+        from fisedit_compiler.kernels.triton.stage_copies import CopyStager, can_stage
+
+        filled = [identity for identity in self.identities if identity[0] in ("call", "slot", "hoisted")]
+        # The sample is whatever the caller passes; everything else keeps its strides from call to call.
+        staged = [i for i in filled if i[0] != "call" and can_stage(inputs[i]) and can_stage(values[i[0]][i[1]])]
+        stager = CopyStager([inputs[identity] for identity in staged]) if staged else None
+        return _Copies(staged, stager, [(identity, inputs[identity]) for identity in filled if identity not in staged])
+
+    def _stagers(
+        self, prepared: PreparedPlan, inputs: Mapping[Identity, Tensor], slots: Values
+    ) -> list[tuple[RingStager, list[str]]]:
+        """One stager per dtype for all ring rows."""
+        from fisedit_compiler.kernels.triton.stage_rings import RingStager
+
+        by_dtype: dict[torch.dtype, list[Identity]] = {}
+        for identity in self.identities:
+            if identity[0] == "ring_rows":
+                by_dtype.setdefault(inputs[identity].dtype, []).append(identity)
+        result = []
+        for jobs in by_dtype.values():
+            names = [identity[1] for identity in jobs]
+            rings = [prepared.plan.ring[identity[2]].contiguous() for identity in jobs]
+            sites = [slots[name].shape[1] for name in names]
+            result.append((RingStager([inputs[identity] for identity in jobs], rings, sites), names))
+        return result
+
+    def _capture(self, prepared: PreparedPlan, tensors: Values, slots: Values, hoisted: Values) -> _Graph:
+        values: dict[str, Values] = {"call": tensors, "slot": slots, "hoisted": hoisted}
+        inputs: dict[Identity, Tensor] = {}
         for identity in self.identities:
             kind, *rest = identity
-            if kind == "call":
-                values[identity] = tensors[rest[0]]
-            elif kind == "slot":
-                values[identity] = slots[rest[0]]
-            elif kind == "ring_rows":
-                values[identity] = slots[rest[0]].index_select(1, prepared.plan.ring[rest[1]])
-            elif kind == "hoisted":
-                values[identity] = hoisted[rest[0]]
+            if kind == "ring_rows":
+                value = slots[rest[0]].index_select(1, prepared.plan.ring[rest[1]])
+            elif kind in ("table", "iota"):
+                value = prepared.tables[identity]
             else:
-                values[identity] = prepared.tables[identity]
-        return values
-
-    def _capture(self, values: Mapping[tuple[Any, ...], Tensor]) -> _Graph:
-        inputs = {
-            identity: torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device)
-            for identity, v in values.items()
-        }
-        for identity, value in values.items():
+                value = values[kind][rest[0]]
+            inputs[identity] = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
             inputs[identity].copy_(value)
-            if identity[0] in ("table", "iota", "ring_rows"):
-                torch._dynamo.mark_dynamic(inputs[identity], 1 if identity[0] == "ring_rows" else 0)
+            if kind in ("iota", "ring_rows") or (kind == "table" and rest[0] != "inverse"):
+                torch._dynamo.mark_dynamic(inputs[identity], 1 if kind == "ring_rows" else 0)
         arguments = [inputs[identity] for identity in self.identities]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -151,4 +189,5 @@ class GraphPool:
             self._memory = torch.cuda.graph_pool_handle()
         with torch.cuda.graph(graph, pool=self._memory):
             outputs = self.compiled(*arguments)
-        return _Graph(graph, inputs, list(outputs))
+        stagers = self._stagers(prepared, inputs, slots)
+        return _Graph(graph, inputs, list(outputs), self._copies(inputs, values), prepared, stagers)

@@ -91,11 +91,17 @@ class Executable:
         return outputs, {name: _own(value, borrowed) for name, value in stored.items()}
 
     def step(
-        self, tensors: Mapping[str, Tensor], slots: Mapping[str, Tensor], plan: SitePlan, *, update: bool
+        self,
+        tensors: Mapping[str, Tensor],
+        slots: Mapping[str, Tensor],
+        plan: SitePlan,
+        *,
+        update: bool,
+        scalars: Mapping[str, float] | None = None,
     ) -> tuple[list[Any], dict[str, Tensor]]:
         """The sparse call; with ``update`` also every slot after the edit."""
         batch = tensors[self.program.spatial[0]].shape[0]
-        hoisted = self.hoisted.evaluate(self._bundle_modules(), tensors, batch)
+        hoisted = self.hoisted.evaluate(self._bundle_modules(), tensors, batch, scalars or {})
         if self._uses_cuda_graphs(tensors) and not update:
             return self._divide(self._graph_pool().run(self._prepare(plan), tensors, slots, hoisted))
         graph: fx.Graph = self.program.update if update else self.program.step

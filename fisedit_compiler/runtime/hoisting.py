@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -79,12 +80,21 @@ class HoistCache:
         )
 
     def evaluate(
-        self, bundles: Sequence[tuple[Bundle, fx.GraphModule]], tensors: Mapping[str, Tensor], batch: int
+        self,
+        bundles: Sequence[tuple[Bundle, fx.GraphModule]],
+        tensors: Mapping[str, Tensor],
+        batch: int,
+        scalars: Mapping[str, float] = MappingProxyType({}),
     ) -> dict[str, Tensor]:
-        """All hoisted values for one call's tensors (by placeholder name) and batch."""
+        """All hoisted values for one call's tensors (by placeholder name) and batch.
+
+        ``scalars`` are values of one-element tensors that the caller has read already: comparing them needs no
+        second wait for the device.
+        """
         known: dict[str, Tensor] = {}
+        identities = {**tensors, **scalars, BATCH_SIZE: batch}
         for bundle, module in bundles:
-            inputs = [batch if name == BATCH_SIZE else tensors[name] for name in sorted(bundle.dependences)]
+            inputs = [identities[name] for name in sorted(bundle.dependences)]
             entry = self._find(bundle, inputs)
             if entry is None:
                 entry = _Entry(

@@ -51,10 +51,16 @@ class Call:
     def sample(self) -> Tensor:
         return self.tensors[self.signature.spatial.identifier()]
 
-    @property
+    @cached_property
     def timestep(self) -> float | None:
+        """The timestep if it is one number; read once, because reading waits for the device."""
         value = self.tensors.get("timestep")
         return float(value) if value is not None and value.numel() == 1 else None
+
+    @property
+    def scalars(self) -> dict[str, float]:
+        """Values of one-element arguments that were read already."""
+        return {} if self.timestep is None else {"timestep": self.timestep}
 
     def store(self, slots: Mapping[str, Tensor]) -> CallRecord:
         batch, _, height, width = self.sample.shape
@@ -153,7 +159,8 @@ class EditSession:
                 return "skipped", executable.assemble(recorded)
         if self.plan is None:
             self.plan = executable.plan(self.mask, self.config.dilation, call.sample.device)
-        outputs, slots = executable.step(call.tensors, base.slots, self.plan, update=self.result is not None)
+        update = self.result is not None
+        outputs, slots = executable.step(call.tensors, base.slots, self.plan, update=update, scalars=call.scalars)
         self._store(call, slots)
         return "sparse", executable.assemble(outputs)
 

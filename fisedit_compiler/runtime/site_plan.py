@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fisedit_compiler.errors import MaskError, PlanError
+from fisedit_compiler.kernels.attention_sites import inverse_table
 
 _SHADES = "·░▒▓█"
 
@@ -132,6 +134,15 @@ class SitePlan:
             return {key: table.to(device) for key, table in tables.items()}
 
         return SitePlan(self.height, self.width, move(self.active), move_convs(self.ring), move_convs(self.taps))
+
+    @cached_property
+    def inverse(self) -> Mapping[Fraction, Tensor]:
+        """Per level, int32 ``[H_s*W_s]``: the row of every active site, -1 elsewhere."""
+        tables = {}
+        for level, active in self.active.items():
+            height, width = self.size(level)
+            tables[level] = inverse_table(active, height * width)
+        return tables
 
     def padded(self, rows: Mapping[Fraction, int], rings: Mapping[ConvKey, int]) -> SitePlan:
         """The same plan with more rows: the last active site and the last ring site are repeated.

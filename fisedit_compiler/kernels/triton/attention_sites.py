@@ -2,8 +2,8 @@
 
 A step at 5 % area has a few hundred queries and thousands of keys, so one program per block of queries would leave
 most of the chip idle. The keys are cut into ``SPLITS`` parts (Flash-Decoding, Dao et al. 2023); each program keeps a
-running softmax over its part, a second kernel combines the parts. Whether a key is the recorded one or an active row
-is one look-up in ``inverse``, so the canvas is neither copied nor written.
+running softmax over its part, a second kernel combines the parts. The recorded keys come first, with the active sites
+masked out, then the active rows: both are read in order, and the canvas is neither copied nor written.
 """
 
 from __future__ import annotations
@@ -17,9 +17,41 @@ from torch import Tensor
 
 
 @triton.jit
+def _attend(
+    q, keys, values, k_n, v_n, first, last, table, active, acc, largest, total, scale, offs_d, in_d,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Running softmax over keys ``first`` to ``last``: active rows, or recorded sites that are not active."""
+    for start in range(first, last, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        in_n = offs_n < last
+        if ROWS:
+            # Of rows repeated by padding only the one the table names counts.
+            site = tl.load(active + offs_n, mask=in_n, other=0)
+            known = in_n & (tl.load(table + site, mask=in_n, other=-1) == offs_n)
+        else:
+            known = in_n & (tl.load(table + offs_n, mask=in_n, other=0) < 0)
+        place = offs_n.to(tl.int64)[:, None]
+        inside = in_n[:, None] & in_d[None, :]
+        k = tl.load(keys + place * k_n + offs_d[None, :], mask=inside, other=0.0)  # [BLOCK_N, BLOCK_D]
+        logits = tl.dot(q, tl.trans(k)) * scale  # [BLOCK_M, BLOCK_N], base 2
+        logits = tl.where(known[None, :], logits, float("-inf"))
+        new_largest = tl.maximum(largest, tl.max(logits, 1))
+        # A part may have met no key yet: keep exp2 away from inf - inf.
+        reference = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+        weights = tl.exp2(logits - reference[:, None])
+        shrink = tl.exp2(largest - reference)
+        total = total * shrink + tl.sum(weights, 1)
+        v = tl.load(values + place * v_n + offs_d[None, :], mask=inside, other=0.0)  # [BLOCK_N, BLOCK_D]
+        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None])
+        largest = new_largest
+    return acc, largest, total
+
+
+@triton.jit
 def _attention_sites_kernel(
-    query, key, value, key_canvas, value_canvas, inverse, out, partial, stats,
-    scale, heads, queries, sites, per_split,
+    query, key, value, key_canvas, value_canvas, active, inverse, out, partial, stats,
+    scale, heads, queries, sites, sites_per_split, rows_per_split,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, kc_b, kc_h, kc_n, vc_b, vc_h, vc_n, o_b, o_h, o_n,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -37,34 +69,22 @@ def _attention_sites_kernel(
         mask=in_m[:, None] & in_d[None, :],
         other=0.0,
     )  # [BLOCK_M, BLOCK_D]
-    key_rows = key + batch * k_b + head * k_h
-    value_rows = value + batch * v_b + head * v_h
-    key_sites = key_canvas + batch * kc_b + head * kc_h
-    value_sites = value_canvas + batch * vc_b + head * vc_h
 
     largest = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
-    first = split * per_split
-    last = tl.minimum(first + per_split, sites)
-    for start in range(first, last, BLOCK_N):
-        offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        in_n = offs_n < last
-        row = tl.load(inverse + offs_n, mask=in_n, other=-1).to(tl.int64)
-        site = offs_n.to(tl.int64)
-        k_pointer = tl.where(row >= 0, key_rows + row * k_n, key_sites + site * kc_n)
-        v_pointer = tl.where(row >= 0, value_rows + row * v_n, value_sites + site * vc_n)
-        inside = in_n[:, None] & in_d[None, :]
-        k = tl.load(k_pointer[:, None] + offs_d[None, :], mask=inside, other=0.0)  # [BLOCK_N, BLOCK_D]
-        logits = tl.dot(q, tl.trans(k)) * scale  # [BLOCK_M, BLOCK_N], base 2
-        logits = tl.where(in_n[None, :], logits, float("-inf"))
-        new_largest = tl.maximum(largest, tl.max(logits, 1))
-        weights = tl.exp2(logits - new_largest[:, None])
-        shrink = tl.exp2(largest - new_largest)
-        total = total * shrink + tl.sum(weights, 1)
-        v = tl.load(v_pointer[:, None] + offs_d[None, :], mask=inside, other=0.0)  # [BLOCK_N, BLOCK_D]
-        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None])
-        largest = new_largest
+    first = split * sites_per_split
+    acc, largest, total = _attend(
+        q, key_canvas + batch * kc_b + head * kc_h, value_canvas + batch * vc_b + head * vc_h, kc_n, vc_n,
+        first, tl.minimum(first + sites_per_split, sites), inverse, active, acc, largest, total, scale, offs_d, in_d,
+        ROWS=False, BLOCK_N=BLOCK_N,
+    )  # fmt: skip
+    first = split * rows_per_split
+    acc, largest, total = _attend(
+        q, key + batch * k_b + head * k_h, value + batch * v_b + head * v_h, k_n, v_n,
+        first, tl.minimum(first + rows_per_split, queries), inverse, active, acc, largest, total, scale, offs_d, in_d,
+        ROWS=True, BLOCK_N=BLOCK_N,
+    )  # fmt: skip
 
     inside = in_m[:, None] & in_d[None, :]
     if SPLITS == 1:
@@ -97,8 +117,9 @@ def _combine_kernel(
         part_total = tl.load(stats + row * 2 + 1, mask=in_m, other=1.0)
         part = tl.load(partial + row[:, None] * D + offs_d[None, :], mask=inside, other=0.0)
         new_largest = tl.maximum(largest, part_largest)
-        shrink = tl.exp2(largest - new_largest)
-        grow = tl.exp2(part_largest - new_largest)
+        reference = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+        shrink = tl.exp2(largest - reference)
+        grow = tl.exp2(part_largest - reference)
         total = total * shrink + part_total * grow
         acc = acc * shrink[:, None] + part * grow[:, None]
         largest = new_largest
@@ -106,6 +127,11 @@ def _combine_kernel(
     head = (group % heads).to(tl.int64)
     place = batch * o_b + head * o_h + offs_m.to(tl.int64)[:, None] * o_n + offs_d[None, :]
     tl.store(out + place, (acc / total[:, None]).to(out.dtype.element_ty), mask=inside)
+
+
+def choose_blocks(queries: int) -> tuple[int, int, int, int]:
+    """Query block, key block, warps and pipeline stages."""
+    return (64 if queries > 32 else (32 if queries > 16 else 16)), 64, 4, 3
 
 
 def choose_splits(blocks: int, sites: int, processors: int, block_n: int) -> int:
@@ -117,12 +143,14 @@ def choose_splits(blocks: int, sites: int, processors: int, block_n: int) -> int
 
 
 def attention_sites(
-    query: Tensor, key: Tensor, value: Tensor, key_canvas: Tensor, value_canvas: Tensor, inverse: Tensor,
-    scale: float | None = None, splits: int | None = None,
+    query: Tensor, key: Tensor, value: Tensor, key_canvas: Tensor, value_canvas: Tensor, active: Tensor,
+    inverse: Tensor, scale: float | None = None, splits: int | None = None,
+    config: tuple[int, int, int, int] | None = None,
 ) -> Tensor:  # fmt: skip
     """The ``fisedit::attention_sites`` op on a GPU; see its reference for shapes.
 
-    ``inverse`` is int32 ``[S]``: the row of an active site, -1 for others. ``splits`` forces the number of parts.
+    ``inverse`` is int32 ``[S]``: the row of an active site, -1 for others. ``splits`` and
+    ``config`` (query block, key block, warps, stages) are forced by tests and tuning.
     """
     batch, heads, queries, size = query.shape
     sites = key_canvas.shape[2]
@@ -132,26 +160,25 @@ def attention_sites(
     query, key, value, key_canvas, value_canvas = (
         t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value, key_canvas, value_canvas)
     )
-    block_m = 64 if queries > 32 else (32 if queries > 16 else 16)
-    block_n = 64
+    block_m, block_n, warps, stages = config or choose_blocks(queries)
     block_d = max(triton.next_power_of_2(size), 16)
     blocks = triton.cdiv(queries, block_m)
     if splits is None:
         processors = torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 1
         splits = choose_splits(blocks * batch * heads, sites, processors, block_n)
-    per_split = triton.cdiv(triton.cdiv(sites, splits), block_n) * block_n
-    splits = triton.cdiv(sites, per_split)
+    sites_per_split = triton.cdiv(triton.cdiv(sites, splits), block_n) * block_n
+    rows_per_split = triton.cdiv(triton.cdiv(queries, splits), block_n) * block_n
     groups = batch * heads
     rows = groups * splits * queries if splits > 1 else 1
     partial = query.new_empty((rows, size), dtype=torch.float32)
     stats = query.new_empty((rows, 2), dtype=torch.float32)
     factor = (1.0 / math.sqrt(size) if scale is None else scale) / math.log(2.0)
     _attention_sites_kernel[(blocks, groups, splits)](
-        query, key, value, key_canvas, value_canvas, inverse, out, partial, stats,
-        factor, heads, queries, sites, per_split,
+        query, key, value, key_canvas, value_canvas, active, inverse, out, partial, stats,
+        factor, heads, queries, sites, sites_per_split, rows_per_split,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *key_canvas.stride()[:3],
         *value_canvas.stride()[:3], *out.stride()[:3],
-        D=size, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, SPLITS=splits, num_warps=4, num_stages=3,
+        D=size, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, SPLITS=splits, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if splits > 1:
         combine_m = 16
