@@ -12,7 +12,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -101,6 +102,57 @@ def alternate(
     return stopwatch
 
 
+@contextmanager
+def replay_times(copies: int = 5) -> Iterator[list[float]]:
+    """Collect what every CUDA graph replayed inside the block costs the GPU, in milliseconds.
+
+    Each replay is repeated ``copies`` times between two events, behind one that keeps the GPU busy while they are
+    launched. So the time holds no launch and no wait; it is right for graphs that do not change their own inputs.
+    """
+    original = torch.cuda.CUDAGraph.replay
+    times: list[float] = []
+
+    def replay(graph: torch.cuda.CUDAGraph) -> None:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        original(graph)
+        start.record()
+        for _ in range(copies):
+            original(graph)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / copies)
+
+    torch.cuda.CUDAGraph.replay = replay  # type: ignore[method-assign, assignment]
+    try:
+        yield times
+    finally:
+        torch.cuda.CUDAGraph.replay = original  # type: ignore[method-assign]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of a profile: launches and microseconds a call."""
+
+    name: str
+    launches: float
+    microseconds: float
+
+
+def profile_kernels(function: Callable[[], Any], calls: int = 1) -> list[Kernel]:
+    """What the GPU does while ``function`` makes ``calls`` calls, the largest part first."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=activities) as profiler:
+        function()
+        torch.cuda.synchronize()
+    found: dict[str, list[float]] = {}
+    for event in profiler.events() or ():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            found.setdefault(event.name, []).append(event.time_range.elapsed_us())
+    kernels = [Kernel(name, len(times) / calls, sum(times) / calls) for name, times in found.items()]
+    return sorted(kernels, key=lambda kernel: -kernel.microseconds)
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """What the numbers were taken on. No host name: the model of the parts is what matters."""
     description: dict[str, Any] = {
@@ -170,9 +222,13 @@ class Report:
             console.print(f"[bold]{label}[/bold]: {shown}", highlight=False, soft_wrap=True)
         console.print(table)
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(self.as_json() + "\n", encoding="utf-8")
+            self.write(path)
             console.print(f"written to {path}", highlight=False, soft_wrap=True)
+
+    def write(self, path: Path) -> None:
+        """Write the JSON; a long benchmark does so after every row."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.as_json() + "\n", encoding="utf-8")
 
 
 def argument_parser(description: str, *, repeats: int) -> argparse.ArgumentParser:

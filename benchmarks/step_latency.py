@@ -1,7 +1,8 @@
 """How long is a sparse step, by mask area, against the dense step of the same model in the same run?
 
 A run is recorded; then, for every mask fraction, the dense call of the original module and the sparse call of
-the compiled one are timed in turn, both with the edited prompt. ``ratio`` is dense over sparse.
+the compiled one are timed in turn, both with the edited prompt. ``ratio`` is dense over sparse. With ``--models``
+full-size UNets are measured on a GPU against torch.compile too, see ``step_latency_cuda.py``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ if not __package__:  # run as a script: make the repository's root importable
 import torch
 from rich.table import Table
 
+from benchmarks import step_latency_cuda
 from benchmarks.harness import (
     Report,
     Stopwatch,
@@ -88,7 +90,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argument_parser(str(__doc__).splitlines()[0], repeats=15)
     parser.add_argument("--model", type=Path, metavar="DIR", help="a model in diffusers layout; default: embedded")
-    parser.add_argument("--fractions", type=float, nargs="+", default=list(FRACTIONS), metavar="F", help="mask areas")
+    parser.add_argument("--models", nargs="+", choices=step_latency_cuda.MODELS, help="full-size UNets, on a GPU only")
+    parser.add_argument("--fractions", type=area, nargs="+", metavar="F", help="mask areas; above 1: in percent")
     parser.add_argument("--height", type=positive, default=64, help="of the latents")
     parser.add_argument("--width", type=positive, default=64, help="of the latents")
     parser.add_argument("--batch", type=positive, default=2, help="2 is one image with guidance")
@@ -96,13 +99,30 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--norm", default="recorded", help="SparsifyConfig.norm")
     parser.add_argument("--attention", default="cached", help="SparsifyConfig.attention")
     parser.add_argument("--warmup", type=positive, default=2, help="untimed repeats before the timed ones")
-    return parser.parse_args(arguments)
+    parser.add_argument("--calls", type=positive, default=6, help="with --models: UNet calls of the recorded run")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="with --models: append kernel lists at 5 %% area")
+    options = parser.parse_args(arguments)
+    if options.fractions is None:
+        options.fractions = list(step_latency_cuda.FRACTIONS if options.models else FRACTIONS)
+    if options.calls < 2:
+        parser.error("--calls must be at least 2: the first call of an edit is timed apart from the others")
+    return options
+
+
+def area(text: str) -> float:
+    """A mask area for ``argparse``: 0.05 and 5 are the same, 1 is everything."""
+    value = float(text)
+    return value / 100 if value > 1 else value
 
 
 def main(arguments: list[str] | None = None) -> Report:
     """Run the benchmark, print and write its report."""
     options = parse(arguments)
     device, dtype = prepare(options)
+    if options.models:
+        if device.type != "cuda":
+            raise SystemExit(f"--models measures full-size UNets and needs --device cuda, got --device {device}")
+        return step_latency_cuda.measure_models(options, device, dtype)
     from fisedit_compiler import SparsifyConfig, sparsify
 
     facts = machine(device)
