@@ -82,9 +82,13 @@ class _Graph:
 class GraphPool:
     """Compiled step of one program, and its CUDA graphs by (shape, bucket)."""
 
-    def __init__(self, step: fx.GraphModule, identities: list[Identity]) -> None:
-        """``identities`` are ``meta["input"]`` of the step's placeholders, in order."""
+    def __init__(self, step: fx.GraphModule, identities: list[Identity], weights: frozenset[str] = frozenset()) -> None:
+        """``identities`` are ``meta["input"]`` of the step's placeholders, in order.
+
+        ``weights`` names the hoisted values that change with the weights only: graphs read them where they are.
+        """
         self.identities = identities
+        self._weights = [("hoisted", name) for name in sorted(weights) if ("hoisted", name) in identities]
         self.compiled: Callable[..., Any] = torch.compile(step, fullgraph=True, backend=_inductor)
         self._graphs: OrderedDict[tuple[Any, ...], _Graph] = OrderedDict()
         self._buckets: dict[tuple[Any, ...], int] = {}
@@ -122,6 +126,9 @@ class GraphPool:
 
     def _fill(self, graph: _Graph, prepared: PreparedPlan, values: Mapping[str, Values]) -> None:
         """Bring everything the replay reads to the graph's own inputs."""
+        for identity in self._weights:
+            if values["hoisted"][identity[1]] is not graph.inputs[identity]:
+                graph.inputs[identity].copy_(values["hoisted"][identity[1]])
         copies = graph.copies
         if copies.stager is not None:
             copies.stager.run([values[kind][name] for kind, name in copies.staged])
@@ -138,7 +145,8 @@ class GraphPool:
     def _copies(self, inputs: Mapping[Identity, Tensor], values: Mapping[str, Values]) -> _Copies:
         from fisedit_compiler.kernels.triton.stage_copies import CopyStager, can_stage
 
-        filled = [identity for identity in self.identities if identity[0] in ("call", "slot", "hoisted")]
+        kinds = ("call", "slot", "hoisted")
+        filled = [i for i in self.identities if i[0] in kinds and i not in self._weights]
         # The sample is whatever the caller passes; everything else keeps its strides from call to call.
         staged = [i for i in filled if i[0] != "call" and can_stage(inputs[i]) and can_stage(values[i[0]][i[1]])]
         stager = CopyStager([inputs[identity] for identity in staged]) if staged else None
@@ -173,6 +181,9 @@ class GraphPool:
                 value = prepared.tables[identity]
             else:
                 value = values[kind][rest[0]]
+            if identity in self._weights:
+                inputs[identity] = value
+                continue
             inputs[identity] = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
             inputs[identity].copy_(value)
             if kind in ("iota", "ring_rows") or (kind == "table" and rest[0] != "inverse"):

@@ -53,6 +53,7 @@ class Executable:
                 self._graphs.clear()
                 self._bundles.clear()
                 self._pool = None
+                self._prepared.clear()
                 self._attributes.clear()
                 self.hoisted.clear()
                 return
@@ -102,7 +103,7 @@ class Executable:
         """The sparse call; with ``update`` also every slot after the edit."""
         batch = tensors[self.program.spatial[0]].shape[0]
         hoisted = self.hoisted.evaluate(self._bundle_modules(), tensors, batch, scalars or {})
-        if self._uses_cuda_graphs(tensors) and not update:
+        if self._uses_cuda_graphs(tensors) and not update and not plan.is_empty:
             return self._divide(self._graph_pool().run(self._prepare(plan), tensors, slots, hoisted))
         graph: fx.Graph = self.program.update if update else self.program.step
         arguments: list[Any] = []
@@ -131,7 +132,8 @@ class Executable:
         if self._pool is None:
             graph = stage_rings(self.program.step)
             identities = [node.meta["input"] for node in graph.nodes if node.op == "placeholder"]
-            self._pool = GraphPool(self._bind(graph), identities)
+            weights = {name for bundle in self.program.bundles if not bundle.dependences for name in bundle.values}
+            self._pool = GraphPool(self._bind(graph), identities, frozenset(weights))
         return self._pool
 
     def _prepare(self, plan: SitePlan, kept: int = 8) -> PreparedPlan:

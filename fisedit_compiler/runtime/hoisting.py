@@ -33,8 +33,8 @@ class _Input:
         return cls(value, _version(value))
 
     def matches(self, value: Any) -> bool:
-        if not isinstance(value, Tensor):
-            return bool(self.value == value)
+        if not isinstance(value, Tensor) or not isinstance(self.value, Tensor):
+            return type(self.value) is type(value) and bool(self.value == value)
         if self.value is value:
             return self.version == _version(value)
         same = self.value.shape == value.shape and self.value.dtype == value.dtype and self.value.device == value.device
@@ -48,7 +48,7 @@ def _version(value: Any) -> int:
 
 @dataclass
 class _Entry:
-    inputs: list[_Input]
+    inputs: dict[str, _Input]
     values: dict[str, Tensor]
 
 
@@ -94,23 +94,26 @@ class HoistCache:
         known: dict[str, Tensor] = {}
         identities = {**tensors, **scalars, BATCH_SIZE: batch}
         for bundle, module in bundles:
-            inputs = [identities[name] for name in sorted(bundle.dependences)]
+            inputs = {name: identities[name] for name in bundle.dependences}
             entry = self._find(bundle, inputs)
             if entry is None:
                 entry = _Entry(
-                    [_Input.of(value) for value in inputs], self._compute(bundle, module, tensors, batch, known)
+                    {name: _Input.of(value) for name, value in inputs.items()},
+                    self._compute(bundle, module, tensors, batch, known),
                 )
                 self._keep(bundle, entry)
             known.update(entry.values)
         return known
 
-    def _find(self, bundle: Bundle, inputs: Sequence[Any]) -> _Entry | None:
+    def _find(self, bundle: Bundle, inputs: Mapping[str, Any]) -> _Entry | None:
         kept = self._entries.get(bundle.name)
         if not kept:
             return None
+        # Numbers first: comparing tensors may wait for the device.
+        names = sorted(inputs, key=lambda name: isinstance(inputs[name], Tensor))
         for key in reversed(kept):
             entry = kept[key]
-            if all(known.matches(value) for known, value in zip(entry.inputs, inputs, strict=True)):
+            if all(entry.inputs[name].matches(inputs[name]) for name in names):
                 kept.move_to_end(key)
                 return entry
         return None

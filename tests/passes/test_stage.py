@@ -61,7 +61,7 @@ def test_results_are_the_same_bits(name: str, padding: bool) -> None:
         given = {
             "call": dict(call.tensors),
             "slot": slots,
-            "hoisted": executable.hoisted.evaluate(bundles, call.tensors, 2),
+            "hoisted": executable.hoisted.evaluate(bundles, call.tensors, 2, call.scalars),
         }
         results = []
         for graph in (executable.program.step, stage_rings(executable.program.step)):

@@ -1,0 +1,377 @@
+"""The graph pool against the eager step: the same tests with CUDA graphs, and with a stand-in for them on the CPU.
+
+The stand-in "replays" by running the step again on the tensors it was captured with, and stages rings by
+``index_select``. So it shows whether everything a replay reads was brought to the captured tensors; that kernels and
+compilation are right, only the ``gpu`` cases show. Both run the same models, recordings and masks.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from compiled_zoo import make_mask
+from torch import Tensor, nn
+from zoo import ZOO, Inputs, ZooModel
+
+from fisedit_compiler import Recording, SparseModule, SparsifyConfig, sparsify
+from fisedit_compiler.kernels.tolerances import TOLERANCES, assert_close, max_error
+from fisedit_compiler.runtime import cuda_graphs
+from fisedit_compiler.runtime.cuda_graphs import GraphPool
+from fisedit_compiler.runtime.executable import Executable
+
+SIZE = (24, 40)
+CALLS = 2
+
+
+# -- the stand-in ------------------------------------------------------------------------------------
+
+
+class FakeGraph:
+    """Stands for ``torch.cuda.CUDAGraph``."""
+
+    capturing: FakeGraph | None = None
+
+    def __init__(self) -> None:
+        self.replay: Callable[[], None] = lambda: None
+
+
+class FakeStager:
+    """Stands for ``RingStager``."""
+
+    def __init__(self, targets: Sequence[Tensor], rings: Sequence[Tensor], sites: Sequence[int]) -> None:
+        self.targets, self.rings, self.sites = tuple(targets), tuple(rings), tuple(sites)
+
+    def run(self, canvases: Sequence[Tensor]) -> None:
+        for target, ring, count, canvas in zip(self.targets, self.rings, self.sites, canvases, strict=True):
+            assert canvas.shape[1] == count and canvas.dtype == target.dtype
+            target.copy_(canvas.index_select(1, ring))
+
+
+class FakeCopyStager:
+    """Stands for ``CopyStager``."""
+
+    def __init__(self, targets: Sequence[Tensor]) -> None:
+        self.targets = tuple(targets)
+
+    def run(self, sources: Sequence[Tensor]) -> None:
+        for target, source in zip(self.targets, sources, strict=True):
+            assert source.shape == target.shape and source.dtype == target.dtype
+            target.copy_(source)
+
+
+class FakeStream:
+    def wait_stream(self, other: Any) -> None:
+        pass
+
+
+def fake_compile(step: nn.Module, **_: Any) -> Callable[..., Any]:
+    """Stands for ``torch.compile``: run eagerly, and let a graph being captured remember how to run again."""
+
+    def run(*arguments: Tensor) -> list[Tensor]:
+        outputs = [output.clone() for output in step(*arguments)]
+        graph = FakeGraph.capturing
+        if graph is not None:
+
+            def replay() -> None:
+                for output, value in zip(outputs, step(*arguments), strict=True):
+                    output.copy_(value)
+
+            graph.replay = replay
+            for output in outputs:
+                output.fill_(float("nan"))  # capturing computes nothing
+        return outputs
+
+    return run
+
+
+@contextmanager
+def fake_capture(graph: FakeGraph, **_: Any) -> Iterator[None]:
+    """Stands for ``torch.cuda.graph``."""
+    FakeGraph.capturing = graph
+    try:
+        yield
+    finally:
+        FakeGraph.capturing = None
+
+
+def patch_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the pool run on the CPU."""
+    stage_rings = pytest.importorskip("fisedit_compiler.kernels.triton.stage_rings")
+    stage_copies = pytest.importorskip("fisedit_compiler.kernels.triton.stage_copies")
+    monkeypatch.setattr(stage_rings, "RingStager", FakeStager)
+    monkeypatch.setattr(stage_copies, "CopyStager", FakeCopyStager)
+    monkeypatch.setattr(torch, "compile", fake_compile)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", fake_capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(Executable, "_uses_cuda_graphs", lambda self, tensors: self.config.backend == "inductor")
+
+
+# -- what is compared --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A zoo model compiled twice on one device: with graphs, and eagerly for comparison."""
+
+    model: ZooModel
+    graphs: SparseModule
+    eager: SparseModule
+    dtype: torch.dtype
+    device: str
+
+    def inputs(self, seed: int = 0) -> Inputs:
+        return move(self.model.make_inputs(2, *SIZE, seed), self.device, self.dtype)
+
+    def record(self, inputs: Inputs) -> tuple[Recording, list[Tensor]]:
+        """A run of a few calls at different timesteps; both modules can edit it. Also its outputs."""
+        with self.graphs.record() as recording:
+            outputs = [self.graphs(**call)[0] for call in calls_of(inputs)]
+        return recording, outputs
+
+    def edit(self, module: SparseModule, recording: Recording, inputs: Inputs, mask: Tensor) -> list[Tensor]:
+        with module.edit(recording, mask):
+            return [module(**call)[0] for call in calls_of(inputs)]
+
+    def edited(self, inputs: Inputs, mask: Tensor, seed: int = 1) -> Inputs:
+        """Another text, and the sample changed inside the mask."""
+        return self.model.edit_inputs(inputs, mask.to(self.device), seed)
+
+    def check(self, recording: Recording, inputs: Inputs, mask: Tensor, what: object = "") -> list[Tensor]:
+        """Assert that an edit with graphs is the eager edit, and give its outputs."""
+        actual = self.edit(self.graphs, recording, inputs, mask)
+        expected = self.edit(self.eager, recording, inputs, mask)
+        for now, then in zip(actual, expected, strict=True):
+            try:
+                assert_close(now, then, self.dtype)
+            except AssertionError as error:
+                raise AssertionError(f"{what}: {error}") from error
+        return actual
+
+    @property
+    def pool(self) -> GraphPool:
+        (executable,) = self.graphs._programs._executables.values()
+        assert executable._pool is not None, "the step ran without graphs"
+        return executable._pool
+
+
+def calls_of(inputs: Inputs) -> list[Inputs]:
+    return [{**inputs, "timestep": torch.tensor(900 - 300 * call)} for call in range(CALLS)]
+
+
+def move(value: Any, device: str, dtype: torch.dtype) -> Any:
+    if isinstance(value, dict):
+        return {key: move(item, device, dtype) for key, item in value.items()}
+    if isinstance(value, Tensor):
+        return value.to(device, dtype if value.is_floating_point() else None)
+    return value
+
+
+def make_pair(name: str, dtype: torch.dtype, device: str) -> Pair:
+    """Fresh modules with their own weights, pool and caches."""
+    zoo_model = ZOO[name]()
+    module = copy.deepcopy(zoo_model.module).to(device, dtype)
+    graphs = sparsify(module, SparsifyConfig(backend="inductor"))
+    eager = sparsify(module, SparsifyConfig(backend="eager"))
+    return Pair(replace(zoo_model, module=module), graphs, eager, dtype, device)
+
+
+@cache
+def shared_gpu_pair(name: str, dtype: torch.dtype) -> Pair:
+    """Compiled once per process: Inductor takes most of a minute."""
+    return make_pair(name, dtype, "cuda")
+
+
+@pytest.fixture(params=["stand-in", pytest.param("cuda", marks=pytest.mark.gpu)])
+def pair(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
+    """One tiny UNet; on a GPU in float32, so that the tolerance is tight, and never compiled a second time."""
+    if request.param == "stand-in":
+        patch_cuda(monkeypatch)
+        yield make_pair("sd15", torch.float32, "cpu")
+    else:
+        shared = shared_gpu_pair("sd15", torch.float32)
+        for module in (shared.graphs, shared.eager):
+            for executable in module._programs._executables.values():
+                executable.hoisted.clear()
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            yield shared
+
+
+def box(top: int, left: int, size: int = 8) -> Tensor:
+    mask = torch.zeros(SIZE, dtype=torch.bool)
+    mask[top : top + size, left : left + size] = True
+    return mask
+
+
+MASKS = ("site", "scattered", "block", "border", "row", "checkerboard", "full")
+
+
+# -- tests -------------------------------------------------------------------------------------------
+
+
+def test_edits_are_the_eager_ones_for_every_mask_without_compiling_again(pair: Pair) -> None:
+    inputs = pair.inputs()
+    recording, base = pair.record(inputs)
+    for kind in MASKS:
+        mask = make_mask(kind, SIZE, seed=2)
+        outputs = pair.check(recording, pair.edited(inputs, mask), mask, kind)
+        for output, recorded in zip(outputs, base, strict=True):
+            kept = ~mask.to(pair.device)
+            assert torch.equal(output[..., kept], recorded[..., kept]), "outside the mask stands the recording"
+            assert not torch.equal(output, recorded)
+
+
+def test_tables_follow_the_mask_within_a_bucket(pair: Pair) -> None:
+    inputs = pair.inputs()
+    recording, _ = pair.record(inputs)
+    masks = [box(8, 8), box(8, 20), box(12, 24), box(8, 8)]
+    pair.check(recording, pair.edited(inputs, masks[0]), masks[0])
+    graphs = len(pair.pool._graphs)
+    for number, mask in enumerate([*masks, *reversed(masks)]):
+        pair.check(recording, pair.edited(inputs, mask), mask, number)
+    assert len(pair.pool._graphs) == graphs, "the masks were meant to share one graph"
+
+
+def test_each_recording_brings_its_own_slots(pair: Pair) -> None:
+    mask = box(8, 8)
+    runs = [pair.inputs(seed) for seed in (0, 5)]
+    recordings = [pair.record(inputs)[0] for inputs in runs]
+    results = []
+    for number in (0, 1, 0, 1):
+        edit = pair.edited(runs[number], mask)
+        results.append(pair.check(recordings[number], edit, mask, f"recording {number}"))
+    for first, second in zip(results[0], results[2], strict=True):
+        assert torch.equal(first, second), "the same edit again"
+    assert not torch.equal(results[0][0], results[1][0])
+
+
+def test_each_prompt_brings_its_own_hoisted_values(pair: Pair) -> None:
+    inputs, mask = pair.inputs(), box(8, 8)
+    recording, _ = pair.record(inputs)
+    edits = [pair.edited(inputs, mask, seed) for seed in (1, 2, 3)]
+    results = [pair.check(recording, edits[number], mask, f"prompt {number}") for number in (0, 1, 2, 0, 1)]
+    assert torch.equal(results[0][0], results[3][0]) and torch.equal(results[1][0], results[4][0])
+    assert not torch.equal(results[0][0], results[1][0])
+
+
+def test_calls_bring_their_own_timestep(pair: Pair) -> None:
+    inputs, mask = pair.inputs(), box(8, 8)
+    recording, _ = pair.record(inputs)
+    first, second = pair.check(recording, pair.edited(inputs, mask), mask)
+    assert not torch.equal(first, second)
+
+
+def test_outputs_belong_to_the_caller(pair: Pair) -> None:
+    inputs, mask = pair.inputs(), box(8, 8)
+    recording, _ = pair.record(inputs)
+    outputs = pair.check(recording, pair.edited(inputs, mask), mask)
+    kept = [output.clone() for output in outputs]
+    pair.check(recording, pair.edited(inputs, mask, seed=4), mask)
+    for output, copied in zip(outputs, kept, strict=True):
+        assert torch.equal(output, copied), "a later call wrote to an earlier result"
+        output.zero_()
+    pair.check(recording, pair.edited(inputs, mask), mask, "after the caller wrote to its results")
+
+
+def test_the_pool_is_bounded(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "POOL_SIZE", 2)
+    inputs = pair.inputs()
+    recording, _ = pair.record(inputs)
+    masks = [box(4, 4, size) for size in (4, 8, 12, 16)]
+    for mask in [*masks, *masks]:
+        pair.check(recording, pair.edited(inputs, mask), mask, int(mask.sum()))
+        assert len(pair.pool._graphs) <= 2
+
+
+def test_plans_outlive_neither_their_pool_nor_their_bucket(pair: Pair) -> None:
+    """More masks than plans are kept: a plan that was forgotten and made again still finds the right graph."""
+    inputs = pair.inputs()
+    recording, _ = pair.record(inputs)
+    masks = [box(top, left) for top in (4, 8, 12) for left in (4, 8, 12, 16)]
+    for mask in [*masks, masks[0], masks[-1]]:
+        pair.check(recording, pair.edited(inputs, mask), mask)
+
+
+def test_an_edit_that_records_stores_every_slot(pair: Pair) -> None:
+    inputs, mask = pair.inputs(), box(8, 8)
+    recording, _ = pair.record(inputs)
+    edit = pair.edited(inputs, mask)
+    results = []
+    for module in (pair.graphs, pair.eager):
+        with module.edit(recording, mask, record=True) as session:
+            for call in calls_of(edit):
+                module(**call)
+        assert session.result is not None
+        results.append(session.result)
+    for name, expected in results[1].calls[0].slots.items():
+        assert_close(results[0].slot(0, name).float(), expected.float(), pair.dtype)
+    again = box(4, 4, 6)
+    pair.check(results[0], pair.edited(edit, again, seed=8), again, "an edit of the edit")
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["replaced", "in place"])
+def test_graphs_follow_changed_weights(in_place: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buckets are numbered by pool: plans prepared for an old pool must not meet a new one's numbers.
+
+    Weights written to in place stay where the graph reads them, but what was packed from them must be packed again.
+    """
+    patch_cuda(monkeypatch)
+    pair = make_pair("sd15", torch.float32, "cpu")
+    inputs = pair.inputs()
+    small, large = box(8, 8, 4), box(4, 4, 16)
+    recording, _ = pair.record(inputs)
+    pair.check(recording, pair.edited(inputs, small), small)
+    layer: Any = pair.model.module.conv_in
+    if in_place:
+        layer.weight.mul_(1.5)
+    else:
+        layer.weight = nn.Parameter(layer.weight.detach() * 1.5, requires_grad=False)
+    recording, _ = pair.record(inputs)
+    for mask in (large, small, large):
+        pair.check(recording, pair.edited(inputs, mask), mask, int(mask.sum()))
+
+
+@pytest.mark.gpu
+def test_half_precision_is_no_worse_than_the_eager_step() -> None:
+    """Against the eager step in float32, the compiled step in float16 errs at most twice as much as the eager one."""
+    exact, half = shared_gpu_pair("sd15", torch.float32), shared_gpu_pair("sd15", torch.float16)
+    inputs = exact.inputs()
+    recording, _ = exact.record(inputs)
+    half_recording, _ = half.record(move(inputs, "cuda", torch.float16))
+    for kind in MASKS:
+        mask = make_mask(kind, SIZE, seed=2)
+        edit = exact.edited(inputs, mask)
+        half_edit = move(edit, "cuda", torch.float16)
+        truth = exact.edit(exact.eager, recording, edit, mask)
+        eager = half.edit(half.eager, half_recording, half_edit, mask)
+        compiled = half.edit(half.graphs, half_recording, half_edit, mask)
+        for true, slow, fast in zip(truth, eager, compiled, strict=True):
+            bound = 2 * max_error(slow, true) + TOLERANCES[torch.float16][0]
+            assert max_error(fast, true) <= bound, kind
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("norm", "attention"), [("incremental", "cached"), ("recorded", "active")])
+def test_sums_over_rows_run_without_padding(norm: Any, attention: Any) -> None:
+    """Repeated rows would count twice, so these semantics take no graph."""
+    module = copy.deepcopy(ZOO["sd15"]().module).to("cuda")
+    compiled, eager = (
+        sparsify(module, SparsifyConfig(norm=norm, attention=attention, backend=backend))
+        for backend in ("inductor", "eager")
+    )
+    pair = Pair(replace(ZOO["sd15"](), module=module), compiled, eager, torch.float32, "cuda")
+    inputs, mask = pair.inputs(), box(8, 8)
+    recording, _ = pair.record(inputs)
+    pair.check(recording, pair.edited(inputs, mask), mask)
+    (executable,) = compiled._programs._executables.values()
+    assert executable._pool is None
