@@ -7,7 +7,6 @@ it, never copied), and whose nodes carry sympy shapes, module path and source li
 
 from __future__ import annotations
 
-import operator
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +19,7 @@ from torch.export.graph_signature import InputKind
 
 from fisedit_compiler.errors import CaptureError
 from fisedit_compiler.inputs import CallSignature, TensorSpec
-from fisedit_compiler.ir import BATCH, HEIGHT, TEXT, WIDTH, ValueSpec, tensor_args
+from fisedit_compiler.ir import BATCH, HEIGHT, TEXT, WIDTH, ValueSpec
 
 MAX_BATCH = 63  # diffusers' upsampler branches at a batch of 64
 MAX_SIZE = 1024  # of h and w, in units of the model's total downsampling
@@ -311,10 +310,3 @@ def is_size_node(node: fx.Node) -> bool:
         node.target is torch.ops.aten.sym_size.int
         or (getattr(node.target, "__module__", "") in ("_operator", "operator", "torch") and "expr" in node.meta)
     )
-
-
-def is_getitem(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target is operator.getitem
-
-
-__all__ = ["ASSERTIONS", "CapturedGraph", "capture", "is_getitem", "is_size_node", "tensor_args"]

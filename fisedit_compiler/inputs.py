@@ -115,7 +115,10 @@ def bind(
 ) -> dict[str, Any]:
     """Arguments of a call by name, without those left at their default; ``fixed`` overrides.
 
-    ``*args``-style and ``**kwargs``-style parameters are spread by name and by position (``args_0``).
+    ``**kwargs``-style parameters are spread by name.
+
+    Raises:
+        CaptureError: the forward takes ``*args``, whose members have no names.
     """
     signature = inspect.signature(module.forward)
     bound = signature.bind(*args, **kwargs)

@@ -470,3 +470,18 @@ def test_the_public_surface_is_small():
     assert set(fisedit_compiler.__all__) >= {"Recording", "SparseModule", "SparsifyConfig", "sparsify"}
     assert all(hasattr(fisedit_compiler, name) for name in fisedit_compiler.__all__)
     assert SparseModule.__doc__
+
+
+def test_a_size_that_the_model_cannot_halve_is_refused_while_recording() -> None:
+    """Outside the modes the original takes it; the module stays usable."""
+    model, compiled = compiled_model()
+    odd = model.make_inputs(2, HEIGHT + model.multiple // 2, WIDTH)
+    compiled(**odd)
+    with (
+        pytest.raises(RecordingError, match=rf"both sizes to be multiples of {model.multiple}. Choose another"),
+        compiled.record(),
+    ):
+        compiled(**odd)
+    with compiled.record() as recording:
+        compiled(**model.make_inputs(2, HEIGHT, WIDTH))
+    assert recording.complete

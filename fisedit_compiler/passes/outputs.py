@@ -8,8 +8,6 @@ Outputs of rewritten operations already have this form; this pass gives it to ou
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import fx
 
 from fisedit_compiler import ir
@@ -23,7 +21,6 @@ class Outputs(Pass):
     """Every spatial output is an ``unpack``."""
 
     name = "outputs"
-    required: ClassVar = True
 
     def run(self, program: Program) -> None:
         rewriter = Rewriter(program)

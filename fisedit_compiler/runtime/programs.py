@@ -51,7 +51,9 @@ class ProgramStore:
         signature, tensors, canonical = self._sign(bound)
 
         def find() -> Executable:
-            return self._executable(signature, canonical)
+            executable = self._executable(signature, canonical)
+            _check_divisible(tensors[signature.primary], executable.program.multiple)
+            return executable
 
         named = {name.replace(".", "_"): tensor for name, tensor in tensors.items()}
         if self.known is None:
