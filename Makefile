@@ -53,6 +53,8 @@ bench: $(VENV)/.runtime-installed
 	$(VENV)/bin/python -m benchmarks.step_latency --json bench-output/step_latency.json
 	$(VENV)/bin/python -m benchmarks.wrapper_overhead --json bench-output/wrapper_overhead.json
 	$(VENV)/bin/python -m benchmarks.compile_time --json bench-output/compile_time.json
+	$(VENV)/bin/python -m benchmarks.ablation --json bench-output/ablation.json
+	$(VENV)/bin/python -m benchmarks.edit_latency --json bench-output/edit_latency.json
 
 clean:
 	rm -rf build dist demo-output bench-output .fisedit-cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

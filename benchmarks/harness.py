@@ -65,8 +65,12 @@ class Stopwatch:
         start = time.perf_counter()
         result = function()
         self._synchronize()
-        self._samples.setdefault(name, []).append((time.perf_counter() - start) * 1e3)
+        self.add(name, (time.perf_counter() - start) * 1e3)
         return result
+
+    def add(self, name: str, milliseconds: float) -> None:
+        """File a time that was taken elsewhere, such as the sum of several."""
+        self._samples.setdefault(name, []).append(milliseconds)
 
     def __getitem__(self, name: str) -> Timing:
         return Timing(tuple(self._samples[name]))

@@ -2,7 +2,8 @@
 
 A run is recorded; then, for every mask fraction, the dense call of the original module and the sparse call of
 the compiled one are timed in turn, both with the edited prompt. ``ratio`` is dense over sparse. With ``--models``
-full-size UNets are measured on a GPU against torch.compile too, see ``step_latency_cuda.py``.
+full-size UNets are measured on a GPU against torch.compile too, see ``step_latency_cuda.py``. Above the break-even the
+compiled module runs its calls densely; ``kind`` names those rows, and ``--dense-above 1`` measures sparse calls there.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ FRACTIONS = (0.02, 0.06, 0.15, 0.30, 0.60, 1.00)
 def measure(
     unet: torch.nn.Module, compiled: Any, call: Call, fraction: float, *, repeats: int, warmup: int
 ) -> dict[str, Any]:
-    """One row: dense and sparse step at one mask fraction.
+    """One row: dense and sparse step at one mask fraction; ``kind`` says how the calls of the edit ran.
 
     Two calls are recorded and two are run in every edit, each edit with a prompt never seen before. Its first
     call also computes what depends on the prompt alone; the second one is the step that a run repeats, and is
@@ -48,20 +49,25 @@ def measure(
         for _ in range(2):
             call.dense(compiled)
 
+    kinds: set[str] = set()
+
     def dense(stopwatch: Stopwatch) -> None:
         stopwatch.time("dense", lambda: call.dense(unet, text=call.edit_text))
 
     def sparse(stopwatch: Stopwatch) -> None:
         new_text = torch.randn_like(call.edit_text)
-        with compiled.edit(recording, mask=mask):
+        with compiled.edit(recording, mask=mask) as session:
             stopwatch.time("first", lambda: call.dense(compiled, text=new_text))
             stopwatch.time("sparse", lambda: call.dense(compiled, text=new_text))
+        kinds.update(kind for kind, _ in session.timings)
 
     stopwatch = alternate([dense, sparse], repeats=repeats, warmup=warmup, device=call.sample.device)
     dense_time, sparse_time = stopwatch["dense"], stopwatch["sparse"]
+    (kind,) = kinds
     return {
         "mask_fraction": round(mask.float().mean().item(), 4),
         "requested_fraction": fraction,
+        "kind": kind,
         **dense_time.as_dict("dense"),
         **sparse_time.as_dict("sparse"),
         **stopwatch["first"].as_dict("sparse_first_call"),
@@ -72,11 +78,12 @@ def measure(
 def draw(rows: list[dict[str, Any]], title: str) -> Table:
     """The rows as a table for people."""
     table = Table(title=title, caption="median ± interquartile range; ratio = dense / sparse")
-    for column in ("mask", "dense ms", "sparse ms", "first call ms", "ratio"):
+    for column in ("mask", "runs", "dense ms", "sparse ms", "first call ms", "ratio"):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
             f"{row['mask_fraction']:.1%}",
+            row["kind"],
             *(
                 f"{row[f'{name}_ms']:.1f} ± {row[f'{name}_iqr_ms']:.1f}"
                 for name in ("dense", "sparse", "sparse_first_call")
@@ -98,9 +105,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=positive, help="length of the text; default: 32 embedded, else 77")
     parser.add_argument("--norm", default="recorded", help="SparsifyConfig.norm")
     parser.add_argument("--attention", default="cached", help="SparsifyConfig.attention")
+    parser.add_argument("--dense-above", type=area, metavar="F", help="SparsifyConfig.dense_above; 1 is never")
     parser.add_argument("--warmup", type=positive, default=2, help="untimed repeats before the timed ones")
     parser.add_argument("--calls", type=positive, default=6, help="with --models: UNet calls of the recorded run")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="with --models: append kernel lists at 5 %% area")
+    parser.add_argument("--peers", action="store_true", help="with --models: DeepCache and tomesd too, if installed")
     options = parser.parse_args(arguments)
     if options.fractions is None:
         options.fractions = list(step_latency_cuda.FRACTIONS if options.models else FRACTIONS)
@@ -134,7 +143,9 @@ def main(arguments: list[str] | None = None) -> Report:
         width=options.width,
         tokens=options.tokens or (77 if options.model else 32),
     )
-    compiled = sparsify(unet, SparsifyConfig(norm=options.norm, attention=options.attention))
+    compiled = sparsify(
+        unet, SparsifyConfig(norm=options.norm, attention=options.attention, dense_above=options.dense_above)
+    )
     with torch.no_grad():
         rows = [
             measure(unet, compiled, call, fraction, repeats=options.repeats, warmup=options.warmup)
@@ -146,6 +157,8 @@ def main(arguments: list[str] | None = None) -> Report:
         "dtype": str(dtype).removeprefix("torch."),
         "norm": options.norm,
         "attention": options.attention,
+        "backend": compiled.sparsify_config.backend_on(device.type),
+        "dense_above": options.dense_above,
         "repeats": options.repeats,
         "warmup": options.warmup,
     }

@@ -3,7 +3,9 @@
 A run of a few calls is recorded. Then, for every mask area, three things are timed in turn: the eager model, the same
 model under ``torch.compile(mode="reduce-overhead", fullgraph=True)``, and a sparse edit run. All times are of whole
 calls, wall clock, the GPU's queue empty before and after; ``*_gpu_ms`` is the replay of the CUDA graph alone. Weights
-are random. Options and the choice between this and the small model live in ``step_latency.py``.
+are random. Above the break-even the edit run's calls are dense ones, compiled as well (``kind`` says so), and
+``--dense-above 1`` measures sparse calls there. Options and the choice between this and the small model live in
+``step_latency.py``.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from benchmarks.harness import (
     replay_times,
     versions,
 )
+from benchmarks.peers import Peer, prepare_peers
 from benchmarks.subjects import UNETS, Prompt, Run, moved_mask, random_unet, square_mask
 
 MODELS = tuple(UNETS)
@@ -41,7 +44,7 @@ EAGER, COMPILED = "eager", "compiled"
 
 @dataclass
 class Subject:
-    """One model in its three forms, and its recorded run."""
+    """One model in its three forms, and its recorded run; ``kind`` tells how the calls of the last edit run ran."""
 
     name: str
     run: Run
@@ -51,6 +54,8 @@ class Subject:
     recording: Any
     base: list[torch.Tensor]
     facts: dict[str, float] = field(default_factory=dict)
+    peers: list[Peer] = field(default_factory=list)
+    kind: str = ""
 
     @property
     def device(self) -> torch.device:
@@ -60,11 +65,13 @@ class Subject:
         """One edit run; ``stopwatch`` files its first call as ``first`` and the others as ``sparse``."""
         stopwatch = stopwatch or Stopwatch(self.device)
         samples = self.run.edited_samples(mask)
-        with self.sparse.edit(self.recording, mask=mask):
-            return [
+        with self.sparse.edit(self.recording, mask=mask) as session:
+            outputs = [
                 stopwatch.time("sparse" if call else "first", partial(self._call, call, samples, prompt))
                 for call in range(self.run.calls)
             ]
+        self.kind = session.timings[-1][0]
+        return outputs
 
     def first_finished_call(self, mask: torch.Tensor, prompt: Prompt) -> float:
         """Seconds from a mask never seen before to the first finished call of its edit run."""
@@ -117,15 +124,19 @@ def prepare_subject(name: str, device: torch.device, dtype: torch.dtype, config:
 
 def measure(subject: Subject, fraction: float, *, repeats: int, warmup: int) -> list[dict[str, Any]]:
     """The rows of one mask area, one a baseline."""
+    from fisedit_compiler.runtime.fallback import dense_reason
+
     run, device = subject.run, subject.device
     mask = square_mask(fraction, run.height, run.width).to(device)
     samples = run.edited_samples(mask)
     graphs = _compiled_graphs()
     prompt = run.new_prompt()
     new_bucket = subject.first_finished_call(mask, prompt)
-    # The very first mask compiles; it must be the only one.
-    recompiles = _compiled_graphs() - graphs if "first_call_s" in subject.facts else 0
-    subject.facts.setdefault("first_call_s", round(new_bucket, 2))
+    # The very first sparse call compiles, and the very first dense one; no other may.
+    falls_back = dense_reason(mask, subject.sparse.sparsify_config, subject.recording.device) is not None
+    first = "fallback_first_call_s" if falls_back else "first_call_s"
+    recompiles = _compiled_graphs() - graphs if first in subject.facts else 0
+    subject.facts.setdefault(first, round(new_bucket, 2))
     graphs = _compiled_graphs()
     moved = moved_mask(mask, 8)
     new_mask = None if moved is None else round(subject.first_finished_call(moved, prompt), 4)
@@ -141,7 +152,10 @@ def measure(subject: Subject, fraction: float, *, repeats: int, warmup: int) -> 
         # A prompt never seen before: its first call also computes what depends on the prompt alone.
         subject.edit(mask, run.new_prompt(), stopwatch)
 
-    stopwatch = alternate([eager, compiled, sparse], repeats=repeats, warmup=warmup, device=device)
+    others = [partial(peer.time, run, samples, prompt) for peer in subject.peers]
+    stopwatch = alternate([eager, compiled, sparse, *others], repeats=repeats, warmup=warmup, device=device)
+    baselines = {EAGER: stopwatch[EAGER], COMPILED: stopwatch[COMPILED]}
+    baselines |= {peer.name: peer.timing(stopwatch) for peer in subject.peers}
     gpu = {
         EAGER: None,
         COMPILED: replay_ms(lambda: run.dense(subject.dense, 0, samples, prompt), device),
@@ -149,18 +163,19 @@ def measure(subject: Subject, fraction: float, *, repeats: int, warmup: int) -> 
     }
     identity_error = subject.identity_error(mask)
     rows = []
-    for baseline in (EAGER, COMPILED):
+    for baseline, timing in baselines.items():
         rows.append(
             {
                 "model": subject.name,
                 "image": f"{8 * run.height}x{8 * run.width}",
                 "mask_fraction": round(mask.float().mean().item(), 4),
                 "requested_fraction": fraction,
+                "kind": subject.kind,
                 "baseline": baseline,
-                **stopwatch[baseline].as_dict("baseline"),
+                **timing.as_dict("baseline"),
                 **stopwatch["sparse"].as_dict("sparse"),
-                "ratio": round(stopwatch[baseline].median_ms / stopwatch["sparse"].median_ms, 3),
-                "baseline_gpu_ms": gpu[baseline],
+                "ratio": round(timing.median_ms / stopwatch["sparse"].median_ms, 3),
+                "baseline_gpu_ms": gpu.get(baseline),
                 "sparse_gpu_ms": gpu["sparse"],
                 **stopwatch["first"].as_dict("sparse_first_call"),
                 "new_bucket_s": round(new_bucket, 4),
@@ -209,12 +224,13 @@ def kernel_list(title: str, kernels: Iterable[Kernel]) -> str:
 def draw(rows: list[dict[str, Any]]) -> Table:
     """The rows as a table for people."""
     table = Table(title="step latency", caption="median ± interquartile range; ratio = baseline / sparse")
-    for column in ("model", "mask", "baseline", "baseline ms", "sparse ms", "gpu ms", "ratio", "new mask s"):
-        table.add_column(column, justify="left" if column in ("model", "baseline") else "right")
+    for column in ("model", "mask", "runs", "baseline", "baseline ms", "sparse ms", "gpu ms", "ratio", "new mask s"):
+        table.add_column(column, justify="left" if column in ("model", "runs", "baseline") else "right")
     for row in rows:
         table.add_row(
             row["model"],
             f"{row['mask_fraction']:.1%}",
+            row["kind"],
             row["baseline"],
             *(f"{row[f'{name}_ms']:.2f} ± {row[f'{name}_iqr_ms']:.2f}" for name in ("baseline", "sparse")),
             "-" if row["sparse_gpu_ms"] is None else f"{row['sparse_gpu_ms']:.2f}",
@@ -228,7 +244,9 @@ def measure_models(options: argparse.Namespace, device: torch.device, dtype: tor
     """Measure every model and area; print each row and write the JSON as soon as it is known."""
     from fisedit_compiler import SparsifyConfig
 
-    config = SparsifyConfig(norm=options.norm, attention=options.attention, backend="inductor")
+    config = SparsifyConfig(
+        norm=options.norm, attention=options.attention, backend="inductor", dense_above=options.dense_above
+    )
     settings = {
         "models": options.models,
         "fractions": options.fractions,
@@ -237,6 +255,8 @@ def measure_models(options: argparse.Namespace, device: torch.device, dtype: tor
         "dtype": str(dtype).removeprefix("torch."),
         "norm": options.norm,
         "attention": options.attention,
+        "backend": config.backend_on(device.type),
+        "dense_above": options.dense_above,
         "repeats": options.repeats,
         "warmup": options.warmup,
     }
@@ -247,6 +267,9 @@ def measure_models(options: argparse.Namespace, device: torch.device, dtype: tor
         with torch.no_grad():
             subject = prepare_subject(name, device, dtype, config, options.calls)
             print(f"{name}: {subject.facts}", flush=True)
+            if options.peers:
+                subject.peers = prepare_peers(subject.eager, subject.run)
+                settings["peers"] = {peer.name: peer.note for peer in subject.peers}
             for fraction in options.fractions:
                 for row in measure(subject, fraction, repeats=options.repeats, warmup=options.warmup):
                     rows.append(row)

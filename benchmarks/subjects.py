@@ -131,15 +131,18 @@ class Run:
         calls: number of UNet calls.
         batch: 2 is one image with guidance.
         tokens: length of the text.
+        size: sites along a side of the latents; the model's own if left out.
     """
 
-    def __init__(self, unet: nn.Module, *, calls: int, batch: int = 2, tokens: int = 77) -> None:
+    def __init__(
+        self, unet: nn.Module, *, calls: int, batch: int = 2, tokens: int = 77, size: int | None = None
+    ) -> None:
         config: Any = unet.config
         self._config: dict[str, Any] = dict(config)
         self._parameter = next(unet.parameters())
         self._generator = torch.Generator().manual_seed(0)
         self.calls, self.batch, self._tokens = calls, batch, tokens
-        self.height = self.width = int(self._config["sample_size"])
+        self.height = self.width = size or int(self._config["sample_size"])
         self.timesteps = torch.linspace(900, 100, calls, device=self._parameter.device).long().unbind()
         self.samples = [self._normal(batch, 4, self.height, self.width) for _ in range(calls)]
         self._noise = self._normal(batch, 4, self.height, self.width)

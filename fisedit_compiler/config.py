@@ -26,6 +26,10 @@ class SparsifyConfig:
         dilation: sites by which every mask is grown before it is used (square neighbourhood, latent resolution).
         backend: how the sparse step runs; ``"eager"`` runs it as it is read, ``"inductor"`` compiles it once with
             torch.compile and replays CUDA graphs (on a CUDA device; elsewhere it runs eagerly).
+        dense_above: share of active sites (of the mask grown by ``dilation``, at latent resolution) above which an
+            edit's calls run densely, their outputs outside the mask still the recorded ones. ``None`` is the break-even
+            measured on this device type and backend, or never where nobody measured one (``runtime/break_even.json``);
+            1.0 is never.
         disabled_passes: names of rewrite passes to leave out; their operations then run densely.
         check_inputs: compare the input outside the mask with the recorded one at every call and refuse a
             mismatch (another seed, scheduler or guidance scale). Switch off only for synthetic calls.
@@ -43,6 +47,7 @@ class SparsifyConfig:
     attention: Attention = "cached"
     dilation: int = 0
     backend: Backend = "eager"
+    dense_above: float | None = None
     disabled_passes: frozenset[str] = field(default_factory=frozenset)
     check_inputs: bool = True
     spatial_inputs: tuple[str, ...] | None = None
@@ -56,9 +61,26 @@ class SparsifyConfig:
                 raise ConfigError(f"SparsifyConfig.{name}={value!r} is unknown; choose one of {get_args(choices)}.")
         if isinstance(self.dilation, bool) or not isinstance(self.dilation, int) or self.dilation < 0:
             raise ConfigError(f"SparsifyConfig.dilation={self.dilation!r} must be a whole number of sites, 0 or more.")
+        above = self.dense_above
+        if above is not None and (
+            isinstance(above, bool) or not isinstance(above, (int, float)) or not 0.0 <= above <= 1.0
+        ):
+            raise ConfigError(
+                f"SparsifyConfig.dense_above={above!r} must be a share of the sites from 0.0 to 1.0 (1.0 for never), "
+                "or None for the measured break-even."
+            )
         if self.multiple is not None and self.multiple < 1:
             raise ConfigError(f"SparsifyConfig.multiple={self.multiple!r} must be 1 or more.")
         object.__setattr__(self, "disabled_passes", frozenset(self.disabled_passes))
+
+    def backend_on(self, device_type: str) -> Backend:
+        """What sparse calls really run on there: ``"inductor"`` needs CUDA and settings whose rows can be padded.
+
+        Padding repeats rows, which sums over rows (``norm="incremental"``) and attention among rows
+        (``attention="active"``) would count twice.
+        """
+        padded = self.norm == "recorded" and self.attention == "cached"
+        return "inductor" if self.backend == "inductor" and device_type == "cuda" and padded else "eager"
 
     def program_key(self) -> Mapping[str, Any]:
         """The fields that change the compiled program, for the cache key (run-time switches are left out)."""

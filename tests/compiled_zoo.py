@@ -60,12 +60,16 @@ def compiled_model(
     dilation: int = 0,
     disabled: frozenset[str] = frozenset(),
 ) -> SparseModule:
-    """``sparsify`` of a zoo model; captures are shared through the cache directory of the tests."""
+    """``sparsify`` of a zoo model; captures are shared through the cache directory of the tests.
+
+    It never falls back to dense calls: the subject is the packed program, under every mask.
+    """
     model = zoo_model(name, dtype)
     config = SparsifyConfig(
         norm=norm,
         attention=attention,
         dilation=dilation,
+        dense_above=1.0,
         disabled_passes=disabled,
         multiple=None if name in UNETS else model.multiple,
     )

@@ -85,6 +85,7 @@ def test_step_latency_writes_a_row_per_fraction(tmp_path):
     step_latency.main(["--fractions", "0.06", "1.0", *size, "--json", str(path)])
     written = json.loads(path.read_text())
     assert [row["mask_fraction"] for row in written["rows"]] == pytest.approx([0.06, 1.0], abs=0.02)
+    assert [row["kind"] for row in written["rows"]] == ["sparse", "dense"], "a full mask is above the break-even"
     for row in written["rows"]:
         assert row["ratio"] == pytest.approx(row["dense_ms"] / row["sparse_ms"], rel=0.01)
         assert min(row["dense_ms"], row["sparse_ms"], row["sparse_first_call_ms"]) > 0

@@ -438,6 +438,10 @@ WRONG_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "dilation": ({"dilation": -1}, "dilation=-1 must be a whole number of sites, 0 or more"),
     "dilation bool": ({"dilation": True}, "dilation=True must be a whole number"),
     "dilation float": ({"dilation": 1.5}, "dilation=1.5 must be a whole number"),
+    "dense_above": ({"dense_above": 1.5}, "dense_above=1.5 must be a share of the sites from 0.0 to 1.0"),
+    "dense_above nan": ({"dense_above": float("nan")}, "dense_above=nan must be a share of the sites"),
+    "dense_above text": ({"dense_above": "half"}, "dense_above='half' must be .*None for the measured break-even"),
+    "dense_above bool": ({"dense_above": True}, "dense_above=True must be a share of the sites"),
     "multiple": ({"multiple": 0}, "multiple=0 must be 1 or more"),
 }
 

@@ -213,7 +213,7 @@ def test_bundles_are_bounded() -> None:
     for step in range(6):
         tensors = {**inputs, TIME: torch.tensor(float(step)), TEXT: inputs[TEXT] + step}
         cache.evaluate(executable._bundle_modules(), tensors, 2)
-    sizes = {name: len(kept) for name, kept in cache._entries.items()}
+    sizes = {name: sum(map(len, kept.values())) for name, kept in cache._kept.items()}
     assert sizes["weights"] == 1 and sizes[TEXT] == 2
     assert all(size == 3 for name, size in sizes.items() if TIME in name)
     held = cache.nbytes

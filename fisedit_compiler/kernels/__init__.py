@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from fisedit_compiler.kernels.attention_addressed import attention_addressed
 from fisedit_compiler.kernels.attention_sites import attention_sites
 from fisedit_compiler.kernels.conv2d_sites import conv2d_sites
 from fisedit_compiler.kernels.gather_sites import gather_sites
+from fisedit_compiler.kernels.gather_taps import gather_taps
 from fisedit_compiler.kernels.group_norm_site_sums import group_norm_site_sums
 from fisedit_compiler.kernels.group_norm_sites import group_norm_sites
 from fisedit_compiler.kernels.group_norm_statistics import group_norm_statistics
@@ -17,9 +19,11 @@ from fisedit_compiler.kernels.update_statistics import update_statistics
 __all__ = [
     "KernelError",
     "Op",
+    "attention_addressed",
     "attention_sites",
     "conv2d_sites",
     "gather_sites",
+    "gather_taps",
     "group_norm_site_sums",
     "group_norm_sites",
     "group_norm_statistics",

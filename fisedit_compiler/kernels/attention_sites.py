@@ -55,7 +55,7 @@ def _fake(
     return query.new_empty(batch, count, heads, value_canvas.shape[3]).transpose(1, 2)
 
 
-_OP = define_op(
+OP = define_op(
     f"{_NAME}(Tensor query, Tensor key, Tensor value, Tensor key_canvas, Tensor value_canvas, Tensor active, "
     "float? scale=None, Tensor? inverse=None) -> Tensor",
     _reference,
@@ -113,7 +113,7 @@ def attention_sites(
     Raises:
         KernelError: a tensor does not have four dimensions.
     """
-    return _OP(query, key, value, key_canvas, value_canvas, active, scale, inverse)
+    return OP(query, key, value, key_canvas, value_canvas, active, scale, inverse)
 
 
 def inverse_table(active: Tensor, sites: int) -> Tensor:

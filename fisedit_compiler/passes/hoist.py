@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import fx
@@ -36,6 +37,11 @@ class Bundle:
     dependences: frozenset[str]
     graph: fx.Graph
     values: tuple[str, ...]
+
+    @cached_property
+    def ordered(self) -> tuple[str, ...]:
+        """The dependences in a fixed order."""
+        return tuple(sorted(self.dependences))
 
 
 def hoist(graph: fx.Graph, spatial: Iterable[str]) -> tuple[fx.Graph, list[Bundle]]:

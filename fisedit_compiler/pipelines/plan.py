@@ -66,6 +66,7 @@ class EditPlan:
         found = follow.detected
         mask = follow.mask
         assert mask is not None  # the run has ended, so a mask was given or found
+        everywhere = found is not None and found.everywhere
         # The session's own times leave out what a GPU is still doing when a call returns.
         kinds = [kind for kind, _ in session.timings]
         report = EditReport(
@@ -76,7 +77,7 @@ class EditPlan:
             wall_seconds=time.perf_counter() - self.started,
             recording_bytes=_nbytes(self.base),
             restored_steps=follow.restored_steps,
-            note="the prompt changes the whole picture: run densely" if found and found.everywhere else "",
+            note="the prompt changes the whole picture: run densely" if everywhere else session.fallback or "",
         )
         return Edit(
             prompt=self.prompt,

@@ -21,7 +21,7 @@ class EditReport:
         restored_steps: steps after which latents outside the mask had to be set back to the base's: the end of
             an automatic mask's dense calls and the steps in which the scheduler remembers them. 0 with a mask
             given by the user, unless the base is an edit that had such steps itself.
-        note: why nothing was run, or everything densely.
+        note: why nothing was run, or calls densely with a mask or without.
     """
 
     mask_source: str
@@ -35,7 +35,7 @@ class EditReport:
 
     @property
     def dense_calls(self) -> int:
-        """UNet calls made densely, to find the mask."""
+        """UNet calls made densely: to find the mask, or above the break-even (see ``note``)."""
         return self._count("dense")
 
     @property

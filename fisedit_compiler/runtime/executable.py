@@ -17,11 +17,13 @@ from torch.utils import _pytree as pytree
 
 from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.passes.hoist import Bundle
-from fisedit_compiler.passes.stage import stage_rings
+from fisedit_compiler.passes.stage import stage
 from fisedit_compiler.program import CompiledProgram
-from fisedit_compiler.runtime.cuda_graphs import GraphPool, PreparedPlan
+from fisedit_compiler.runtime.cuda_graphs import GraphPool, HoistedNames, PreparedPlan
+from fisedit_compiler.runtime.fallback import DenseModule
 from fisedit_compiler.runtime.hoisting import HoistCache
 from fisedit_compiler.runtime.site_plan import SitePlan
+from fisedit_compiler.runtime.slot_table import SlotTable
 
 PER_CALL = frozenset({"timestep"})
 """Inputs that change from call to call."""
@@ -36,9 +38,12 @@ class Executable:
     def __init__(self, program: CompiledProgram, module: nn.Module, config: SparsifyConfig) -> None:
         self.program, self.module, self.config = program, module, config
         self.hoisted = HoistCache(PER_CALL)
+        self.dense = DenseModule(module)
         self.slot_names = tuple(slot.name for slot in program.slots)
+        samples = [s.name for s in program.slots if s.origin == program.spatial[0] and s.kind == "canvas"]
+        self.sample_slot = samples[0] if samples else None
         self._graphs: dict[str, fx.GraphModule] = {}
-        self._bundles: dict[str, fx.GraphModule] = {}
+        self._bundles: list[tuple[Bundle, fx.GraphModule]] = []
         self._attributes: dict[str, Any] = {}
         self._pool: GraphPool | None = None
         self._prepared: OrderedDict[int, tuple[SitePlan, PreparedPlan]] = OrderedDict()
@@ -76,10 +81,9 @@ class Executable:
         return self._graphs[name]
 
     def _bundle_modules(self) -> list[tuple[Bundle, fx.GraphModule]]:
-        for bundle in self.program.bundles:
-            if bundle.name not in self._bundles:
-                self._bundles[bundle.name] = self._bind(bundle.graph)
-        return [(bundle, self._bundles[bundle.name]) for bundle in self.program.bundles]
+        if not self._bundles:
+            self._bundles = [(bundle, self._bind(bundle.graph)) for bundle in self.program.bundles]
+        return self._bundles
 
     # -- runs ------------------------------------------------------------------------------------
 
@@ -104,7 +108,7 @@ class Executable:
         batch = tensors[self.program.spatial[0]].shape[0]
         hoisted = self.hoisted.evaluate(self._bundle_modules(), tensors, batch, scalars or {})
         if self._uses_cuda_graphs(tensors) and not update and not plan.is_empty:
-            return self._divide(self._graph_pool().run(self._prepare(plan), tensors, slots, hoisted))
+            return self._divide(self._graph_pool().run(self._prepare(plan), tensors, SlotTable.of(slots), hoisted))
         graph: fx.Graph = self.program.update if update else self.program.step
         arguments: list[Any] = []
         for node in graph.nodes:
@@ -123,17 +127,18 @@ class Executable:
         # The caller gets the outputs and may write to them; what is recorded must not follow.
         return outputs, {name: _own(value, outputs) for name, value in stored.items()}
 
-    # Padding repeats rows, which sums over rows and attention among rows would count twice.
     def _uses_cuda_graphs(self, tensors: Mapping[str, Tensor]) -> bool:
-        padded = self.config.norm == "recorded" and self.config.attention == "cached"
-        return self.config.backend == "inductor" and padded and tensors[self.program.spatial[0]].is_cuda
+        return self.config.backend_on(tensors[self.program.spatial[0]].device.type) == "inductor"
 
     def _graph_pool(self) -> GraphPool:
         if self._pool is None:
-            graph = stage_rings(self.program.step)
+            graph = stage(self.program.step, self.slot_names)
             identities = [node.meta["input"] for node in graph.nodes if node.op == "placeholder"]
-            weights = {name for bundle in self.program.bundles if not bundle.dependences for name in bundle.values}
-            self._pool = GraphPool(self._bind(graph), identities, frozenset(weights))
+            bundles = [
+                HoistedNames(bundle.values, bool(bundle.dependences & PER_CALL), not bundle.dependences)
+                for bundle in self.program.bundles
+            ]
+            self._pool = GraphPool(self._bind(graph), identities, self.slot_names, bundles)
         return self._pool
 
     def _prepare(self, plan: SitePlan, kept: int = 8) -> PreparedPlan:

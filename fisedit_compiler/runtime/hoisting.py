@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from fisedit_compiler.kernels.addresses import address_table
 from fisedit_compiler.passes.hoist import BATCH_SIZE, Bundle
 
 Values = Mapping[str, Tensor]
@@ -33,10 +35,10 @@ class _Input:
         return cls(value, _version(value))
 
     def matches(self, value: Any) -> bool:
+        if self.value is value and isinstance(value, Tensor):
+            return self.version == _version(value)
         if not isinstance(value, Tensor) or not isinstance(self.value, Tensor):
             return type(self.value) is type(value) and bool(self.value == value)
-        if self.value is value:
-            return self.version == _version(value)
         same = self.value.shape == value.shape and self.value.dtype == value.dtype and self.value.device == value.device
         # A kept tensor that was written to since no longer tells what the result was computed from.
         return same and self.version == _version(self.value) and torch.equal(self.value, value)
@@ -46,10 +48,44 @@ def _version(value: Any) -> int:
     return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
 
 
-@dataclass
-class _Entry:
-    inputs: dict[str, _Input]
+@dataclass(eq=False)
+class HoistedGroup:
+    """The values of one bundle for one set of inputs.
+
+    Attributes:
+        values: by name, in the bundle's order.
+        form: a number that groups of equal shapes, strides and dtypes share.
+    """
+
+    inputs: Mapping[str, _Input]
     values: dict[str, Tensor]
+    form: int
+
+    @cached_property
+    def addresses(self) -> Tensor:
+        """int64 ``[len(values)]`` on the values' device; only read while the group is alive."""
+        tensors = list(self.values.values())
+        return address_table(tensors, tensors[0].device)
+
+
+@dataclass(frozen=True)
+class Hoisted(Mapping[str, Tensor]):
+    """All hoisted values of a call, by name; ``groups`` are those of the bundles, in their order."""
+
+    groups: tuple[HoistedGroup, ...]
+
+    @cached_property
+    def _merged(self) -> dict[str, Tensor]:
+        return {name: value for group in self.groups for name, value in group.values.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._merged[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._merged)
+
+    def __len__(self) -> int:
+        return len(self._merged)
 
 
 class HoistCache:
@@ -62,21 +98,23 @@ class HoistCache:
     def __init__(self, per_call: frozenset[str], calls: int = 1024, prompts: int = 2) -> None:
         self.per_call, self.calls, self.prompts = per_call, calls, prompts
         self.computed: dict[str, int] = {}
-        self._entries: dict[str, OrderedDict[int, _Entry]] = {}
-        self._next = 0
+        # By bundle and by the numbers among its inputs; of each the most recent last.
+        self._kept: dict[str, OrderedDict[tuple[Any, ...], list[HoistedGroup]]] = {}
+        self._forms: dict[tuple[Any, ...], int] = {}
 
     def clear(self) -> None:
         """Forget everything (weights, adapters or their scales changed)."""
-        self._entries.clear()
+        self._kept.clear()
 
     @property
     def nbytes(self) -> int:
         """Bytes of all cached values."""
         return sum(
             tensor.nbytes
-            for kept in self._entries.values()
-            for entry in kept.values()
-            for tensor in entry.values.values()
+            for kept in self._kept.values()
+            for groups in kept.values()
+            for group in groups
+            for tensor in group.values.values()
         )
 
     def evaluate(
@@ -85,54 +123,67 @@ class HoistCache:
         tensors: Mapping[str, Tensor],
         batch: int,
         scalars: Mapping[str, float] = MappingProxyType({}),
-    ) -> dict[str, Tensor]:
+    ) -> Hoisted:
         """All hoisted values for one call's tensors (by placeholder name) and batch.
 
-        ``scalars`` are values of one-element tensors that the caller has read already: comparing them needs no
-        second wait for the device.
+        ``scalars`` are values of one-element tensors that the caller knows already: comparing them needs no wait for
+        the device.
         """
-        known: dict[str, Tensor] = {}
-        identities = {**tensors, **scalars, BATCH_SIZE: batch}
+        groups: list[HoistedGroup] = []
+        numbers: dict[str, Any] = {**scalars, BATCH_SIZE: batch}
         for bundle, module in bundles:
-            inputs = {name: identities[name] for name in bundle.dependences}
-            entry = self._find(bundle, inputs)
-            if entry is None:
-                entry = _Entry(
-                    {name: _Input.of(value) for name, value in inputs.items()},
-                    self._compute(bundle, module, tensors, batch, known),
-                )
-                self._keep(bundle, entry)
-            known.update(entry.values)
-        return known
+            # Hashed, not searched: a run of fifty calls asks fifty times, between two launches.
+            key = tuple(numbers[name] for name in bundle.ordered if name in numbers)
+            named = {name: tensors[name] for name in bundle.ordered if name not in numbers}
+            group = self._find(bundle, key, named)
+            if group is None:
+                group = self._compute(bundle, module, tensors, batch, groups, named)
+                self._keep(bundle, key, group)
+            groups.append(group)
+        return Hoisted(tuple(groups))
 
-    def _find(self, bundle: Bundle, inputs: Mapping[str, Any]) -> _Entry | None:
-        kept = self._entries.get(bundle.name)
-        if not kept:
+    def _find(self, bundle: Bundle, key: tuple[Any, ...], named: Mapping[str, Tensor]) -> HoistedGroup | None:
+        kept = self._kept.get(bundle.name)
+        groups = None if kept is None else kept.get(key)
+        if kept is None or groups is None:
             return None
-        # Numbers first: comparing tensors may wait for the device.
-        names = sorted(inputs, key=lambda name: isinstance(inputs[name], Tensor))
-        for key in reversed(kept):
-            entry = kept[key]
-            if all(entry.inputs[name].matches(inputs[name]) for name in names):
+        for position in range(len(groups) - 1, -1, -1):
+            group = groups[position]
+            if all(group.inputs[name].matches(value) for name, value in named.items()):
                 kept.move_to_end(key)
-                return entry
+                groups.append(groups.pop(position))
+                return group
         return None
 
-    def _keep(self, bundle: Bundle, entry: _Entry) -> None:
-        kept = self._entries.setdefault(bundle.name, OrderedDict())
-        kept[self._next] = entry
-        self._next += 1
-        limit = self.calls if bundle.dependences & self.per_call else self.prompts
-        while len(kept) > limit:
+    def _keep(self, bundle: Bundle, key: tuple[Any, ...], group: HoistedGroup) -> None:
+        kept = self._kept.setdefault(bundle.name, OrderedDict())
+        groups = kept.setdefault(key, [])
+        groups.append(group)
+        kept.move_to_end(key)
+        per_call = bool(bundle.dependences & self.per_call)
+        # A timestep that is no number (one per sample) is among the tensors: then a key holds a whole run.
+        counted = not per_call or bool(self.per_call & bundle.dependences - group.inputs.keys())
+        del groups[: -(self.prompts if counted else self.calls)]
+        while len(kept) > (self.calls if per_call else self.prompts):
             kept.popitem(last=False)
 
     def _compute(
-        self, bundle: Bundle, module: fx.GraphModule, tensors: Mapping[str, Tensor], batch: int, known: Values
-    ) -> dict[str, Tensor]:
+        self,
+        bundle: Bundle,
+        module: fx.GraphModule,
+        tensors: Mapping[str, Tensor],
+        batch: int,
+        groups: Sequence[HoistedGroup],
+        named: Mapping[str, Tensor],
+    ) -> HoistedGroup:
+        known = Hoisted(tuple(groups))
         arguments: list[Any] = []
         for node in bundle.graph.nodes:
             if node.op == "placeholder":
                 kind, *rest = node.meta["input"]
                 arguments.append(batch if kind == "batch" else (known if kind == "hoisted" else tensors)[rest[0]])
         self.computed[bundle.name] = self.computed.get(bundle.name, 0) + 1
-        return dict(zip(bundle.values, module(*arguments), strict=True))
+        values = dict(zip(bundle.values, module(*arguments), strict=True))
+        layout = tuple((value.shape, value.stride(), value.dtype) for value in values.values())
+        form = self._forms.setdefault(layout, len(self._forms))
+        return HoistedGroup({name: _Input.of(value) for name, value in named.items()}, values, form)

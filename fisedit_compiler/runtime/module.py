@@ -88,7 +88,8 @@ class SparseModule(nn.Module):
         Args:
             recording: a complete recording of this module.
             mask: what may change; until one is set (here or by ``session.set_mask``) calls run densely. An empty
-                mask gives the recorded outputs back without running the model.
+                mask gives the recorded outputs back without running the model; one above the break-even
+                (``SparsifyConfig.dense_above``) runs densely, too, and ``session.fallback`` says so.
             record: also make a recording of the edited run (``session.result``), so that it can be edited in turn.
 
         Raises:

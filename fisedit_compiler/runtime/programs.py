@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.errors import RecordingError
-from fisedit_compiler.inputs import CallSignature, bind, known_model, sign
+from fisedit_compiler.inputs import CallSignature, known_model
 from fisedit_compiler.program import CompiledProgram, compile_program
+from fisedit_compiler.runtime.binding import Binder
 from fisedit_compiler.runtime.executable import Executable
 from fisedit_compiler.runtime.fingerprint import structure_key
 from fisedit_compiler.runtime.sessions import Call
@@ -22,6 +23,7 @@ class ProgramStore:
     def __init__(self, module: nn.Module, config: SparsifyConfig) -> None:
         self.module, self.config = module, config
         self.known = known_model(module)
+        self.binder = Binder(module, self.known, config.spatial_inputs)
         self._executables: dict[tuple[str, CallSignature], Executable] = {}
         self._fingerprint: Any = None
         self._structure = ""
@@ -41,36 +43,24 @@ class ProgramStore:
     def prepare(self, arguments: Mapping[str, Any]) -> Executable:
         """Compile for a typical call ahead of the first one."""
         self._structure = structure_key(self.module)
-        bound = bind(self.module, (), arguments, self.known.constants if self.known else {})
-        signature, _tensors, canonical = self._sign(bound)
-        return self._executable(signature, canonical)
+        return self._executable(*self.binder.sign(arguments))
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Call, Callable[[Any], Any]]:
         """The call made ready for a session, and how its result must be wrapped for the caller."""
-        bound = bind(self.module, args, kwargs, self.known.constants if self.known else {})
-        signature, tensors, canonical = self._sign(bound)
+        bound = self.binder.bind(args, kwargs)
+        signature = bound.form.signature
 
         def find() -> Executable:
-            executable = self._executable(signature, canonical)
-            _check_divisible(tensors[signature.primary], executable.program.multiple)
+            executable = bound.form.found.get(self._structure)
+            if executable is None:
+                executable = self._executable(signature, bound.canonical())
+                bound.form.found[self._structure] = executable
+            _check_divisible(call.sample, executable.program.multiple)
             return executable
 
-        named = {name.replace(".", "_"): tensor for name, tensor in tensors.items()}
-        if self.known is None:
-            return Call(find, signature, named, lambda: self.module(*args, **kwargs)), lambda result: result
-        known = self.known
-        fixed = {name: value for name, value in known.constants.items() if name in bound}
-        call = Call(find, signature, named, lambda: self.module(**{**bound, **fixed}))
-        wanted = bind(self.module, args, kwargs, {}).get("return_dict", True)
-        return call, (known.wrap if wanted else lambda result: result)
-
-    def _sign(self, bound: dict[str, Any]) -> tuple[CallSignature, dict[str, Any], dict[str, Any]]:
-        spatial = self.config.spatial_inputs
-        if self.known is not None:
-            bound = self.known.canonical(bound)
-            spatial = spatial or self.known.spatial
-        signature, tensors = sign(bound, spatial)
-        return signature, tensors, bound
+        call = Call(find, signature, bound.tensors, bound.run)
+        wrap = self.known.wrap if self.known is not None and bound.form.return_dict else _as_it_is
+        return call, wrap
 
     def _executable(self, signature: CallSignature, arguments: dict[str, Any]) -> Executable:
         key = (self._structure, signature)
@@ -83,6 +73,10 @@ class ProgramStore:
             )
             self._executables[key] = Executable(program, self.module, self.config)
         return self._executables[key]
+
+
+def _as_it_is(result: Any) -> Any:
+    return result
 
 
 def _check_divisible(sample: Tensor, multiple: int) -> None:

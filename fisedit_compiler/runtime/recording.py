@@ -78,6 +78,11 @@ class Recording:
         """Columns of the spatial input (latent width)."""
         return self._first().width
 
+    @property
+    def device(self) -> str:
+        """Where it was recorded, as ``str(torch.device)``."""
+        return self._first().signature.device
+
     def slot(self, call: int, name: str) -> Tensor:
         """One recorded tensor.
 

@@ -6,6 +6,7 @@ no graph: running is ``executable.py``'s business, entering and leaving modes ``
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,11 +20,18 @@ from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.errors import RecordingError
 from fisedit_compiler.inputs import CallSignature
 from fisedit_compiler.masks import to_site_mask
+from fisedit_compiler.runtime.deferred import DeferredChecks
 from fisedit_compiler.runtime.executable import Executable
+from fisedit_compiler.runtime.fallback import dense_reason, pinning_plan, run_densely
 from fisedit_compiler.runtime.recording import CallRecord, Recording
 from fisedit_compiler.runtime.site_plan import SitePlan
+from fisedit_compiler.runtime.slot_table import SlotTable
+
+CHECKED_AT_ONCE = 2
+"""Calls of a run whose inputs are checked before anything is launched: most mistakes show there."""
 
 CallKind = Literal["dense", "sparse", "skipped"]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,13 +42,13 @@ class Call:
         find_executable: finds or compiles the program for the signature; call ``executable`` instead.
         signature: what the program is compiled for.
         tensors: tensor arguments by placeholder name.
-        run_original: runs the user's own module on the call's arguments.
+        run_original: runs the user's own module on the call's arguments, or a compiled form of it that it is given.
     """
 
     find_executable: Callable[[], Executable]
     signature: CallSignature
     tensors: Mapping[str, Tensor]
-    run_original: Any
+    run_original: Callable[..., Any]
 
     @cached_property
     def executable(self) -> Executable:
@@ -53,18 +61,17 @@ class Call:
 
     @cached_property
     def timestep(self) -> float | None:
-        """The timestep if it is one number; read once, because reading waits for the device."""
-        value = self.tensors.get("timestep")
-        return float(value) if value is not None and value.numel() == 1 else None
+        """The timestep if it is one number; reading it waits for the device."""
+        return float(self.tensors["timestep"]) if self.has_timestep else None
 
     @property
-    def scalars(self) -> dict[str, float]:
-        """Values of one-element arguments that were read already."""
-        return {} if self.timestep is None else {"timestep": self.timestep}
+    def has_timestep(self) -> bool:
+        """Whether there is a timestep and it is one number."""
+        return any(spec.name == "timestep" and not spec.axes for spec in self.signature.tensors)
 
-    def store(self, slots: Mapping[str, Tensor]) -> CallRecord:
+    def store(self, slots: Mapping[str, Tensor], timestep: float | None) -> CallRecord:
         batch, _, height, width = self.sample.shape
-        return CallRecord(self.signature, batch, height, width, self.timestep, slots)
+        return CallRecord(self.signature, batch, height, width, timestep, SlotTable.of(slots))
 
 
 class Session(Protocol):
@@ -81,17 +88,18 @@ class RecordSession:
 
     def handle(self, call: Call) -> Any:
         outputs, slots = call.executable.record(call.tensors)
-        self.recording.calls.append(call.store(slots))
+        self.recording.calls.append(call.store(slots, call.timestep))
         return call.executable.assemble(outputs)
 
 
 class EditSession:
-    """Runs calls against a recording: densely until a mask is set, sparsely from then on.
+    """Runs calls against a recording: densely until a mask is set, sparsely (or pinned, see ``fallback``) from then on.
 
     Attributes:
         recording: the base run.
         call: calls made so far.
         mask: bool ``[H, W]`` at the spatial input's resolution, or ``None`` while calls run densely.
+        fallback: why calls with the mask run densely, as a sentence; ``None`` if they run sparsely.
         result: with ``record=True``, the edited run as a recording of its own.
         timings: kind and wall seconds of every call (on CUDA: of its launch).
     """
@@ -101,13 +109,17 @@ class EditSession:
         self.call = 0
         self.mask: Tensor | None = None
         self.plan: SitePlan | None = None
+        self.fallback: str | None = None
         self.result = Recording(recording.model, recording.config) if record else None
         self.timings: list[tuple[CallKind, float]] = []
+        self._checks = DeferredChecks()
+        self._empty = False
+        self._outside: Tensor | None = None
         if mask is not None:
             self.set_mask(mask)
 
     def set_mask(self, mask: Any) -> None:
-        """Edit sparsely from the next call on.
+        """Edit inside the mask only from the next call on: sparsely, or densely above the break-even (``fallback``).
 
         Args:
             mask: what to change, as anything :func:`fisedit_compiler.masks.to_site_mask` accepts: bool or uint8 or
@@ -117,22 +129,36 @@ class EditSession:
             MaskError: its size, dtype or contents do not fit the recording.
         """
         self.mask = to_site_mask(mask, self.recording.height, self.recording.width, image_scale=None)
-        self.plan = None
+        self.plan = self._outside = None
+        self._empty = not bool(self.mask.any())
+        told, self.fallback = self.fallback, dense_reason(self.mask, self.config, self.recording.device)
+        if self.fallback is not None and told is None:
+            logger.info(self.fallback)
 
     def handle(self, call: Call) -> Any:
+        self._checks.poll()
         base = self._base_of(call)
+        # What is on the device is compared there. Waiting for it would leave the GPU idle between two calls, so only
+        # the first calls are judged before they run, the others when the outcome arrives.
+        at_once = not call.sample.is_cuda or self.call < CHECKED_AT_ONCE
+        if at_once:
+            self._check(call, base)
+            self._checks.wait()
         start = time.perf_counter()
         kind, result = self._run(call, base)
         self.timings.append((kind, time.perf_counter() - start))
+        if not at_once:
+            self._check(call, base)
         self.call += 1
         return result
 
     def finish(self) -> None:
-        """Check that the run made as many calls as the recording has.
+        """Check that the run made as many calls as the recording has, with inputs that fit it.
 
         Raises:
-            RecordingError: it made fewer.
+            RecordingError: it made fewer, or the inputs of one of them were others.
         """
+        self._checks.wait()
         if self.call < self.recording.num_calls:
             raise RecordingError(
                 f"The edit ended after {self.call} calls, the recording has {self.recording.num_calls}: another number "
@@ -148,25 +174,30 @@ class EditSession:
             if self.result is None:
                 return "dense", call.run_original()
             outputs, slots = executable.record(call.tensors)
-            self._store(call, slots)
+            self._store(call, slots, base)
             return "dense", executable.assemble(outputs)
-        if self.config.check_inputs:
-            self._check_outside(call, base)
-        if not bool(self.mask.any()):
+        if self._empty:
             recorded = executable.base_outputs(base.slots)
             if recorded is not None:
-                self._store(call, base.slots)
+                self._store(call, base.slots, base)
                 return "skipped", executable.assemble(recorded)
+        if self.fallback is not None:
+            if self.plan is None:
+                self.plan = pinning_plan(self.mask, executable.program, self.config.dilation, call.sample.device)
+            result, slots = run_densely(call, base, self.plan, record=self.result is not None)
+            self._store(call, slots, base)
+            return "dense", result
         if self.plan is None:
             self.plan = executable.plan(self.mask, self.config.dilation, call.sample.device)
         update = self.result is not None
-        outputs, slots = executable.step(call.tensors, base.slots, self.plan, update=update, scalars=call.scalars)
-        self._store(call, slots)
+        scalars = {} if base.timestep is None else {"timestep": base.timestep}
+        outputs, slots = executable.step(call.tensors, base.slots, self.plan, update=update, scalars=scalars)
+        self._store(call, slots, base)
         return "sparse", executable.assemble(outputs)
 
-    def _store(self, call: Call, slots: Mapping[str, Tensor]) -> None:
+    def _store(self, call: Call, slots: Mapping[str, Tensor], base: CallRecord) -> None:
         if self.result is not None:
-            self.result.calls.append(call.store(slots))
+            self.result.calls.append(call.store(slots, base.timestep))
 
     def _base_of(self, call: Call) -> CallRecord:
         """The recorded call this one corresponds to.
@@ -191,34 +222,51 @@ class EditSession:
                 f"Call {self.call} has batch {batch}, the recording {base.batch}: classifier-free guidance was "
                 "switched on or off, or the number of images changed. Edit with the recorded guidance and batch."
             )
-        if call.signature != base.signature:
+        if call.signature is not base.signature and call.signature != base.signature:
             raise RecordingError(
                 f"Call {self.call} passes other arguments than the recorded call "
                 f"({_difference(call.signature, base.signature)}). Edit with the arguments of the recorded run."
             )
-        if call.timestep != base.timestep:
-            raise RecordingError(
-                f"Call {self.call} is at timestep {call.timestep}, the recording at {base.timestep}: another scheduler "
-                "or another number of inference steps. Edit with the recorded ones."
-            )
         return base
 
-    def _check_outside(self, call: Call, base: CallRecord) -> None:
-        """Outside the mask the input must be the recorded one, bit for bit."""
-        for slot in call.executable.program.slots:
-            if slot.origin != call.executable.program.spatial[0] or slot.kind != "canvas":
-                continue
-            recorded = base.slots[slot.name]
-            assert self.mask is not None
-            keep = ~self._grown_mask().flatten().to(recorded.device)
-            now = call.sample.flatten(2).transpose(1, 2)
-            if not torch.equal(now[:, keep], recorded[:, keep]):
-                raise RecordingError(
-                    f"At call {self.call} the input differs from the recorded one outside the mask. The edit must "
+    def _check(self, call: Call, base: CallRecord) -> None:
+        """Check what is on the device: the timestep, and the input outside the mask.
+
+        Raises:
+            RecordingError: one of them is not the recorded one; on a GPU raised later, when the outcome has arrived.
+        """
+        number = self.call
+        if base.timestep is not None:
+
+            def other_timestep() -> RecordingError:
+                # What was hoisted for the recorded timestep may have been computed from this one.
+                call.executable.hoisted.clear()
+                return RecordingError(
+                    f"Call {number} is at timestep {call.timestep}, the recording at {base.timestep}: another "
+                    "scheduler or another number of inference steps. Edit with the recorded ones."
+                )
+
+            self._checks.add(call.tensors["timestep"] != base.timestep, other_timestep)
+        slot = None if self.mask is None or not self.config.check_inputs else call.executable.sample_slot
+        if slot is not None:
+            recorded = base.slots[slot]
+            wrong = (call.sample.flatten(2).transpose(1, 2) != recorded) & self._outside_mask(recorded.device)
+
+            def other_input() -> RecordingError:
+                return RecordingError(
+                    f"At call {number} the input differs from the recorded one outside the mask. The edit must "
                     "start from the recorded noise and follow the recorded run: the same seed (a fresh generator), "
                     "the same scheduler, the same guidance scale, and nothing that mixes all sites between two calls "
                     "(guidance_rescale, dynamic thresholding). SparsifyConfig(check_inputs=False) allows it."
                 )
+
+            self._checks.add(wrong.any(), other_input)
+
+    def _outside_mask(self, device: torch.device) -> Tensor:
+        """bool ``[S, 1]`` on ``device``: the sites an edit must not have touched."""
+        if self._outside is None:
+            self._outside = ~self._grown_mask().flatten()[:, None].to(device)
+        return self._outside
 
     def _grown_mask(self) -> Tensor:
         assert self.mask is not None

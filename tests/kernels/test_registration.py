@@ -11,6 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from fisedit_compiler.kernels import registered_ops
+from fisedit_compiler.kernels.addresses import address_table
+from fisedit_compiler.kernels.attention_sites import inverse_table
 from fisedit_compiler.kernels.registry import define_op
 from tests.kernels.tables import Geometry, brute_force_taps, pick
 
@@ -30,6 +32,19 @@ def _arguments(count: int) -> dict[str, tuple[Any, ...]]:
         "update_statistics": (rows, statistics, torch.randn(2, 24, 4, 2), active),
         "group_norm_sites": (rows, statistics, torch.randn(8), torch.randn(8), 4, 1e-5),
         "attention_sites": (heads, heads, heads, head_canvas, head_canvas, active, None),
+        "attention_addressed": (
+            heads,
+            heads,
+            heads,
+            head_canvas,
+            head_canvas,
+            active,
+            inverse_table(active, 24),
+            address_table([head_canvas], torch.device("cpu")),
+            0,
+            0,
+        ),
+        "gather_taps": (canvas, taps),
         "gather_sites": (canvas, active, 1),
         "scatter_sites": (rows, canvas, active, 1),
         "recentre_site_sums": (torch.randn(2, 24, 4, 2), statistics, torch.rand(2, 4, 2), 8),

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from fisedit_compiler.kernels import attention_sites
+from fisedit_compiler.kernels.addresses import address_table
 from fisedit_compiler.kernels.attention_sites import inverse_table
 from fisedit_compiler.kernels.tolerances import assert_close
+from tests.kernels.triton_tools import poisoned, run_in_the_interpreter
 
 # batch, heads, active, sites, size of a head, splits
 SHAPES = (
@@ -40,9 +38,30 @@ def check(shape: tuple[int, ...], dtype: torch.dtype, device: str, padding: int 
     if padding and count:  # repeated rows must not count twice
         active = torch.cat([active, active[-1:].expand(padding)])
         rows = [torch.cat([t, t[:, :, -1:].expand(-1, -1, padding, -1)], dim=2) for t in rows]
-    inverse = inverse_table(active, sites)
-    actual = kernel(*rows, *canvases, active.to(device), inverse.to(device), splits=splits)[:, :, :count]
-    assert_close(actual.cpu().float(), expected, dtype)
+    inverse = inverse_table(active, sites).to(device)
+    # Found through a table, what is passed as canvases only says how they are laid out.
+    others = [torch.full_like(canvas, float("nan")) for canvas in canvases]
+    table = address_table([canvases[1], others[0], canvases[0]], torch.device(device))
+    for merged in (False, True):
+        for passed, options in ((canvases, {}), (others, {"addresses": table, "entries": (2, 0)})):
+            with poisoned():
+                actual = kernel(
+                    *rows, *passed, active.to(device), inverse, splits=splits, merged=merged, **options
+                )  # fmt: skip
+            assert actual.transpose(1, 2).is_contiguous()
+            assert_close(actual[:, :, :count].cpu().float(), expected, dtype)
+
+
+def test_the_choice_follows_the_measured_times() -> None:
+    """Sides of the break-even that a sweep on an H200 showed: queries, sites, batch times heads."""
+    pytest.importorskip("triton")
+    from fisedit_compiler.kernels.triton.attention_sites import prefers_merged
+
+    for queries, sites, groups, merged in (
+        (464, 9216, 10, False), (1408, 9216, 10, True), (2816, 9216, 10, True),
+        (144, 2304, 20, False), (704, 2304, 20, True), (48, 576, 40, False), (16, 144, 40, False),
+    ):  # fmt: skip
+        assert prefers_merged(queries, sites, groups, 64, 132) == merged
 
 
 @pytest.mark.gpu
@@ -54,13 +73,7 @@ def test_on_a_gpu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 def test_in_the_interpreter() -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.test_triton_attention_sites"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_in_the_interpreter("tests.kernels.test_triton_attention_sites")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,7 @@
-"""The Triton convolution against its reference: in the interpreter on the CPU, for real on a GPU.
-
-The interpreter must be chosen before Triton is imported, so the CPU cases run in one subprocess.
-"""
+"""The Triton convolution against its reference: in the interpreter on the CPU, for real on a GPU."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from itertools import product
 
 import pytest
@@ -15,6 +9,7 @@ import torch
 
 from fisedit_compiler.kernels import conv2d_sites
 from fisedit_compiler.kernels.tolerances import assert_close
+from tests.kernels.triton_tools import poisoned, run_in_the_interpreter
 
 # batch, rows in, ring, canvas, outputs, taps, in channels, out channels
 SHAPES = (
@@ -49,7 +44,8 @@ def check(shape: tuple[int, ...], dtype: torch.dtype, device: str, bias: bool, s
     expected = conv2d_sites(
         *(None if a is None else a.cpu().float() if a.is_floating_point() else a.cpu() for a in arguments)
     )
-    actual = kernel(*arguments, tile=Tile(16, 16, 16, split, stages=2))
+    with poisoned():
+        actual = kernel(*arguments, tile=Tile(16, 16, 16, split, stages=2))
     assert_close(actual.cpu().float(), expected, dtype)
 
 
@@ -62,14 +58,7 @@ def test_on_a_gpu(shape: tuple[int, ...], dtype: torch.dtype, split: int) -> Non
 
 
 def test_in_the_interpreter() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.test_triton_conv2d_sites"],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_in_the_interpreter("tests.kernels.test_triton_conv2d_sites")
 
 
 if __name__ == "__main__":

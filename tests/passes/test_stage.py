@@ -1,4 +1,4 @@
-"""Staged steps: convolutions read gathered ring rows, and the results are the same bits."""
+"""Staged steps: convolutions read gathered ring rows, attention reads by address, and the results are the same bits."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import torch
 from compiled_zoo import base_run, compiled_model, edit_inputs, edited, make_mask
 from torch import Tensor, fx
 
-from fisedit_compiler.passes.stage import stage_rings
+from fisedit_compiler.kernels.addresses import address_table
+from fisedit_compiler.passes.stage import stage
 from fisedit_compiler.runtime.cuda_graphs import bucket
 from fisedit_compiler.runtime.site_plan import SitePlan
 
 CONVOLUTION = torch.ops.fisedit.conv2d_sites.default
+ADDRESSED = torch.ops.fisedit.attention_addressed.default
+ATTENTION = torch.ops.fisedit.attention_sites.default
 NAMES = ("sd15", "sdxl", "scale_shift", "plain_conv", "vae_decoder")
 SIZE = (8, 24)
 
@@ -27,12 +30,21 @@ def step_of(name: str) -> fx.Graph:
     return program.step
 
 
+def slots_of(name: str) -> list[str]:
+    (program,) = compiled_model(name).programs
+    return [slot.name for slot in program.slots]
+
+
 def value_of(
     identity: tuple[Any, ...], given: dict[str, dict[str, Tensor]], plan: SitePlan, slots: dict[str, Tensor]
 ) -> Tensor:
     kind, *rest = identity
     if kind == "ring_rows":
         return slots[rest[0]].index_select(1, plan.ring[rest[1]])
+    if kind == "addressed":
+        return slots[rest[0]]
+    if kind == "addresses":
+        return address_table(list(slots.values()), torch.device("cpu"))
     if kind == "iota":
         return torch.arange(plan.ring[rest[0]].shape[0])
     if kind in given:
@@ -61,10 +73,10 @@ def test_results_are_the_same_bits(name: str, padding: bool) -> None:
         given = {
             "call": dict(call.tensors),
             "slot": slots,
-            "hoisted": executable.hoisted.evaluate(bundles, call.tensors, 2, call.scalars),
+            "hoisted": executable.hoisted.evaluate(bundles, call.tensors, 2),
         }
         results = []
-        for graph in (executable.program.step, stage_rings(executable.program.step)):
+        for graph in (executable.program.step, stage(executable.program.step, executable.slot_names)):
             arguments = [value_of(identity, given, plan, slots) for identity in identities(graph)]
             with torch.no_grad():
                 results.append(executable._bind(graph)(*arguments))
@@ -76,7 +88,7 @@ def test_results_are_the_same_bits(name: str, padding: bool) -> None:
 def test_no_convolution_reads_a_recorded_canvas(name: str) -> None:
     step = step_of(name)
     before = identities(step)
-    graph = stage_rings(step)
+    graph = stage(step, slots_of(name))
     assert identities(step) == before, "the graph that was given stays as it is"
     convolutions = [node for node in graph.nodes if node.target is CONVOLUTION]
     assert len(convolutions) == sum(node.target is CONVOLUTION for node in step.nodes) > 0
@@ -87,14 +99,20 @@ def test_no_convolution_reads_a_recorded_canvas(name: str) -> None:
         assert node.args[3].meta["input"][-1] == key, "taps and ring are of the same geometry"
     after = identities(graph)
     assert len(set(after)) == len(after), "what two convolutions read is staged once"
-    canvases = {slot for kind, slot, *_ in after if kind == "slot"}
+    canvases = {identity[1] for identity in after if identity[0] == "slot"}
     others = {
         node.meta["input"][1]
         for node in step.nodes
         if node.op == "placeholder"
         and node.meta["input"][0] == "slot"
-        and any(user.target is not CONVOLUTION for user in node.users)
+        and any(user.target not in (CONVOLUTION, ATTENTION) for user in node.users)
     }
-    assert canvases == others, "canvases that only convolutions read are not brought along"
+    attentions = [node for node in graph.nodes if node.target is ADDRESSED]
+    assert len(attentions) == sum(node.target is ATTENTION for node in step.nodes)
+    for node in attentions:
+        names = [canvas.meta["input"][1] for canvas in node.args[3:5]]
+        assert [slots_of(name)[entry] for entry in node.args[8:10]] == names, "entries name the canvases"
+        assert node.args[7].meta["input"] == ("addresses",)
+    assert canvases == others, "canvases that only convolutions and attention read are not brought along"
     assert all(node.users for node in graph.nodes if node.op == "placeholder")
     graph.lint()

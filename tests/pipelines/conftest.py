@@ -52,6 +52,7 @@ class PinnedSession:
         self.recording = PinnedRecording()
         self.result: PinnedRecording | None = None
         self.timings: list[tuple[str, float]] = []
+        self.fallback: str | None = None
 
     @property
     def call(self) -> int:

@@ -20,8 +20,8 @@ EDIT = "a dog in the center, blue background"
 
 @pytest.fixture(scope="module")
 def editor() -> Iterator[Editor]:
-    """One compilation of the embedded model for every test here."""
-    with Editor(load_pipeline(), SparsifyConfig(norm="incremental"), progress=False) as editor:
+    """One compilation of the embedded model for every test here; large masks run sparsely, too."""
+    with Editor(load_pipeline(), SparsifyConfig(norm="incremental", dense_above=1.0), progress=False) as editor:
         yield editor
 
 

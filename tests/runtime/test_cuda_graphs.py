@@ -1,7 +1,7 @@
 """The graph pool against the eager step: the same tests with CUDA graphs, and with a stand-in for them on the CPU.
 
-The stand-in "replays" by running the step again on the tensors it was captured with, and stages rings by
-``index_select``. So it shows whether everything a replay reads was brought to the captured tensors; that kernels and
+The stand-in "replays" by running again what was captured, on the tensors it was captured with, and reads through the
+table of addresses. So it shows whether everything a replay reads was brought to the captured tensors; that kernels and
 compilation are right, only the ``gpu`` cases show. Both run the same models, recordings and masks.
 """
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from zoo import ZOO, Inputs, ZooModel
 
 from fisedit_compiler import Recording, SparseModule, SparsifyConfig, sparsify
+from fisedit_compiler.kernels.addresses import tensor_at
 from fisedit_compiler.kernels.tolerances import TOLERANCES, assert_close, max_error
 from fisedit_compiler.runtime import cuda_graphs
 from fisedit_compiler.runtime.cuda_graphs import GraphPool
@@ -34,36 +35,55 @@ CALLS = 2
 
 
 class FakeGraph:
-    """Stands for ``torch.cuda.CUDAGraph``."""
+    """Stands for ``torch.cuda.CUDAGraph``: what was "captured" is run again."""
 
     capturing: FakeGraph | None = None
 
     def __init__(self) -> None:
-        self.replay: Callable[[], None] = lambda: None
+        self.captured: list[Callable[[], None]] = []
+
+    def replay(self) -> None:
+        for run in self.captured:
+            run()
 
 
-class FakeStager:
-    """Stands for ``RingStager``."""
+def captured(run: Callable[[], None]) -> None:
+    """Run now, or only at the replays of the graph that is being captured."""
+    if FakeGraph.capturing is None:
+        run()
+    else:
+        FakeGraph.capturing.captured.append(run)
 
-    def __init__(self, targets: Sequence[Tensor], rings: Sequence[Tensor], sites: Sequence[int]) -> None:
-        self.targets, self.rings, self.sites = tuple(targets), tuple(rings), tuple(sites)
 
-    def run(self, canvases: Sequence[Tensor]) -> None:
-        for target, ring, count, canvas in zip(self.targets, self.rings, self.sites, canvases, strict=True):
-            assert canvas.shape[1] == count and canvas.dtype == target.dtype
-            target.copy_(canvas.index_select(1, ring))
+class FakeRingStager:
+    """Stands for ``RingStager``: reads through the table of addresses too."""
+
+    def __init__(
+        self, targets: Sequence[Tensor], entries: Sequence[int], rings: Sequence[Tensor], sites: Sequence[int]
+    ) -> None:
+        self.jobs = list(zip(targets, entries, rings, sites, strict=True))
+
+    def run(self, addresses: Tensor) -> None:
+        captured(lambda: self.copy(addresses))
+
+    def copy(self, addresses: Tensor) -> None:
+        for target, entry, ring, count in self.jobs:
+            like = target.new_empty(target.shape[0], count, target.shape[2])
+            target.copy_(tensor_at(int(addresses[entry]), like).index_select(1, ring))
 
 
 class FakeCopyStager:
-    """Stands for ``CopyStager``."""
+    """Stands for ``CopyStager``, likewise."""
 
-    def __init__(self, targets: Sequence[Tensor]) -> None:
-        self.targets = tuple(targets)
+    def __init__(self, targets: Sequence[Tensor], entries: Sequence[int]) -> None:
+        self.jobs = list(zip(targets, entries, strict=True))
 
-    def run(self, sources: Sequence[Tensor]) -> None:
-        for target, source in zip(self.targets, sources, strict=True):
-            assert source.shape == target.shape and source.dtype == target.dtype
-            target.copy_(source)
+    def run(self, addresses: Tensor) -> None:
+        captured(lambda: self.copy(addresses))
+
+    def copy(self, addresses: Tensor) -> None:
+        for target, entry in self.jobs:
+            target.copy_(tensor_at(int(addresses[entry]), target))
 
 
 class FakeStream:
@@ -75,17 +95,16 @@ def fake_compile(step: nn.Module, **_: Any) -> Callable[..., Any]:
     """Stands for ``torch.compile``: run eagerly, and let a graph being captured remember how to run again."""
 
     def run(*arguments: Tensor) -> list[Tensor]:
-        outputs = [output.clone() for output in step(*arguments)]
-        graph = FakeGraph.capturing
-        if graph is not None:
+        if FakeGraph.capturing is None:
+            return list(step(*arguments))
+        # Capturing computes nothing; the shapes of the outputs are known from running once.
+        outputs = [torch.full_like(output, float("nan")) for output in step(*arguments)]
 
-            def replay() -> None:
-                for output, value in zip(outputs, step(*arguments), strict=True):
-                    output.copy_(value)
+        def replay() -> None:
+            for output, value in zip(outputs, step(*arguments), strict=True):
+                output.copy_(value)
 
-            graph.replay = replay
-            for output in outputs:
-                output.fill_(float("nan"))  # capturing computes nothing
+        captured(replay)
         return outputs
 
     return run
@@ -105,7 +124,7 @@ def patch_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the pool run on the CPU."""
     stage_rings = pytest.importorskip("fisedit_compiler.kernels.triton.stage_rings")
     stage_copies = pytest.importorskip("fisedit_compiler.kernels.triton.stage_copies")
-    monkeypatch.setattr(stage_rings, "RingStager", FakeStager)
+    monkeypatch.setattr(stage_rings, "RingStager", FakeRingStager)
     monkeypatch.setattr(stage_copies, "CopyStager", FakeCopyStager)
     monkeypatch.setattr(torch, "compile", fake_compile)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
@@ -181,8 +200,8 @@ def make_pair(name: str, dtype: torch.dtype, device: str) -> Pair:
     """Fresh modules with their own weights, pool and caches."""
     zoo_model = ZOO[name]()
     module = copy.deepcopy(zoo_model.module).to(device, dtype)
-    graphs = sparsify(module, SparsifyConfig(backend="inductor"))
-    eager = sparsify(module, SparsifyConfig(backend="eager"))
+    graphs = sparsify(module, SparsifyConfig(backend="inductor", dense_above=1.0))
+    eager = sparsify(module, SparsifyConfig(backend="eager", dense_above=1.0))
     return Pair(replace(zoo_model, module=module), graphs, eager, dtype, device)
 
 
@@ -366,7 +385,7 @@ def test_sums_over_rows_run_without_padding(norm: Any, attention: Any) -> None:
     """Repeated rows would count twice, so these semantics take no graph."""
     module = copy.deepcopy(ZOO["sd15"]().module).to("cuda")
     compiled, eager = (
-        sparsify(module, SparsifyConfig(norm=norm, attention=attention, backend=backend))
+        sparsify(module, SparsifyConfig(norm=norm, attention=attention, backend=backend, dense_above=1.0))
         for backend in ("inductor", "eager")
     )
     pair = Pair(replace(ZOO["sd15"](), module=module), compiled, eager, torch.float32, "cuda")

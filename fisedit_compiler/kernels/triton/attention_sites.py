@@ -3,7 +3,8 @@
 A step at 5 % area has a few hundred queries and thousands of keys, so one program per block of queries would leave
 most of the chip idle. The keys are cut into ``SPLITS`` parts (Flash-Decoding, Dao et al. 2023); each program keeps a
 running softmax over its part, a second kernel combines the parts. The recorded keys come first, with the active sites
-masked out, then the active rows: both are read in order, and the canvas is neither copied nor written.
+masked out, then the active rows: both are read in order, and the canvas is neither copied nor written. Where there are
+so many queries that torch's own attention is faster although it needs a merged copy, that is what runs.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fisedit_compiler.kernels.triton.merge_rows import merge_rows
 
 
 @triton.jit
@@ -31,11 +35,12 @@ def _attend(
             known = in_n & (tl.load(table + site, mask=in_n, other=-1) == offs_n)
         else:
             known = in_n & (tl.load(table + offs_n, mask=in_n, other=0) < 0)
+        # Added, so that masking and scaling are one instruction an element.
+        unknown = tl.where(known, 0.0, float("-inf"))
         place = offs_n.to(tl.int64)[:, None]
         inside = in_n[:, None] & in_d[None, :]
         k = tl.load(keys + place * k_n + offs_d[None, :], mask=inside, other=0.0)  # [BLOCK_N, BLOCK_D]
-        logits = tl.dot(q, tl.trans(k)) * scale  # [BLOCK_M, BLOCK_N], base 2
-        logits = tl.where(known[None, :], logits, float("-inf"))
+        logits = tl.dot(q, tl.trans(k)) * scale + unknown[None, :]  # [BLOCK_M, BLOCK_N], base 2
         new_largest = tl.maximum(largest, tl.max(logits, 1))
         # A part may have met no key yet: keep exp2 away from inf - inf.
         reference = tl.where(new_largest == float("-inf"), 0.0, new_largest)
@@ -50,11 +55,17 @@ def _attend(
 
 @triton.jit
 def _attention_sites_kernel(
-    query, key, value, key_canvas, value_canvas, active, inverse, out, partial, stats,
-    scale, heads, queries, sites, sites_per_split, rows_per_split,
+    query, key, value, key_canvas, value_canvas, addresses, key_entry, value_entry, active, inverse, out, partial,
+    stats, scale, heads, queries, sites, sites_per_split, rows_per_split,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, kc_b, kc_h, kc_n, vc_b, vc_h, vc_n, o_b, o_h, o_n,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    ADDRESSED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):  # fmt: skip
+    if ADDRESSED:
+        key_canvas = tl.load(addresses + key_entry).to(tl.pointer_type(key.dtype.element_ty))
+        value_canvas = tl.load(addresses + value_entry).to(tl.pointer_type(value.dtype.element_ty))
+        key_canvas = tl.multiple_of(key_canvas, 16)
+        value_canvas = tl.multiple_of(value_canvas, 16)
     block = tl.program_id(0)
     group = tl.program_id(1)
     split = tl.program_id(2)
@@ -129,55 +140,86 @@ def _combine_kernel(
     tl.store(out + place, (acc / total[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
-def choose_blocks(queries: int) -> tuple[int, int, int, int]:
-    """Query block, key block, warps and pipeline stages."""
-    return (64 if queries > 32 else (32 if queries > 16 else 16)), 64, 4, 3
+def choose_blocks(queries: int, sites: int, size: int) -> tuple[int, int, int, int]:
+    """Query block, key block, warps and stages: the fastest of a sweep on an H200 (``benchmarks/NOTES.md``)."""
+    if size > 128:
+        return 64 if queries > 32 else (32 if queries > 16 else 16), 32, 4, 2
+    if queries <= 32 or sites <= 1024:
+        return 16, 128 if size <= 64 else 64, 4, 3
+    return (128, 64, 4, 3) if queries > 256 and size <= 64 else (64, 128 if size <= 64 else 64, 4, 3)
 
 
-def choose_splits(blocks: int, sites: int, processors: int, block_n: int) -> int:
-    """Parts of the keys: enough programs for two per processor, no part shorter than four blocks of keys."""
-    splits = 1
-    while splits < 32 and blocks * splits < 2 * processors and sites // (splits * 2) >= 4 * block_n:
-        splits *= 2
-    return splits
+def choose_splits(blocks: int, sites: int, processors: int) -> int:
+    """Parts of the keys: two programs for every processor, no part shorter than 256 keys."""
+    if sites <= 1024:
+        return 1
+    return max((splits for splits in SPLITS if blocks * splits <= 2 * processors and sites >= 256 * splits), default=1)
+
+
+SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+
+
+def prefers_merged(queries: int, sites: int, groups: int, size: int, processors: int) -> bool:
+    """Whether torch's attention on merged keys and values is expected to be faster than the kernel here.
+
+    Both times are in microseconds on an H200: the kernel's grows with queries times keys, torch's with the waves of its
+    programs (128 queries each) that the processors need, plus the copy at memory bandwidth.
+    """
+    work = size / 64
+    split = 1.13e-6 * queries * (sites + queries) * groups * work
+    waves = triton.cdiv(triton.cdiv(queries, 128) * groups, processors)
+    merged = 0.009 * waves * sites * work + 4 * 2 * groups * sites * size / 3.5e6
+    return merged < split
 
 
 def attention_sites(
     query: Tensor, key: Tensor, value: Tensor, key_canvas: Tensor, value_canvas: Tensor, active: Tensor,
-    inverse: Tensor, scale: float | None = None, splits: int | None = None,
-    config: tuple[int, int, int, int] | None = None,
+    inverse: Tensor, scale: float | None = None, *, addresses: Tensor | None = None, entries: tuple[int, int] = (0, 0),
+    merged: bool | None = None, splits: int | None = None, config: tuple[int, int, int, int] | None = None,
 ) -> Tensor:  # fmt: skip
     """The ``fisedit::attention_sites`` op on a GPU; see its reference for shapes.
 
-    ``inverse`` is int32 ``[S]``: the row of an active site, -1 for others. ``splits`` and
-    ``config`` (query block, key block, warps, stages) are forced by tests and tuning.
+    Args:
+        inverse: int32 ``[S]``: the row of an active site, -1 for others.
+        addresses: int64 ``[A]``; when given, the canvases are read at ``addresses[entries]``, and ``key_canvas`` and
+            ``value_canvas`` only say their shape and strides.
+        merged: forces the choice between torch's attention and the kernel here (tests, tuning).
+        splits: forces the number of parts of the keys.
+        config: forces query block, key block, warps and stages.
     """
     batch, heads, queries, size = query.shape
-    sites = key_canvas.shape[2]
+    sites, groups = key_canvas.shape[2], batch * heads
     out = query.new_empty(batch, queries, heads, size).transpose(1, 2)
     if queries == 0:
         return out
-    query, key, value, key_canvas, value_canvas = (
-        t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value, key_canvas, value_canvas)
-    )
-    block_m, block_n, warps, stages = config or choose_blocks(queries)
+    if addresses is None:
+        key_canvas, value_canvas = (t if t.stride(-1) == 1 else t.contiguous() for t in (key_canvas, value_canvas))
+    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+    processors = torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 1
+    if merged is None:
+        merged = splits is None and config is None and prefers_merged(queries, sites, groups, size, processors)
+    if merged:
+        keys = merge_rows(key, key_canvas, inverse, addresses, entries[0])
+        values = merge_rows(value, value_canvas, inverse, addresses, entries[1])
+        result = F.scaled_dot_product_attention(query, keys, values, scale=scale)
+        return result if result.stride() == out.stride() else out.copy_(result)
+    block_m, block_n, warps, stages = config or choose_blocks(queries, sites, size)
     block_d = max(triton.next_power_of_2(size), 16)
     blocks = triton.cdiv(queries, block_m)
     if splits is None:
-        processors = torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 1
-        splits = choose_splits(blocks * batch * heads, sites, processors, block_n)
+        splits = choose_splits(blocks * groups, sites, processors)
     sites_per_split = triton.cdiv(triton.cdiv(sites, splits), block_n) * block_n
     rows_per_split = triton.cdiv(triton.cdiv(queries, splits), block_n) * block_n
-    groups = batch * heads
     rows = groups * splits * queries if splits > 1 else 1
     partial = query.new_empty((rows, size), dtype=torch.float32)
     stats = query.new_empty((rows, 2), dtype=torch.float32)
     factor = (1.0 / math.sqrt(size) if scale is None else scale) / math.log(2.0)
     _attention_sites_kernel[(blocks, groups, splits)](
-        query, key, value, key_canvas, value_canvas, active, inverse, out, partial, stats,
+        query, key, value, key_canvas, value_canvas, inverse if addresses is None else addresses, *entries,
+        active, inverse, out, partial, stats,
         factor, heads, queries, sites, sites_per_split, rows_per_split,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *key_canvas.stride()[:3],
-        *value_canvas.stride()[:3], *out.stride()[:3],
+        *value_canvas.stride()[:3], *out.stride()[:3], ADDRESSED=addresses is not None,
         D=size, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, SPLITS=splits, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if splits > 1:

@@ -1,7 +1,7 @@
 """Bring the ring rows of many recorded canvases to their places in one launch.
 
-Fifty separate gathers would cost more launches than the rest of a call's preparation. Every job (one canvas and one
-ring) is a row of three address tables; a program copies a block of rows of one job and one batch entry.
+Fifty separate gathers would cost more launches than the rest of a call's preparation. Every job is one canvas, found
+in a table of addresses, and one ring; a program copies a block of rows of one job and one batch entry.
 """
 
 from __future__ import annotations
@@ -13,25 +13,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fisedit_compiler.kernels.triton.addresses import Addresses
-
 BLOCK_ROWS = 16
 BLOCK_CHANNELS = 256
 
 
 @triton.jit
 def _stage_rings_kernel(
-    sources, jobs, ELEMENT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr
+    addresses, jobs, ELEMENT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr
 ):  # fmt: skip
     job = tl.program_id(0)
     block = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
-    source = tl.load(sources + job).to(tl.pointer_type(ELEMENT))
-    target = tl.load(jobs + job * 5).to(tl.pointer_type(ELEMENT))
-    ring = tl.load(jobs + job * 5 + 1).to(tl.pointer_type(tl.int64))
-    rows = tl.load(jobs + job * 5 + 2)
-    sites = tl.load(jobs + job * 5 + 3)
-    channels = tl.load(jobs + job * 5 + 4)
+    source = tl.load(addresses + tl.load(jobs + job * 6)).to(tl.pointer_type(ELEMENT))
+    target = tl.load(jobs + job * 6 + 1).to(tl.pointer_type(ELEMENT))
+    ring = tl.load(jobs + job * 6 + 2).to(tl.pointer_type(tl.int64))
+    rows = tl.load(jobs + job * 6 + 3)
+    sites = tl.load(jobs + job * 6 + 4)
+    channels = tl.load(jobs + job * 6 + 5)
     offs_r = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
     in_r = offs_r < rows
     site = tl.load(ring + offs_r, mask=in_r, other=0)
@@ -48,28 +46,28 @@ _ELEMENTS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float
 
 
 class RingStager:
-    """Copies ring rows of canvases into fixed buffers: made once per CUDA graph, run once per call."""
+    """Copies ring rows of canvases into fixed buffers: made once per CUDA graph, captured into it."""
 
-    def __init__(self, targets: Sequence[Tensor], rings: Sequence[Tensor], sites: Sequence[int]) -> None:
-        """``targets[i]`` ``[B, R_i, C_i]`` receives ``canvas_i[:, rings[i]]`` of a canvas with ``sites[i]`` sites."""
+    def __init__(
+        self, targets: Sequence[Tensor], entries: Sequence[int], rings: Sequence[Tensor], sites: Sequence[int]
+    ) -> None:
+        """``targets[i]`` ``[B, R_i, C_i]`` gets ``canvas_i[:, rings[i]]``; canvases are contiguous ``[B, S_i, C_i]``.
+
+        ``entries[i]`` is where in the table the canvas is found. All targets have one dtype; ``rings[i]`` (int64
+        ``[R_i]``) is read whenever the kernel runs, so it may be filled anew.
+        """
         self.targets, self.rings = tuple(targets), tuple(rings)
-        rows = [
-            [target.data_ptr(), ring.data_ptr(), target.shape[1], count, target.shape[2]]
-            for target, ring, count in zip(targets, rings, sites, strict=True)
+        jobs = [
+            [entry, target.data_ptr(), ring.data_ptr(), target.shape[1], count, target.shape[2]]
+            for target, entry, ring, count in zip(targets, entries, rings, sites, strict=True)
         ]
-        device = targets[0].device
-        self.jobs = torch.tensor(rows, dtype=torch.int64, device=device)
-        self.batch = targets[0].shape[0]
-        self.blocks = triton.cdiv(max(target.shape[1] for target in targets), BLOCK_ROWS)
+        self.jobs = torch.tensor(jobs, dtype=torch.int64, device=targets[0].device)
+        blocks = triton.cdiv(max(target.shape[1] for target in targets), BLOCK_ROWS)
+        self.grid = (len(jobs), blocks, targets[0].shape[0])
         self.element = _ELEMENTS[targets[0].dtype]
-        self.sources = Addresses(len(rows), device)
 
-    def run(self, canvases: Sequence[Tensor]) -> None:
-        """Copy; canvases must be contiguous ``[B, S_i, C_i]`` of the targets' dtype."""
-        _stage_rings_kernel[(len(canvases), self.blocks, self.batch)](
-            self.sources.upload(canvases),
-            self.jobs,
-            ELEMENT=self.element,
-            BLOCK_ROWS=BLOCK_ROWS,
-            BLOCK_CHANNELS=BLOCK_CHANNELS,
+    def run(self, addresses: Tensor) -> None:
+        """Copy from the canvases that are in the table now."""
+        _stage_rings_kernel[self.grid](
+            addresses, self.jobs, ELEMENT=self.element, BLOCK_ROWS=BLOCK_ROWS, BLOCK_CHANNELS=BLOCK_CHANNELS
         )

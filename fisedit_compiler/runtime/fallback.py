@@ -1,0 +1,143 @@
+"""Dense calls inside an edit: above the break-even, computing every site costs less than computing the active ones.
+
+Such a call runs the original module, then overwrites its outputs outside the mask by the recorded ones, so what an
+edit promises about the outside holds all the same. Inside it is the dense run's prediction, not the pinned program's:
+nothing that was recorded takes part in it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fisedit_compiler import masks
+from fisedit_compiler.config import SparsifyConfig
+from fisedit_compiler.layout import Layout
+from fisedit_compiler.program import CompiledProgram
+from fisedit_compiler.runtime.break_even import break_even
+from fisedit_compiler.runtime.site_plan import SitePlan
+
+if TYPE_CHECKING:
+    from fisedit_compiler.runtime.recording import CallRecord
+    from fisedit_compiler.runtime.sessions import Call
+
+logger = logging.getLogger(__name__)
+
+
+def dense_reason(mask: Tensor, config: SparsifyConfig, device: str) -> str | None:
+    """Why an edit with this mask runs its calls densely, as a sentence; ``None`` if it runs them sparsely.
+
+    Args:
+        mask: bool ``[H, W]`` at level 1, not yet grown by ``config.dilation``.
+        config: whose ``dense_above`` is the limit, the measured break-even if that is ``None``.
+        device: where the calls run, as ``str(torch.device)``.
+    """
+    kind = torch.device(device).type
+    backend = config.backend_on(kind)
+    limit = break_even(kind, backend) if config.dense_above is None else config.dense_above
+    if limit >= 1.0:
+        return None
+    area = masks.area(masks.grown(mask, config.dilation))
+    if area <= limit:
+        return None
+    measured = f"the break-even of {limit:.1%} on {kind}/{backend}"
+    limit_in_words = measured if config.dense_above is None else f"SparsifyConfig.dense_above={limit:.1%}"
+    return f"{area:.1%} of the sites are active, above {limit_in_words}: calls run densely"
+
+
+def pinning_plan(mask: Tensor, program: CompiledProgram, dilation: int, device: torch.device) -> SitePlan:
+    """The active sites of every level, without the tables that only sparse calls read."""
+    return SitePlan.build(mask, program.levels, (), dilation=dilation, device=device)
+
+
+def run_densely(call: Call, base: CallRecord, plan: SitePlan, *, record: bool) -> tuple[Any, dict[str, Tensor]]:
+    """One dense call whose outputs outside the plan's sites are the recorded ones, bit for bit.
+
+    Outputs that are not spatial are the dense call's.
+
+    Args:
+        call: the call to make.
+        base: the recorded call that it corresponds to.
+        plan: says which sites may change; a full one changes nothing about the dense result.
+        record: also return every slot. They are the dense call's; those of outputs hold what is returned.
+
+    Returns:
+        The model's own output structure, and the slots by name (none without ``record``).
+    """
+    executable = call.executable
+    program = executable.program
+    if record:
+        flat, slots = executable.record(call.tensors)
+        pinned = _pin(flat, program, base.slots, plan)
+        # The caller may write to what it gets, so the recording keeps a copy.
+        for output, value in zip(program.outputs, pinned, strict=True):
+            if output.slot is not None:
+                slots[output.slot] = value.clone(memory_format=torch.contiguous_format)
+        return executable.assemble(pinned), slots
+    compiles = executable.config.backend_on(call.sample.device.type) == "inductor"
+    result = call.run_original(executable.dense) if compiles else call.run_original()
+    flat, structure = pytree.tree_flatten(result)
+    return pytree.tree_unflatten(_pin(flat, program, base.slots, plan), structure), {}
+
+
+class DenseModule:
+    """The original module as ``torch.compile`` makes it: as fast as a dense call can be expected to be.
+
+    Compiled at the first call and only then. If that fails, here or at a later call, the module itself is called from
+    then on. The module is not patched.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._compiled: Any = None
+        self._failed = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's result; its tensors are the caller's own."""
+        if self._failed:
+            return self.module(*args, **kwargs)
+        if self._compiled is None:
+            logger.info("compiling the dense call, once per model; this can take a minute")
+            # Compiling the module itself would leave an attribute on it.
+            self._compiled = torch.compile(self._call, mode="reduce-overhead")
+        try:
+            result = self._compiled(*args, **kwargs)
+        except Exception as error:
+            self._failed, self._compiled = True, None
+            logger.warning("torch.compile cannot run the dense call, it runs eagerly from now on: %s", error)
+            return self.module(*args, **kwargs)
+        # These live in the memory of a CUDA graph, which the next call writes over.
+        return pytree.tree_map_only(Tensor, torch.clone, result)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+def _pin(flat: Sequence[Any], program: CompiledProgram, recorded: Mapping[str, Tensor], plan: SitePlan) -> list[Any]:
+    if plan.is_full:
+        return list(flat)
+    layouts = {slot.name: slot.layout for slot in program.slots}
+    return [
+        value
+        if output.slot is None
+        else torch.where(_selector(plan, layouts[output.slot]), value, recorded[output.slot])
+        for value, output in zip(flat, program.outputs, strict=True)
+    ]
+
+
+def _selector(plan: SitePlan, layout: Layout) -> Tensor:
+    """The active sites as a bool tensor that broadcasts against a dense value of ``layout``."""
+    assert layout.is_rows and layout.level is not None, layout
+    active = plan.active_mask(layout.level)
+    shape = [1] * layout.rank
+    if layout.kind == "tokens":
+        shape[layout.axes[0]] = active.numel()
+        return active.reshape(shape)
+    height_axis, width_axis = layout.axes
+    shape[height_axis], shape[width_axis] = active.shape
+    return (active if height_axis < width_axis else active.T).reshape(shape)

@@ -1,0 +1,43 @@
+"""How a staged step becomes GPU code: torch.compile, with Inductor taking the ``fisedit::`` ops apart that it can fuse.
+
+Normalisation, gathers and scatters are pointwise or copies to it. A convolution is taken apart into a fused kernel that
+writes everything it reads side by side, a gather through its taps, and the vendor's GEMM. Attention stays whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fisedit_compiler.kernels.registry import registered_ops
+
+_REFERENCES = ("gather_sites", "scatter_sites", "group_norm_sites", "update_statistics")
+
+
+def compile_step(step: fx.GraphModule) -> Callable[..., Any]:
+    """The step under torch.compile: one compilation for every mask, row counts symbolic."""
+    return torch.compile(step, fullgraph=True, backend=_inductor)
+
+
+def _inductor(graph: fx.GraphModule, example_inputs: Any) -> Any:
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.decomposition import select_decomp_table
+
+    ops = registered_ops()
+    inlined: dict[Any, Callable[..., Any]] = {ops[name].overload: ops[name].reference for name in _REFERENCES}
+    inlined[ops["conv2d_sites"].overload] = _convolution
+    return compile_fx(graph, example_inputs, decompositions={**select_decomp_table(), **inlined})
+
+
+def _convolution(
+    rows: Tensor, canvas: Tensor, ring: Tensor, taps: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """``conv2d_sites`` in parts; the same values as its reference."""
+    zero = rows.new_zeros(rows.shape[0], 1, rows.shape[2])
+    values = torch.cat([rows, canvas.index_select(1, ring), zero], dim=1)
+    gathered = torch.ops.fisedit.gather_taps(values, taps)
+    out = gathered @ weight if bias is None else torch.addmm(bias, gathered, weight)
+    return out.reshape(rows.shape[0], taps.shape[0], weight.shape[1])
