@@ -192,9 +192,9 @@ def _fill(graph: _Graph, prepared: PreparedPlan, slots: SlotTable, hoisted: Hois
             continue
         if inputs.entries is not None:
             graph.table[inputs.entries].copy_(group.addresses)
-        for name, buffer in inputs.buffers:
-            if buffer is not group.values[name]:
-                buffer.copy_(group.values[name])
+        moved = [(buffer, group.values[name]) for name, buffer in inputs.buffers if buffer is not group.values[name]]
+        if moved:
+            torch._foreach_copy_([buffer for buffer, _ in moved], [value for _, value in moved])
         graph.filled_groups[position] = weakref.ref(group)
 
 

@@ -37,7 +37,7 @@ class Executable:
 
     def __init__(self, program: CompiledProgram, module: nn.Module, config: SparsifyConfig) -> None:
         self.program, self.module, self.config = program, module, config
-        self.hoisted = HoistCache(PER_CALL)
+        self.hoisted = HoistCache(PER_CALL, graphs=config.backend == "inductor")
         self.dense = DenseModule(module)
         self.slot_names = tuple(slot.name for slot in program.slots)
         samples = [s.name for s in program.slots if s.origin == program.spatial[0] and s.kind == "canvas"]

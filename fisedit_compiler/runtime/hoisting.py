@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from fisedit_compiler.kernels.addresses import address_table
 from fisedit_compiler.passes.hoist import BATCH_SIZE, Bundle
+from fisedit_compiler.runtime.bundle_graphs import BundleRunner
 
 Values = Mapping[str, Tensor]
 
@@ -95,8 +96,10 @@ class HoistCache:
     reuse them; the others (text, weights) for the last two prompts.
     """
 
-    def __init__(self, per_call: frozenset[str], calls: int = 1024, prompts: int = 2) -> None:
+    def __init__(self, per_call: frozenset[str], calls: int = 1024, prompts: int = 2, graphs: bool = False) -> None:
+        """``graphs``: evaluate bundles by CUDA graphs where they are on a GPU."""
         self.per_call, self.calls, self.prompts = per_call, calls, prompts
+        self.runner = BundleRunner(graphs)
         self.computed: dict[str, int] = {}
         # By bundle and by the numbers among its inputs; of each the most recent last.
         self._kept: dict[str, OrderedDict[tuple[Any, ...], list[HoistedGroup]]] = {}
@@ -105,6 +108,7 @@ class HoistCache:
     def clear(self) -> None:
         """Forget everything (weights, adapters or their scales changed)."""
         self._kept.clear()
+        self.runner.clear()
 
     @property
     def nbytes(self) -> int:
@@ -183,7 +187,7 @@ class HoistCache:
                 kind, *rest = node.meta["input"]
                 arguments.append(batch if kind == "batch" else (known if kind == "hoisted" else tensors)[rest[0]])
         self.computed[bundle.name] = self.computed.get(bundle.name, 0) + 1
-        values = dict(zip(bundle.values, module(*arguments), strict=True))
+        values = dict(zip(bundle.values, self.runner.run(bundle, module, arguments), strict=True))
         layout = tuple((value.shape, value.stride(), value.dtype) for value in values.values())
         form = self._forms.setdefault(layout, len(self._forms))
         return HoistedGroup({name: _Input.of(value) for name, value in named.items()}, values, form)

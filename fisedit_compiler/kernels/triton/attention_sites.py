@@ -21,25 +21,35 @@ from fisedit_compiler.kernels.triton.merge_rows import merge_rows
 
 
 @triton.jit
+def _unknown(offs_n, last, table, active, queries, ROWS: tl.constexpr):
+    """What is added to the logits of keys ``offs_n``: nothing, or minus infinity for those that do not count."""
+    in_n = offs_n < last
+    if ROWS:
+        # Of rows repeated by padding the last one counts.
+        here = tl.load(active + offs_n, mask=in_n, other=0)
+        behind = tl.load(active + offs_n + 1, mask=offs_n + 1 < queries, other=-1)
+        counts = in_n & (here != behind)
+    else:
+        counts = in_n & (tl.load(table + offs_n, mask=in_n, other=0) < 0)
+    return tl.where(counts, 0.0, float("-inf"))
+
+
+@triton.jit
 def _attend(
-    q, keys, values, k_n, v_n, first, last, table, active, acc, largest, total, scale, offs_d, in_d,
+    q, keys, values, k_n, v_n, first, last, table, active, queries, acc, largest, total, scale, offs_d, in_d,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Running softmax over keys ``first`` to ``last``: active rows, or recorded sites that are not active."""
+    # Loaded one block ahead: these loads are not part of the pipeline that Triton makes of keys and values.
+    following = _unknown(first + tl.arange(0, BLOCK_N), last, table, active, queries, ROWS)
     for start in range(first, last, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        in_n = offs_n < last
-        if ROWS:
-            # Of rows repeated by padding only the one the table names counts.
-            site = tl.load(active + offs_n, mask=in_n, other=0)
-            known = in_n & (tl.load(table + site, mask=in_n, other=-1) == offs_n)
-        else:
-            known = in_n & (tl.load(table + offs_n, mask=in_n, other=0) < 0)
-        # Added, so that masking and scaling are one instruction an element.
-        unknown = tl.where(known, 0.0, float("-inf"))
+        unknown = following
+        following = _unknown(offs_n + BLOCK_N, last, table, active, queries, ROWS)
         place = offs_n.to(tl.int64)[:, None]
-        inside = in_n[:, None] & in_d[None, :]
+        inside = (offs_n < last)[:, None] & in_d[None, :]
         k = tl.load(keys + place * k_n + offs_d[None, :], mask=inside, other=0.0)  # [BLOCK_N, BLOCK_D]
+        # Added, so that masking and scaling are one instruction an element.
         logits = tl.dot(q, tl.trans(k)) * scale + unknown[None, :]  # [BLOCK_M, BLOCK_N], base 2
         new_largest = tl.maximum(largest, tl.max(logits, 1))
         # A part may have met no key yet: keep exp2 away from inf - inf.
@@ -87,13 +97,15 @@ def _attention_sites_kernel(
     first = split * sites_per_split
     acc, largest, total = _attend(
         q, key_canvas + batch * kc_b + head * kc_h, value_canvas + batch * vc_b + head * vc_h, kc_n, vc_n,
-        first, tl.minimum(first + sites_per_split, sites), inverse, active, acc, largest, total, scale, offs_d, in_d,
+        first, tl.minimum(first + sites_per_split, sites), inverse, active, queries, acc, largest, total, scale,
+        offs_d, in_d,
         ROWS=False, BLOCK_N=BLOCK_N,
     )  # fmt: skip
     first = split * rows_per_split
     acc, largest, total = _attend(
         q, key + batch * k_b + head * k_h, value + batch * v_b + head * v_h, k_n, v_n,
-        first, tl.minimum(first + rows_per_split, queries), inverse, active, acc, largest, total, scale, offs_d, in_d,
+        first, tl.minimum(first + rows_per_split, queries), inverse, active, queries, acc, largest, total, scale,
+        offs_d, in_d,
         ROWS=True, BLOCK_N=BLOCK_N,
     )  # fmt: skip
 
@@ -140,19 +152,23 @@ def _combine_kernel(
     tl.store(out + place, (acc / total[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
-def choose_blocks(queries: int, sites: int, size: int) -> tuple[int, int, int, int]:
-    """Query block, key block, warps and stages: the fastest of a sweep on an H200 (``benchmarks/NOTES.md``)."""
+def choose_blocks(queries: int, size: int) -> tuple[int, int, int, int]:
+    """Query block, key block, warps and stages: the fastest of a sweep on an H200 (``benchmarks/NOTES.md``).
+
+    With 128 keys a block there is one a thread, and Triton loads what masks them once, not once per thread.
+    """
+    block_m = 64 if queries > 32 else (32 if queries > 16 else 16)
     if size > 128:
-        return 64 if queries > 32 else (32 if queries > 16 else 16), 32, 4, 2
-    if queries <= 32 or sites <= 1024:
-        return 16, 128 if size <= 64 else 64, 4, 3
-    return (128, 64, 4, 3) if queries > 256 and size <= 64 else (64, 128 if size <= 64 else 64, 4, 3)
+        return block_m, 32, 4, 2
+    if size > 64:
+        return block_m, 64, 4, 3
+    if size < 64:
+        return (128 if queries > 96 else block_m), 64, 4, 3
+    return block_m, 128, 4, 3
 
 
 def choose_splits(blocks: int, sites: int, processors: int) -> int:
     """Parts of the keys: two programs for every processor, no part shorter than 256 keys."""
-    if sites <= 1024:
-        return 1
     return max((splits for splits in SPLITS if blocks * splits <= 2 * processors and sites >= 256 * splits), default=1)
 
 
@@ -166,9 +182,9 @@ def prefers_merged(queries: int, sites: int, groups: int, size: int, processors:
     programs (128 queries each) that the processors need, plus the copy at memory bandwidth.
     """
     work = size / 64
-    split = 1.13e-6 * queries * (sites + queries) * groups * work
+    split = 5.0 + 1.0e-6 * queries * (sites + queries) * groups * work
     waves = triton.cdiv(triton.cdiv(queries, 128) * groups, processors)
-    merged = 0.009 * waves * sites * work + 4 * 2 * groups * sites * size / 3.5e6
+    merged = 6.0 + 0.009 * waves * sites * work + 4 * 2 * groups * sites * size / 3.5e6
     return merged < split
 
 
@@ -203,7 +219,7 @@ def attention_sites(
         values = merge_rows(value, value_canvas, inverse, addresses, entries[1])
         result = F.scaled_dot_product_attention(query, keys, values, scale=scale)
         return result if result.stride() == out.stride() else out.copy_(result)
-    block_m, block_n, warps, stages = config or choose_blocks(queries, sites, size)
+    block_m, block_n, warps, stages = config or choose_blocks(queries, size)
     block_d = max(triton.next_power_of_2(size), 16)
     blocks = triton.cdiv(queries, block_m)
     if splits is None:

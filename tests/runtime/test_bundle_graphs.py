@@ -1,0 +1,87 @@
+"""Bundles evaluated by CUDA graphs give the eager values: with a stand-in for graphs on the CPU, and on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from test_cuda_graphs import patch_cuda
+from torch import Tensor, fx, nn
+
+from fisedit_compiler.kernels.addresses import is_plain
+from fisedit_compiler.passes.hoist import Bundle
+from fisedit_compiler.runtime import bundle_graphs
+from fisedit_compiler.runtime.bundle_graphs import BundleRunner
+
+
+class Projections(nn.Module):
+    """Values of many layouts: dense, transposed, a strided part, an expanded one, an odd number of bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 10), nn.Linear(6, 4)
+
+    def forward(self, text: Tensor, batch: int) -> tuple[Tensor, ...]:
+        keys = self.first(text).unflatten(2, (2, 5)).transpose(1, 2)
+        parts = self.second(text).split(2, dim=2)
+        return keys, parts[0], parts[1], text.mean().expand(batch, 3), text[:, :, :1].round().to(torch.uint8)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    if request.param == "cpu":
+        patch_cuda(monkeypatch)
+        monkeypatch.setattr(BundleRunner, "_capturable", lambda self, arguments: True)
+        # The stand-in captures nothing by itself: what it must run again is handed to it.
+        monkeypatch.setattr(bundle_graphs._BundleGraph, "run", _run_eagerly)
+    yield request.param
+
+
+def _run_eagerly(graph: bundle_graphs._BundleGraph, arguments: list[object]) -> list[Tensor]:
+    module = graph.module
+    torch._foreach_copy_([place.view(graph.flat) for place in graph.places], list(module(*arguments)))
+    flat = graph.flat.clone()
+    return [place.view(flat) for place in graph.places]
+
+
+def bundle_of(names: set[str]) -> Bundle:
+    return Bundle("+".join(sorted(names)), frozenset(names), fx.Graph(), ("keys", "a", "b", "mean", "bytes"))
+
+
+@torch.no_grad()
+def test_values_are_the_eager_ones_and_belong_to_their_group(device: str) -> None:
+    module = Projections().to(device)
+    runner, bundle = BundleRunner(graphs=True), bundle_of({"text"})
+    seen = []
+    for seed in range(5):
+        text = torch.randn(2, 7, 6, generator=torch.Generator().manual_seed(seed)).to(device)
+        values = runner.run(bundle, module, [text, 2])
+        seen.append((values, [value.clone() for value in values], module(text, 2)))
+    layouts = {tuple(value.stride() for value in values) for values, _, _ in seen}
+    assert len(layouts) == 1, "a graph of the step is captured once for all of them"
+    for values, copies, expected in seen:
+        for value, copied, eager in zip(values, copies, expected, strict=True):
+            assert torch.equal(value, copied), "a later prompt wrote to an earlier one's values"
+            torch.testing.assert_close(value, eager)
+        assert all(is_plain(value) for value in values[:4])
+    (graph,) = runner._captured.values()
+    assert graph is not None
+    runner.run(bundle, module, [text[:1], 1])
+    assert len(runner._captured) == 2, "inputs of another form"
+
+
+@torch.no_grad()
+def test_what_is_computed_once_is_not_captured(device: str) -> None:
+    module = Projections().to(device)
+    text = torch.randn(2, 7, 6, device=device)
+    runner = BundleRunner(graphs=True)
+    runner.run(bundle_of({"text"}), module, [text, 2])
+    assert list(runner._captured.values()) == [None]
+    for _ in range(3):
+        runner.run(bundle_of(set()), module, [text, 2])
+    assert list(runner._captured.values()) == [None], "values of the weights alone"
+    eager = BundleRunner(graphs=False)
+    for _ in range(3):
+        eager.run(bundle_of({"text"}), module, [text, 2])
+    assert not eager._captured
