@@ -74,13 +74,8 @@ class SparsifyConfig:
         object.__setattr__(self, "disabled_passes", frozenset(self.disabled_passes))
 
     def backend_on(self, device_type: str) -> Backend:
-        """What sparse calls really run on there: ``"inductor"`` needs CUDA and settings whose rows can be padded.
-
-        Padding repeats rows, which sums over rows (``norm="incremental"``) and attention among rows
-        (``attention="active"``) would count twice.
-        """
-        padded = self.norm == "recorded" and self.attention == "cached"
-        return "inductor" if self.backend == "inductor" and device_type == "cuda" and padded else "eager"
+        """What sparse calls really run on there: ``"inductor"`` needs CUDA."""
+        return "inductor" if self.backend == "inductor" and device_type == "cuda" else "eager"
 
     def program_key(self) -> Mapping[str, Any]:
         """The fields that change the compiled program, for the cache key (run-time switches are left out)."""

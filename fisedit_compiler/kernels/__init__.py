@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fisedit_compiler.kernels.attention_addressed import attention_addressed
+from fisedit_compiler.kernels.attention_rows import attention_rows
 from fisedit_compiler.kernels.attention_sites import attention_sites
 from fisedit_compiler.kernels.conv2d_sites import conv2d_sites
 from fisedit_compiler.kernels.gather_sites import gather_sites
@@ -20,6 +21,7 @@ __all__ = [
     "KernelError",
     "Op",
     "attention_addressed",
+    "attention_rows",
     "attention_sites",
     "conv2d_sites",
     "gather_sites",

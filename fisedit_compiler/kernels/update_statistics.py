@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fisedit_compiler.kernels.padding import counting_rows
 from fisedit_compiler.kernels.registry import define_op, require
 
 _NAME = "update_statistics"
@@ -34,8 +35,11 @@ def _reference(rows: Tensor, statistics: Tensor, site_sums: Tensor, active: Tens
     elements = site_sums.shape[1] * (channels // groups)
     mean, variance = statistics.unbind(dim=-1)
     centred = rows.float().reshape(batch, count, groups, channels // groups) - mean[:, None, :, None]
+    counts = counting_rows(active)[None, :, None, None]
+    centred = torch.where(counts, centred, 0.0)
     new = torch.stack([centred.sum(dim=(1, 3)), centred.square().sum(dim=(1, 3))], dim=-1)
-    change = (new - site_sums.index_select(1, active).sum(dim=1)) / elements
+    old = torch.where(counts, site_sums.index_select(1, active), 0.0).sum(dim=1)
+    change = (new - old) / elements
     shift, spread = change.unbind(dim=-1)
     # The sums are shifted by the recorded mean, so moving the mean by `shift` costs exactly shift**2.
     corrected = (variance + spread - shift.square()).clamp(min=0)
@@ -61,7 +65,7 @@ def update_statistics(rows: Tensor, statistics: Tensor, site_sums: Tensor, activ
         rows: new values of the active sites ``[B, N, C]``.
         statistics: recorded float32 ``[B, G, 2]``.
         site_sums: recorded float32 ``[B, S, G, 2]``, from ``group_norm_site_sums`` with the same statistics.
-        active: int64 ``[N]``.
+        active: int64 ``[N]``, ascending; of rows of one site, as padding makes them, only one counts.
 
     Returns:
         float32 ``[B, G, 2]``; the variance is clamped at zero.

@@ -2,7 +2,7 @@
 
 Self-attention, before: ``sdpa(q, k, v)`` with q, k, v spatial
   ``attention="cached"``: ``attention_sites(rows(q), rows(k), rows(v), load(key), load(value), active, scale, inverse)``
-  ``attention="active"``: ``sdpa(rows(q), rows(k), rows(v))``, active sites among themselves
+  ``attention="active"``: ``attention_rows(rows(q), rows(k), rows(v), active, scale)``, among themselves
 Cross-attention, before: ``sdpa(q, k, v)`` with q spatial, k and v from the text
   after: ``sdpa(rows(q), k, v)``; k and v are hoisted
 """
@@ -86,12 +86,12 @@ class SelfAttention(Pass):
             return "an attention mask between sites has no sparse form"
         query, key, value = (rewriter.rows(item) for item in (call.query, call.key, call.value))
         spec = rewriter.row_spec(node)
+        level = layouts[0].level
+        assert level is not None
         if rewriter.program.config.attention == "active":
-            rows = rewriter.call(SDPA, (query, key, value), spec, node)
-            rows.kwargs = {} if call.scale is None else {"scale": call.scale}
+            args: tuple[Any, ...] = (query, key, value, rewriter.active(level, node), call.scale)
+            rows = rewriter.call(torch.ops.fisedit.attention_rows.default, args, spec, node)
         else:
-            level = layouts[0].level
-            assert level is not None
             key_canvas = rewriter.canvas(call.key, slot_name(node, "key"), node)
             value_canvas = rewriter.canvas(call.value, slot_name(node, "value"), node)
             active = rewriter.active(level, node)

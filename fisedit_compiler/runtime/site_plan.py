@@ -147,8 +147,8 @@ class SitePlan:
     def padded(self, rows: Mapping[Fraction, int], rings: Mapping[ConvKey, int]) -> SitePlan:
         """The same plan with more rows: the last active site and the last ring site are repeated.
 
-        Repeated rows compute the same values once more, so whatever is written from them is the same. They do
-        change sums over rows (``update_statistics``) and attention among rows only.
+        Repeated rows compute the same values once more, so whatever is written from them is the same. Ops that sum
+        over rows or attend among them count every site once (``kernels/padding.py``).
 
         Args:
             rows: per level, the number of rows to have, at least as many as there are.

@@ -32,6 +32,7 @@ def _arguments(count: int) -> dict[str, tuple[Any, ...]]:
         "update_statistics": (rows, statistics, torch.randn(2, 24, 4, 2), active),
         "group_norm_sites": (rows, statistics, torch.randn(8), torch.randn(8), 4, 1e-5),
         "attention_sites": (heads, heads, heads, head_canvas, head_canvas, active, None),
+        "attention_rows": (heads, heads, heads, active),
         "attention_addressed": (
             heads,
             heads,

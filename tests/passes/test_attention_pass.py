@@ -65,7 +65,7 @@ def test_active_self_attention_records_no_keys_and_values(scale: float | None) -
     compiled = compile_small(self_attention(scale=scale), attention="active")
     program = program_of(compiled)
     after = counts(program.step)
-    assert after[SDPA] == 1 and after["fisedit.attention_sites"] == 0
+    assert after["fisedit.attention_rows"] == 1 and after[SDPA] == after["fisedit.attention_sites"] == 0
     assert not {"key", "value"} & {slot.name for slot in program.slots}
     assert_equals_oracle(compiled)
 

@@ -379,18 +379,21 @@ def test_half_precision_is_no_worse_than_the_eager_step() -> None:
             assert max_error(fast, true) <= bound, kind
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(("norm", "attention"), [("incremental", "cached"), ("recorded", "active")])
-def test_sums_over_rows_run_without_padding(norm: Any, attention: Any) -> None:
-    """Repeated rows would count twice, so these semantics take no graph."""
-    module = copy.deepcopy(ZOO["sd15"]().module).to("cuda")
+def test_repeated_rows_count_once(norm: Any, attention: Any, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums over rows and attention among rows meet the rows that padding repeats."""
+    if device == "cpu":
+        patch_cuda(monkeypatch)
+    module = copy.deepcopy(ZOO["sd15"]().module).to(device)
     compiled, eager = (
         sparsify(module, SparsifyConfig(norm=norm, attention=attention, backend=backend, dense_above=1.0))
         for backend in ("inductor", "eager")
     )
-    pair = Pair(replace(ZOO["sd15"](), module=module), compiled, eager, torch.float32, "cuda")
-    inputs, mask = pair.inputs(), box(8, 8)
+    pair = Pair(replace(ZOO["sd15"](), module=module), compiled, eager, torch.float32, device)
+    inputs = pair.inputs()
     recording, _ = pair.record(inputs)
-    pair.check(recording, pair.edited(inputs, mask), mask)
-    (executable,) = compiled._programs._executables.values()
-    assert executable._pool is None
+    for kind in ("site", "scattered", "block", "full"):
+        mask = make_mask(kind, SIZE, seed=2)
+        pair.check(recording, pair.edited(inputs, mask), mask, kind)
+    assert pair.pool._graphs

@@ -259,7 +259,7 @@ def test_the_break_even_is_that_of_what_really_runs() -> None:
     inductor = SparsifyConfig(backend="inductor")
     assert inductor.backend_on("cuda") == "inductor"
     assert inductor.backend_on("cpu") == "eager"
-    assert SparsifyConfig(backend="inductor", norm="incremental").backend_on("cuda") == "eager"
+    assert SparsifyConfig(backend="inductor", norm="incremental").backend_on("cuda") == "inductor"
     assert SparsifyConfig().backend_on("cuda") == "eager"
     assert "cpu/eager" in str(dense_reason(FULL, inductor, "cpu"))
     assert "cuda/inductor" in str(dense_reason(FULL, inductor, "cuda:0"))

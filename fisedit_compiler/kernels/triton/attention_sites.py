@@ -1,7 +1,7 @@
 """Few queries against many recorded keys: flash attention with the keys split over programs.
 
 A step at 5 % area has a few hundred queries and thousands of keys, so one program per block of queries would leave
-most of the chip idle. The keys are cut into ``SPLITS`` parts (Flash-Decoding, Dao et al. 2023); each program keeps a
+most of the chip idle. The keys are cut into parts (Flash-Decoding, Dao et al. 2023); each program keeps a
 running softmax over its part, a second kernel combines the parts. The recorded keys come first, with the active sites
 masked out, then the active rows: both are read in order, and the canvas is neither copied nor written. Where there are
 so many queries that torch's own attention is faster although it needs a merged copy, that is what runs.
@@ -63,13 +63,13 @@ def _attend(
     return acc, largest, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["key_entry", "value_entry", "heads", "splits"])
 def _attention_sites_kernel(
     query, key, value, key_canvas, value_canvas, addresses, key_entry, value_entry, active, inverse, out, partial,
-    stats, scale, heads, queries, sites, sites_per_split, rows_per_split,
+    stats, scale, heads, queries, sites, sites_per_split, rows_per_split, splits,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, kc_b, kc_h, kc_n, vc_b, vc_h, vc_n, o_b, o_h, o_n,
     ADDRESSED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     if ADDRESSED:
         key_canvas = tl.load(addresses + key_entry).to(tl.pointer_type(key.dtype.element_ty))
@@ -110,20 +110,20 @@ def _attention_sites_kernel(
     )  # fmt: skip
 
     inside = in_m[:, None] & in_d[None, :]
-    if SPLITS == 1:
+    if not SPLIT:
         place = batch * o_b + head * o_h + offs_m.to(tl.int64)[:, None] * o_n + offs_d[None, :]
         tl.store(out + place, (acc / total[:, None]).to(out.dtype.element_ty), mask=inside)
     else:
-        row = (group.to(tl.int64) * SPLITS + split) * queries + offs_m
+        row = (group.to(tl.int64) * splits + split) * queries + offs_m
         tl.store(partial + row[:, None] * D + offs_d[None, :], acc, mask=inside)
         tl.store(stats + row * 2, largest, mask=in_m)
         tl.store(stats + row * 2 + 1, total, mask=in_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "splits"])
 def _combine_kernel(
-    partial, stats, out, heads, queries, o_b, o_h, o_n,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, SPLITS: tl.constexpr,
+    partial, stats, out, heads, queries, splits, o_b, o_h, o_n,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     group = tl.program_id(1)
@@ -134,8 +134,8 @@ def _combine_kernel(
     largest = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
-    for split in tl.static_range(SPLITS):
-        row = (group.to(tl.int64) * SPLITS + split) * queries + offs_m
+    for split in range(splits):
+        row = (group.to(tl.int64) * splits + split) * queries + offs_m
         part_largest = tl.load(stats + row * 2, mask=in_m, other=0.0)
         part_total = tl.load(stats + row * 2 + 1, mask=in_m, other=1.0)
         part = tl.load(partial + row[:, None] * D + offs_d[None, :], mask=inside, other=0.0)
@@ -213,7 +213,8 @@ def attention_sites(
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
     processors = torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 1
     if merged is None:
-        merged = splits is None and config is None and prefers_merged(queries, sites, groups, size, processors)
+        free = sites > 0 and splits is None and config is None
+        merged = free and prefers_merged(queries, sites, groups, size, processors)
     if merged:
         keys = merge_rows(key, key_canvas, inverse, addresses, entries[0])
         values = merge_rows(value, value_canvas, inverse, addresses, entries[1])
@@ -233,15 +234,15 @@ def attention_sites(
     _attention_sites_kernel[(blocks, groups, splits)](
         query, key, value, key_canvas, value_canvas, inverse if addresses is None else addresses, *entries,
         active, inverse, out, partial, stats,
-        factor, heads, queries, sites, sites_per_split, rows_per_split,
+        factor, heads, queries, sites, sites_per_split, rows_per_split, splits,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *key_canvas.stride()[:3],
         *value_canvas.stride()[:3], *out.stride()[:3], ADDRESSED=addresses is not None,
-        D=size, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, SPLITS=splits, num_warps=warps, num_stages=stages,
+        D=size, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, SPLIT=splits > 1, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if splits > 1:
         combine_m = 16
         _combine_kernel[(triton.cdiv(queries, combine_m), groups)](
-            partial, stats, out, heads, queries, *out.stride()[:3],
-            D=size, BLOCK_D=block_d, BLOCK_M=combine_m, SPLITS=splits,
+            partial, stats, out, heads, queries, splits, *out.stride()[:3],
+            D=size, BLOCK_D=block_d, BLOCK_M=combine_m,
         )  # fmt: skip
     return out

@@ -9,7 +9,7 @@ from torch import Tensor
 BLOCK_SITES = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["entry", "heads"])
 def _merge_rows_kernel(
     rows, canvas, addresses, entry, inverse, out, heads, sites,
     r_b, r_h, r_n, c_b, c_h, c_n, o_b, o_h, o_n,
