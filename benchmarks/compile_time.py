@@ -1,9 +1,9 @@
 """How long does compiling a UNet take, and how long the next process that finds it in the cache?
 
-Every measurement is a process of its own: the first with an empty cache folder (``FISEDIT_CACHE_DIR``), the
-second with what the first one left. Building the model and importing libraries are not counted;
-``sparsify()`` is, with everything it needs before the first call. Weights are not read, so an untrained
-UNet stands for SD2.1.
+Every measurement is a process of its own: the first with empty cache folders (``FISEDIT_CACHE_DIR``, and those of
+Inductor and Triton), the second with what the first one left. Building the model and importing libraries are not
+counted; ``sparsify()`` is, with everything it needs before the first call. On a GPU the first sparse call is counted as
+well, since it compiles the step. Weights are not read, so untrained UNets stand for the published ones.
 """
 
 from __future__ import annotations
@@ -25,36 +25,60 @@ import torch
 from rich.table import Table
 
 from benchmarks.harness import Report, Timing, argument_parser, machine, prepare, versions
-from benchmarks.subjects import load_unet, random_sd21_unet
+from benchmarks.subjects import UNETS, Run, load_unet, random_unet, square_mask
 
-MODELS = ("emoji-scenes", "sd21")
-CACHE_VARIABLE = "FISEDIT_CACHE_DIR"
+MODELS = ("emoji-scenes", *UNETS)
+DEFAULT = ("emoji-scenes", "sd21")
+CACHES = ("FISEDIT_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+FRACTION = 0.05
 
 
 def compile_once(model: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Compile in this process, with whatever cache the environment names. Times are in milliseconds."""
-    from fisedit_compiler import sparsify
+    from fisedit_compiler import SparsifyConfig, sparsify
 
-    unet = load_unet(None, device, dtype) if model == "emoji-scenes" else random_sd21_unet("meta", dtype)
+    on_gpu = device.type == "cuda"
+    if model == "emoji-scenes":
+        unet = load_unet(None, device, dtype)
+    else:
+        unet = random_unet(model, device if on_gpu else "meta", dtype)
     start = time.perf_counter()
-    compiled = sparsify(unet)
-    elapsed = (time.perf_counter() - start) * 1e3
+    compiled = sparsify(unet, SparsifyConfig(backend="inductor" if on_gpu else "eager"))
+    capture = (time.perf_counter() - start) * 1e3
+    first_call = first_sparse_call(compiled, unet, device) if on_gpu else 0.0
     return {
-        "ms": elapsed,
+        "ms": capture + first_call,
+        "capture_ms": capture,
+        "first_call_ms": first_call,
         "from_cache": all(program.from_cache for program in compiled.programs),
         "parameters": sum(parameter.numel() for parameter in unet.parameters()),
     }
 
 
+@torch.no_grad()
+def first_sparse_call(compiled: Any, unet: torch.nn.Module, device: torch.device) -> float:
+    """Milliseconds from entering the first edit to its first finished call. Recording is not counted."""
+    run = Run(unet, calls=1)
+    with compiled.record() as recording:
+        run.dense(compiled, 0, run.samples, run.prompt)
+    mask = square_mask(FRACTION, run.height, run.width).to(device)
+    samples = run.edited_samples(mask)
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    with compiled.edit(recording, mask=mask):
+        run.dense(compiled, 0, samples, run.new_prompt())
+        torch.cuda.synchronize(device)
+        return (time.perf_counter() - start) * 1e3
+
+
 def in_new_process(model: str, options: argparse.Namespace, cache: Path) -> dict[str, Any]:
-    """Run :func:`compile_once` in a fresh interpreter with ``cache`` as its cache folder."""
+    """Run :func:`compile_once` in a fresh interpreter with its caches under ``cache``."""
     command = [sys.executable, str(Path(__file__).resolve()), "--worker", model, "--device", options.device]
     for name in ("dtype", "threads"):
         if getattr(options, name) is not None:
             command += [f"--{name}", str(getattr(options, name))]
-    finished = subprocess.run(
-        command, env={**os.environ, CACHE_VARIABLE: str(cache)}, capture_output=True, text=True, check=False
-    )
+    environment = {**os.environ, **{name: str(cache / name.lower()) for name in CACHES}}
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if finished.returncode != 0:
         raise SystemExit(f"compiling {model} failed:\n{finished.stderr}")
     return json.loads(finished.stdout.splitlines()[-1])
@@ -62,9 +86,7 @@ def in_new_process(model: str, options: argparse.Namespace, cache: Path) -> dict
 
 def measure(model: str, options: argparse.Namespace) -> dict[str, Any]:
     """One row: cold and warm compile time of one model."""
-    cold: list[float] = []
-    warm: list[float] = []
-    parameters = 0
+    runs: dict[str, list[dict[str, Any]]] = {"cold": [], "warm": []}
     for _ in range(options.repeats):
         with tempfile.TemporaryDirectory(prefix="fisedit-bench-") as folder:
             first = in_new_process(model, options, Path(folder))
@@ -76,18 +98,16 @@ def measure(model: str, options: argparse.Namespace) -> dict[str, Any]:
                 "cache, so there is no cold and warm time to compare. If no source file changed meanwhile, this is "
                 "a defect of the cache key."
             )
-        cold.append(first["ms"])
-        warm.append(second["ms"])
-        parameters = first["parameters"]
-    cold_time, warm_time = Timing(tuple(cold)), Timing(tuple(warm))
-    return {
-        "model": model,
-        "parameters": parameters,
-        **cold_time.as_dict("cold"),
-        **warm_time.as_dict("warm"),
-        "ratio": round(cold_time.median_ms / warm_time.median_ms, 2),
-        "cache_bytes": size,
-    }
+        runs["cold"].append(first)
+        runs["warm"].append(second)
+    row: dict[str, Any] = {"model": model, "parameters": runs["cold"][0]["parameters"]}
+    for name, results in runs.items():
+        row |= Timing(tuple(result["ms"] for result in results)).as_dict(name)
+        if options.device != "cpu":
+            for part in ("capture", "first_call"):
+                timing = Timing(tuple(result[f"{part}_ms"] for result in results))
+                row[f"{name}_{part}_ms"] = round(timing.median_ms, 3)
+    return {**row, "ratio": round(row["cold_ms"] / row["warm_ms"], 2), "cache_bytes": size}
 
 
 def draw(rows: list[dict[str, Any]]) -> Table:
@@ -109,7 +129,7 @@ def draw(rows: list[dict[str, Any]]) -> Table:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argument_parser(str(__doc__).splitlines()[0], repeats=3)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="what to compile")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(DEFAULT), help="what to compile")
     parser.add_argument("--worker", choices=MODELS, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 

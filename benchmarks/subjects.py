@@ -105,11 +105,6 @@ def random_unet(name: str, device: torch.device | str, dtype: torch.dtype) -> nn
     return (unet if unet.dtype == dtype else unet.to(dtype)).eval().requires_grad_(False)
 
 
-def random_sd21_unet(device: torch.device | str, dtype: torch.dtype) -> nn.Module:
-    """A UNet of the size of Stable Diffusion 2.1, see :func:`random_unet`."""
-    return random_unet("sd21", device, dtype)
-
-
 @dataclass(frozen=True)
 class Prompt:
     """What a UNet call is told about one prompt.
