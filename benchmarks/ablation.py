@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -103,18 +103,12 @@ class Subject:
     failed: list[str] = field(default_factory=list)
 
 
-def config_arguments(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """The arguments that ``SparsifyConfig`` has a field for, and a note on what was dropped.
-
-    ``block_size`` may not exist yet; sites are single pixels then, and the rows that differ in it alone are one.
-    """
-    from fisedit_compiler import SparsifyConfig
-
-    known = {item.name for item in fields(SparsifyConfig)}
-    kept = {name: value for name, value in arguments.items() if name in known or name != "block_size"}
-    shown = [f"{name}={sorted(value) if isinstance(value, frozenset) else value}" for name, value in kept.items()]
-    dropped = [] if len(kept) == len(arguments) else ["block_size is no setting of this version: single-pixel blocks"]
-    return kept, ", ".join([*shown, *dropped])
+def shown(arguments: Mapping[str, Any]) -> str:
+    """Arguments as a row's note: sets in order, the adaptive block size by its name."""
+    texts = {name: sorted(value) if isinstance(value, frozenset) else value for name, value in arguments.items()}
+    if "block_size" in texts:
+        texts["block_size"] = texts["block_size"] or "adaptive"
+    return ", ".join(f"{name}={text}" for name, text in texts.items())
 
 
 def load(name: str, device: torch.device, dtype: torch.dtype) -> tuple[torch.nn.Module, int, int]:
@@ -152,11 +146,10 @@ def sparse_row(name: str, arguments: Mapping[str, Any], unet: torch.nn.Module, r
     """Compile and record one sparse row."""
     from fisedit_compiler import SparsifyConfig, sparsify
 
-    kept, note = config_arguments(arguments)
     backend = "inductor" if run.samples[0].is_cuda else "eager"
     start = time.perf_counter()
     # A row that falls back to dense calls would say nothing about its idea.
-    compiled = sparsify(unet, SparsifyConfig(**{"backend": backend, "dense_above": 1.0, **kept}))
+    compiled = sparsify(unet, SparsifyConfig(**{"backend": backend, "dense_above": 1.0, **arguments}))
     seconds = time.perf_counter() - start
     with compiled.record() as recording:
         base = [run.dense(compiled, call, run.samples, run.prompt) for call in range(run.calls)]
@@ -165,7 +158,7 @@ def sparse_row(name: str, arguments: Mapping[str, Any], unet: torch.nn.Module, r
         "dense_operations": sum(len(program.refusals) for program in compiled.programs),
         "recording_gib_per_call": round(recording.nbytes / run.calls / 2**30, 3),
     }
-    return Sparse(name, note, compiled, recording, base, facts)
+    return Sparse(name, shown(arguments), compiled, recording, base, facts)
 
 
 def prepare_subject(options: argparse.Namespace, name: str, device: torch.device, dtype: torch.dtype) -> Subject:

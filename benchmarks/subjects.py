@@ -54,6 +54,14 @@ SDXL_CONFIG: dict[str, Any] = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
+# The embedded model's, as far as its convolutions go.
+EMBEDDED_CONFIG: dict[str, Any] = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (64, 128, 192, 256),
+    "layers_per_block": 1,
+}
 UNETS: dict[str, dict[str, Any]] = {"sd15": SD15_CONFIG, "sd21": SD21_CONFIG, "sdxl": SDXL_CONFIG}
 """Configurations by the names that benchmarks take."""
 
@@ -203,6 +211,18 @@ def square_mask(fraction: float, height: int, width: int) -> torch.Tensor:
     left = min(max(0, round(width * MASK_CENTRE[1] - columns / 2)), width - columns)
     mask[top : top + rows, left : left + columns] = True
     return mask
+
+
+def scattered_mask(fraction: float, height: int, width: int) -> torch.Tensor:
+    """Single sites all over the canvas, bool ``[height, width]``; the same every time."""
+    return torch.rand(height, width, generator=torch.Generator().manual_seed(0)) < fraction
+
+
+def thin_mask(height: int, width: int, thickness: int = 2) -> torch.Tensor:
+    """The outline of an ellipse, ``thickness`` sites wide, bool ``[height, width]``."""
+    y, x = torch.arange(height)[:, None] - MASK_CENTRE[0] * height, torch.arange(width) - MASK_CENTRE[1] * width
+    radius = (y**2 + (x * height / width) ** 2).sqrt()
+    return (radius - 0.35 * height).abs() <= thickness / 2
 
 
 def moved_mask(mask: torch.Tensor, sites: int) -> torch.Tensor | None:

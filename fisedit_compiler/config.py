@@ -11,6 +11,7 @@ from fisedit_compiler.errors import ConfigError
 Norm = Literal["recorded", "incremental"]
 Attention = Literal["cached", "active"]
 Backend = Literal["eager", "inductor"]
+BLOCK_SIZES = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class SparsifyConfig:
             edit's calls run densely, their outputs outside the mask still the recorded ones. ``None`` is the break-even
             measured on this device type and backend, or never where nobody measured one (``runtime/break_even.json``);
             1.0 is never.
+        block_size: sites along the side of the blocks that sparse convolutions are computed in: 1, 2, 4 or 8 at every
+            level, or ``None`` for the size that a cost model chooses per level and mask, fitted to times measured on
+            the device type (``kernels/block_costs.json``). Results are the same up to rounding.
         disabled_passes: names of rewrite passes to leave out; their operations then run densely.
         check_inputs: compare the input outside the mask with the recorded one at every call and refuse a
             mismatch (another seed, scheduler or guidance scale). Switch off only for synthetic calls.
@@ -48,6 +52,7 @@ class SparsifyConfig:
     dilation: int = 0
     backend: Backend = "eager"
     dense_above: float | None = None
+    block_size: int | None = None
     disabled_passes: frozenset[str] = field(default_factory=frozenset)
     check_inputs: bool = True
     spatial_inputs: tuple[str, ...] | None = None
@@ -68,6 +73,12 @@ class SparsifyConfig:
             raise ConfigError(
                 f"SparsifyConfig.dense_above={above!r} must be a share of the sites from 0.0 to 1.0 (1.0 for never), "
                 "or None for the measured break-even."
+            )
+        size = self.block_size
+        if size is not None and (isinstance(size, bool) or size not in BLOCK_SIZES):
+            raise ConfigError(
+                f"SparsifyConfig.block_size={size!r} must be one of {BLOCK_SIZES} sites, or None for the size that the "
+                "cost model chooses per level and mask."
             )
         if self.multiple is not None and self.multiple < 1:
             raise ConfigError(f"SparsifyConfig.multiple={self.multiple!r} must be 1 or more.")

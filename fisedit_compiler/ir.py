@@ -71,7 +71,7 @@ def load(slot: str) -> Any:
 
 
 def site_table(kind: str, key: Any) -> Any:
-    """Marker: an index table of the site plan (``active``, ``inverse``, ``ring`` or ``taps``)."""
+    """Marker: an index table of the site plan (``active``, ``inverse``, ``places``, ``ring`` or ``taps``)."""
     raise NotImplementedError("markers are lowered before a graph runs")
 
 

@@ -24,6 +24,7 @@ from fisedit_compiler.passes.base import Program, Slot
 from fisedit_compiler.passes.hoist import Bundle, hoist
 from fisedit_compiler.passes.recording import recording_graph, with_updates
 from fisedit_compiler.passes.simplify import simplify
+from fisedit_compiler.runtime.block_sizes import ConvLayer
 from fisedit_compiler.runtime.site_plan import ConvKey
 
 
@@ -49,6 +50,7 @@ class CompiledProgram:
         outputs: one entry per flat output.
         convs: convolution geometries the site plan must table.
         levels: levels the site plan must cover.
+        layers: the sparse convolutions, in order of computation.
         constants: tensors the graphs close over that the module does not own.
         treespec: how flat outputs are put together (``torch.utils._pytree``).
         refusals: ``(node, module path, operation, reason)`` of every operation that stays dense.
@@ -68,6 +70,7 @@ class CompiledProgram:
     outputs: tuple[OutputSpec, ...]
     convs: frozenset[ConvKey]
     levels: frozenset[Fraction]
+    layers: tuple[ConvLayer, ...]
     constants: dict[str, torch.Tensor]
     treespec: Any
     refusals: tuple[tuple[str, str, str, str], ...] = ()
@@ -140,6 +143,7 @@ def _assemble(captured: CapturedGraph, program: Program, reports: list[PassRepor
         outputs=_outputs(program),
         convs=convs,
         levels=levels,
+        layers=_layers(program.graph),
         constants=captured.constants,
         treespec=captured.treespec,
         refusals=_refusals(program),
@@ -152,6 +156,17 @@ def _outputs(program: Program) -> tuple[OutputSpec, ...]:
     flat = output.args[0]
     values = flat if isinstance(flat, (list, tuple)) else (flat,)
     return tuple(OutputSpec(value.meta.get("updates") if isinstance(value, fx.Node) else None) for value in values)
+
+
+def _layers(graph: fx.Graph) -> tuple[ConvLayer, ...]:
+    layers = []
+    for node in ir.nodes_calling(graph, [torch.ops.fisedit.conv2d_sites.default]):
+        taps, weight = node.args[3], node.args[5]
+        assert isinstance(taps, fx.Node) and isinstance(weight, fx.Node)
+        key: ConvKey = taps.meta["input"][2]
+        out_channels, inputs = (int(size) for size in ir.spec_of(weight).shape)
+        layers.append(ConvLayer(key, inputs // (key.kernel[0] * key.kernel[1]), out_channels))
+    return tuple(layers)
 
 
 def _refusals(program: Program) -> tuple[tuple[str, str, str, str], ...]:

@@ -53,12 +53,10 @@ def test_ablation_has_the_papers_five_rows(tmp_path):
     assert all(row["identity_error"] < 1e-4 for row in rows[2:])
 
 
-def test_a_setting_that_does_not_exist_is_dropped_and_named():
-    kept, note = ablation.config_arguments({"norm": "recorded"})
-    assert (kept, note) == ({"norm": "recorded"}, "norm=recorded")
-    kept, note = ablation.config_arguments({"block_size": 4, "disabled_passes": frozenset({"self_attention"})})
-    assert "disabled_passes=['self_attention']" in note
-    assert ("block_size" in kept) != ("single-pixel" in note)
+def test_a_rows_note_says_its_settings():
+    notes = {name: ablation.shown(arguments) for name, arguments in ablation.SPARSE_ROWS}
+    assert notes["+ sparse convolution, fixed blocks"].startswith("block_size=4, disabled_passes=['cross_attention', ")
+    assert notes["+ approximate attention"] == "block_size=adaptive"
 
 
 def test_a_row_that_fails_costs_no_other_row(tmp_path, monkeypatch, capsys):

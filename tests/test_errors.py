@@ -442,6 +442,8 @@ WRONG_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "dense_above nan": ({"dense_above": float("nan")}, "dense_above=nan must be a share of the sites"),
     "dense_above text": ({"dense_above": "half"}, "dense_above='half' must be .*None for the measured break-even"),
     "dense_above bool": ({"dense_above": True}, "dense_above=True must be a share of the sites"),
+    "block_size": ({"block_size": 3}, r"block_size=3 must be one of \(1, 2, 4, 8\) sites, or None"),
+    "block_size bool": ({"block_size": True}, "block_size=True must be one of"),
     "multiple": ({"multiple": 0}, "multiple=0 must be 1 or more"),
 }
 

@@ -6,6 +6,7 @@ from fisedit_compiler.kernels.attention_addressed import attention_addressed
 from fisedit_compiler.kernels.attention_rows import attention_rows
 from fisedit_compiler.kernels.attention_sites import attention_sites
 from fisedit_compiler.kernels.conv2d_sites import conv2d_sites
+from fisedit_compiler.kernels.convolve import convolve
 from fisedit_compiler.kernels.gather_sites import gather_sites
 from fisedit_compiler.kernels.gather_taps import gather_taps
 from fisedit_compiler.kernels.group_norm_site_sums import group_norm_site_sums
@@ -24,6 +25,7 @@ __all__ = [
     "attention_rows",
     "attention_sites",
     "conv2d_sites",
+    "convolve",
     "gather_sites",
     "gather_taps",
     "group_norm_site_sums",

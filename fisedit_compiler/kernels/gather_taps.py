@@ -1,12 +1,14 @@
-"""``fisedit::gather_taps``: the left operand of a convolution's GEMM, gathered through its table of taps.
+"""``fisedit::gather_taps``: what a convolution reads, gathered through its index table and put side by side.
 
 What a sparse convolution reads lies in one tensor here: the new rows, the recorded ring, a site of zeros
-(``conv2d_sites`` describes them). Only compiled GPU steps use the op by itself: there a copy at memory bandwidth and
-the vendor's GEMM were faster than an implicit GEMM for every shape of a 5 % edit (``benchmarks/NOTES.md``).
+(``conv2d_sites`` describes them). A table of taps makes the left operand of a GEMM, a table of patches makes patches
+with their channels last (``kernels/patches.py``). On a GPU a copy at memory bandwidth and the vendor's GEMM were
+faster than an implicit GEMM for every shape of a 5 % edit (``benchmarks/NOTES.md``).
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fisedit_compiler.kernels.registry import define_op, provide, require
@@ -24,8 +26,14 @@ def _check(values: Tensor, taps: Tensor) -> None:
 
 def _reference(values: Tensor, taps: Tensor) -> Tensor:
     _check(values, taps)
-    batch, _, channels = values.shape
-    gathered = values.index_select(1, taps.reshape(-1))
+    batch, sites, channels = values.shape
+    if batch > 1 and values.is_cpu:
+        # On the CPU, index_select along dimension 0 copies whole rows and is several times faster.
+        start = torch.arange(0, batch * sites, sites)
+        index = (taps.reshape(1, -1) + start[:, None]).reshape(-1)
+        gathered = values.reshape(-1, channels).index_select(0, index)
+    else:
+        gathered = values.index_select(1, taps.reshape(-1))
     return gathered.reshape(batch * taps.shape[0], taps.shape[1] * channels)
 
 
@@ -48,11 +56,11 @@ provide(_NAME, "CUDA", _cuda)
 
 
 def gather_taps(values: Tensor, taps: Tensor) -> Tensor:
-    """Rows of ``values`` side by side, one line per output site.
+    """Rows of ``values`` side by side, one line per output site or block.
 
     Args:
         values: ``[B, T, C]``, everything a convolution may read.
-        taps: int64 ``[N, K]`` into the ``T`` sites.
+        taps: int64 ``[N, K]`` into the ``T`` sites; a patch is a line, too.
 
     Returns:
         ``[B*N, K*C]``, contiguous, a copy: line ``b*N + n`` is ``values[b, taps[n, 0]], ..., values[b, taps[n, K-1]]``.

@@ -1,11 +1,11 @@
 """Convolutions over sites.
 
 Before: ``conv2d(x, weight, bias, stride, padding)``
-After:  ``conv2d_sites(rows(x), load(x.input), ring, taps, pack_conv_weight(weight), bias)``
+After:  ``conv2d_sites(rows(x), load(x.input), ring, taps, places, pack_conv_weight(weight), bias, kernel, ...)``
 
-Kernel size, stride, padding, dilation and a nearest upsampling in front are all in the index tables ``ring`` and
-``taps``; with an upsampling, the recorded canvas is the small one in front of it. A 1x1 convolution reads no
-neighbour, so it is a linear layer on rows and records nothing.
+Padding and a nearest upsampling in front are in the index tables ``ring`` and ``taps``; with an upsampling, the
+recorded canvas is the small one in front of it. ``places`` says where in the computed blocks the active sites are. A
+1x1 convolution reads no neighbour, so it is a linear layer on rows and records nothing.
 """
 
 from __future__ import annotations
@@ -60,18 +60,24 @@ class Convolution(Pass):
             dilation=dilation,
             upsample=upsample,
         )
-        taps = ValueSpec((ir.row_symbol(key.target), sympy.Integer(kernel[0] * kernel[1])), torch.int64)
-        ring = ValueSpec((sympy.Symbol("r", nonnegative=True, integer=True),), torch.int64)
+        # Blocks and patches differ from plan to plan, as the ring does.
+        taps = ValueSpec((_count(f"blocks_{ir.level_name(key.target)}"), _count("patch")), torch.int64)
+        ring = ValueSpec((_count("r"),), torch.int64)
+        places = ValueSpec((ir.row_symbol(key.target),), torch.int64)
         packed = ValueSpec(
-            (sympy.Integer(kernel[0] * kernel[1] * in_channels), sympy.Integer(out_channels)), spec_of(weight).dtype
+            (sympy.Integer(out_channels), sympy.Integer(kernel[0] * kernel[1] * in_channels)), spec_of(weight).dtype
         )
         args = (
             rewriter.rows(source),
             rewriter.canvas(source, slot_name(node, "input"), node),
             rewriter.table("ring", key, ring, node),
             rewriter.table("taps", key, taps, node),
+            rewriter.table("places", key.target, places, node),
             rewriter.constant(torch.ops.fisedit.pack_conv_weight.default, (weight,), packed, node),
             bias,
+            list(key.kernel),
+            list(key.stride),
+            list(key.dilation),
         )
         rows = rewriter.call(torch.ops.fisedit.conv2d_sites.default, args, rewriter.row_spec(node), node)
         rewriter.replace(node, rows)
@@ -79,6 +85,10 @@ class Convolution(Pass):
 
 
 Pair = tuple[int, int]
+
+
+def _count(name: str) -> sympy.Symbol:
+    return sympy.Symbol(name, nonnegative=True, integer=True)
 
 
 def _arguments(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, Pair, Pair, Pair, int]:

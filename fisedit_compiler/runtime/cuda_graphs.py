@@ -33,12 +33,20 @@ Identity = tuple[Any, ...]
 Values = Mapping[str, Tensor]
 
 
-def bucket(count: int) -> int:
-    """The padded size of ``count`` rows: a multiple of 16, at most an eighth above it from 128 rows on."""
-    step = 16
+def bucket(count: int, least: int = 16) -> int:
+    """The padded size of ``count`` rows: a multiple of ``least``, at most an eighth above it from ``8 * least`` on."""
+    step = least
     while step * 16 <= count:
         step *= 2
     return -(-max(count, 1) // step) * step
+
+
+def block_bucket(count: int, size: int) -> int:
+    """The padded number of blocks of ``size`` by ``size`` sites, in steps of 16 sites or a block.
+
+    It is 2 at least: a compiled step takes a dimension of 1 for a constant.
+    """
+    return max(bucket(count, max(16 // (size * size), 1)), 2)
 
 
 @dataclass(frozen=True)
@@ -114,7 +122,8 @@ class GraphPool:
         """Pad a plan to its bucket."""
         rows: dict[Fraction, int] = {level: bucket(table.shape[0]) for level, table in plan.active.items()}
         rings: dict[ConvKey, int] = {key: bucket(table.shape[0]) for key, table in plan.ring.items()}
-        padded = plan.padded(rows, rings)
+        blocks = {level: block_bucket(count, plan.block_size(level)) for level, count in plan.blocks.items()}
+        padded = plan.padded(rows, rings, blocks)
         tables: dict[Identity, Tensor] = {}
         for identity in self.identities:
             kind, *rest = identity
@@ -123,7 +132,8 @@ class GraphPool:
             elif kind == "iota":
                 ring = padded.ring[rest[0]]
                 tables[identity] = torch.arange(ring.shape[0], device=ring.device)
-        key = (*sorted(rows.items()), *sorted(rings.items(), key=str))
+        sizes = sorted((level, plan.block_size(level), count) for level, count in blocks.items())
+        key = (*sorted(rows.items()), *sorted(rings.items(), key=str), *sizes)
         number = self._buckets.setdefault(key, len(self._buckets))
         return PreparedPlan(number, padded, tables)
 
@@ -233,6 +243,8 @@ class _Inputs:
             buffer = self.tables[identity] = torch.empty_like(self.prepared.tables[identity])
             if kind == "iota" or rest[0] != "inverse":
                 torch._dynamo.mark_dynamic(buffer, 0)
+            if identity[:2] == ("table", "taps") and rest[1].in_blocks:
+                torch._dynamo.mark_dynamic(buffer, 1)
             return buffer
         if kind == "ring_rows":
             return self._ring(rest[0], rest[1], slots[rest[0]])

@@ -19,6 +19,7 @@ from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.passes.hoist import Bundle
 from fisedit_compiler.passes.stage import stage
 from fisedit_compiler.program import CompiledProgram
+from fisedit_compiler.runtime.block_sizes import BlockSizes
 from fisedit_compiler.runtime.cuda_graphs import GraphPool, HoistedNames, PreparedPlan
 from fisedit_compiler.runtime.fallback import DenseModule
 from fisedit_compiler.runtime.hoisting import HoistCache
@@ -48,6 +49,7 @@ class Executable:
         self._pool: GraphPool | None = None
         self._prepared: OrderedDict[int, tuple[SitePlan, PreparedPlan]] = OrderedDict()
         self._plans: OrderedDict[tuple[Any, ...], SitePlan] = OrderedDict()
+        self.block_sizes = BlockSizes(program.layers)
 
     # -- weights ---------------------------------------------------------------------------------
 
@@ -165,17 +167,26 @@ class Executable:
 
     # -- plans -----------------------------------------------------------------------------------
 
-    def plan(self, mask: Tensor, dilation: int, device: torch.device, kept: int = 8) -> SitePlan:
-        """The site plan of a mask (bool ``[H, W]``); recent ones are kept."""
-        key = (mask.shape, mask.cpu().numpy().tobytes(), dilation, str(device))
+    def plan(self, mask: Tensor, dilation: int, sample: Tensor, kept: int = 8) -> SitePlan:
+        """The site plan of a mask (bool ``[H, W]``) for calls with such a sample; recent ones are kept.
+
+        The sample tells where the tables go, and what block sizes are chosen for: its batch, precision and device.
+        """
+        device, batch = sample.device, sample.shape[0]
+        key = (mask.shape, mask.cpu().numpy().tobytes(), dilation, str(device), batch, sample.dtype)
         if key not in self._plans:
-            self._plans[key] = SitePlan.build(
-                mask, self.program.levels, self.program.convs, dilation=dilation, device=device
-            )
+            plan = SitePlan.build(mask, self.program.levels, self.program.convs, dilation=dilation)
+            self._plans[key] = self.divided(plan, batch, sample.element_size(), device.type).to(device)
             while len(self._plans) > kept:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)
         return self._plans[key]
+
+    def divided(self, plan: SitePlan, batch: int, element_size: int, device_type: str) -> SitePlan:
+        """A plan in blocks of the configured size, or of the sizes with the smallest estimates."""
+        if self.config.block_size is None:
+            return plan.blocked(self.block_sizes.choose(plan, batch, element_size, device_type))
+        return plan.blocked(dict.fromkeys(self.block_sizes.levels, self.config.block_size))
 
 
 def _own(value: Tensor, borrowed: Sequence[Tensor]) -> Tensor:

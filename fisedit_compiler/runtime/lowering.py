@@ -1,12 +1,13 @@
 """How a staged step becomes GPU code: torch.compile, with Inductor taking the ``fisedit::`` ops apart that it can fuse.
 
 Normalisation, gathers and scatters are pointwise or copies to it. A convolution is taken apart into a fused kernel that
-writes everything it reads side by side, a gather through its taps, and the vendor's GEMM. Attention stays whole.
+writes everything it reads side by side, and ``convolve``, which chooses by its table between taps and patches when it
+runs: so one compilation serves every block size. Attention stays whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,11 +34,11 @@ def _inductor(graph: fx.GraphModule, example_inputs: Any) -> Any:
 
 
 def _convolution(
-    rows: Tensor, canvas: Tensor, ring: Tensor, taps: Tensor, weight: Tensor, bias: Tensor | None
-) -> Tensor:
+    rows: Tensor, canvas: Tensor, ring: Tensor, taps: Tensor, places: Tensor, weight: Tensor, bias: Tensor | None,
+    kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int],
+) -> Tensor:  # fmt: skip
     """``conv2d_sites`` in parts; the same values as its reference."""
     zero = rows.new_zeros(rows.shape[0], 1, rows.shape[2])
     values = torch.cat([rows, canvas.index_select(1, ring), zero], dim=1)
-    gathered = torch.ops.fisedit.gather_taps(values, taps)
-    out = gathered @ weight if bias is None else torch.addmm(bias, gathered, weight)
-    return out.reshape(rows.shape[0], taps.shape[0], weight.shape[1])
+    result: Tensor = torch.ops.fisedit.convolve(values, taps, places, weight, bias, kernel, stride, dilation)
+    return result

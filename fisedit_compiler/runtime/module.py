@@ -16,11 +16,13 @@ from torch import nn
 
 from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.errors import ModeError, RecordingError
+from fisedit_compiler.inspect.explain import explain_blocks, explain_program
 from fisedit_compiler.program import CompiledProgram
 from fisedit_compiler.runtime.fingerprint import weights_key
 from fisedit_compiler.runtime.programs import ProgramStore
 from fisedit_compiler.runtime.recording import Recording
 from fisedit_compiler.runtime.sessions import EditSession, RecordSession, Session
+from fisedit_compiler.runtime.site_plan import SitePlan
 
 
 class SparseModule(nn.Module):
@@ -165,6 +167,28 @@ class SparseModule(nn.Module):
     def programs(self) -> list[CompiledProgram]:
         """Programs compiled so far, one per call signature."""
         return self._programs.compiled()
+
+    def explain(self, mask: Any = None, batch: int = 2) -> str:
+        """What was rewritten, what stays dense and why; with a mask, the block sizes of its convolutions.
+
+        Args:
+            mask: bool ``[H, W]`` at latent resolution.
+            batch: samples of a call; 2 is one image with guidance.
+
+        Raises:
+            MaskError: the mask is no bool matrix.
+            PlanError: its size is none that the model takes.
+        """
+        texts = []
+        for executable in self._programs.executables():
+            program = executable.program
+            texts.append(explain_program(program))
+            if mask is not None:
+                parameter = next(self.original.parameters())
+                where = (batch, parameter.element_size(), parameter.device.type)
+                plan = SitePlan.build(mask, program.levels, program.convs, dilation=self.sparsify_config.dilation)
+                texts.append(explain_blocks(executable.block_sizes, executable.divided(plan, *where), *where))
+        return "\n".join(texts) or "nothing is compiled yet: record a call, or pass example_inputs to sparsify"
 
     # -- being the original ----------------------------------------------------------------------
 

@@ -31,6 +31,9 @@ class ProgramStore:
     def compiled(self) -> list[CompiledProgram]:
         return [executable.program for executable in self._executables.values()]
 
+    def executables(self) -> list[Executable]:
+        return list(self._executables.values())
+
     def refresh(self, fingerprint: Any) -> None:
         """Forget hoisted values if the module's fingerprint changed, and follow replaced parameters."""
         self._structure = fingerprint[0]

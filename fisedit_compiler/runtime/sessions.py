@@ -19,6 +19,7 @@ from torch import Tensor
 from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.errors import RecordingError
 from fisedit_compiler.inputs import CallSignature
+from fisedit_compiler.inspect.explain import explain_blocks, explain_program
 from fisedit_compiler.masks import to_site_mask
 from fisedit_compiler.runtime.deferred import DeferredChecks
 from fisedit_compiler.runtime.executable import Executable
@@ -114,6 +115,7 @@ class EditSession:
         self.timings: list[tuple[CallKind, float]] = []
         self._checks = DeferredChecks()
         self._empty = False
+        self._ran: tuple[Executable, int, int, str] | None = None
         self._outside: Tensor | None = None
         if mask is not None:
             self.set_mask(mask)
@@ -168,6 +170,20 @@ class EditSession:
         if self.result is not None:
             self.result.complete = True
 
+    def explain(self) -> str:
+        """What the calls of this edit run as: how much is active, in what blocks, and why if they run densely."""
+        if self.mask is None:
+            return "no mask is set: calls run densely"
+        if self._empty:
+            return "the mask is empty: calls give the recorded outputs back"
+        if self.fallback is not None:
+            return self.fallback
+        if self.plan is None or self._ran is None:
+            return f"{self.mask.float().mean():.1%} of the sites are in the mask; no call was made with it yet"
+        executable, batch, element_size, device_type = self._ran
+        blocks = explain_blocks(executable.block_sizes, self.plan, batch, element_size, device_type)
+        return f"{explain_program(executable.program)}\n{blocks}"
+
     def _run(self, call: Call, base: CallRecord) -> tuple[CallKind, Any]:
         executable = call.executable
         if self.mask is None:
@@ -188,9 +204,11 @@ class EditSession:
             self._store(call, slots, base)
             return "dense", result
         if self.plan is None:
-            self.plan = executable.plan(self.mask, self.config.dilation, call.sample.device)
+            self.plan = executable.plan(self.mask, self.config.dilation, call.sample)
         update = self.result is not None
         scalars = {} if base.timestep is None else {"timestep": base.timestep}
+        sample = call.sample
+        self._ran = (executable, sample.shape[0], sample.element_size(), sample.device.type)
         outputs, slots = executable.step(call.tensors, base.slots, self.plan, update=update, scalars=scalars)
         self._store(call, slots, base)
         return "sparse", executable.assemble(outputs)

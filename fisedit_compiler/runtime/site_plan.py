@@ -1,4 +1,4 @@
-"""The index tables of one mask at every level: active sites, rings and convolution taps.
+"""The index tables of one mask at every level: active sites, rings, and what convolutions read.
 
 Pure geometry: no tensor of a model and no recording may appear here. A plan is built once per mask (a few
 milliseconds on the CPU), serves every call of a run, and describes and draws itself.
@@ -7,16 +7,19 @@ milliseconds on the CPU), serves every call of a run, and describes and draws it
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fisedit_compiler.errors import MaskError, PlanError
 from fisedit_compiler.kernels.attention_sites import inverse_table
+from fisedit_compiler.kernels.patches import BLOCK_SIZES, patch_shape
 
 _SHADES = "·░▒▓█"
 
@@ -43,6 +46,15 @@ class ConvKey:
     dilation: tuple[int, int] = (1, 1)
     upsample: int = 1
 
+    @property
+    def in_blocks(self) -> bool:
+        """Whether outputs share what they read, so that computing them in blocks can pay."""
+        return self.kernel != (1, 1)
+
+    def patch(self, size: int) -> tuple[int, int]:
+        """Height and width of what a block of ``size`` by ``size`` outputs reads, in upsampled sites."""
+        return patch_shape(size if self.in_blocks else 1, self.kernel, self.stride, self.dilation)
+
     def __str__(self) -> str:
         steps = [f"{self.kernel[0]}x{self.kernel[1]}", f"{self.source}->{self.target}"]
         steps += [f"stride {self.stride[0]}"] if self.stride != (1, 1) else []
@@ -62,7 +74,11 @@ class SitePlan:
         width: columns of the level-1 lattice.
         active: per level, the active sites as int64 ``[N_s]``, ascending in row-major order.
         ring: per convolution, the inactive source sites that are read, int64 ``[R]``, ascending.
-        taps: per convolution, int64 ``[N_out, K]`` into ``[rows (N_in), canvas[:, ring] (R), a zero site]``.
+        taps: per convolution, int64 ``[N_out, K]`` into ``[rows (N_in), canvas[:, ring] (R), a zero site]``; at a
+            level of larger blocks ``[blocks, p*p]``, the patch that each block reads. What a patch covers and no
+            active output reads is the zero site.
+        places: per level, int64 ``[N_s]``: where in the ``blocks*b*b`` outputs of its blocks each active site is.
+        block_sizes: per level ``b``, the sites along a block's side; 1 where none is named.
     """
 
     height: int
@@ -70,6 +86,8 @@ class SitePlan:
     active: Mapping[Fraction, Tensor]
     ring: Mapping[ConvKey, Tensor] = field(default_factory=dict)
     taps: Mapping[ConvKey, Tensor] = field(default_factory=dict)
+    places: Mapping[Fraction, Tensor] = field(default_factory=dict)
+    block_sizes: Mapping[Fraction, int] = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -80,6 +98,7 @@ class SitePlan:
         *,
         dilation: int = 0,
         dense_levels: Collection[Fraction] = (),
+        block_sizes: Mapping[Fraction, int] | None = None,
         device: torch.device | str = "cpu",
     ) -> SitePlan:
         """Derive every table from a mask.
@@ -94,11 +113,13 @@ class SitePlan:
             dense_levels: levels that compute all their sites, where rows cost more than they save. All
                 coarser levels become dense with them, since the parent of an active site must be active. An
                 empty mask stays empty: there is nothing to compute.
+            block_sizes: per level, the size of the blocks that its convolutions are computed in, see ``blocked``.
             device: where the tables go; they are built on the CPU.
 
         Raises:
             MaskError: the mask is not a bool matrix with at least one site.
-            PlanError: a level does not divide the mask's size, or a convolution contradicts its levels.
+            PlanError: a level does not divide the mask's size, a convolution contradicts its levels, or a block size
+                is not one of ``BLOCK_SIZES``.
         """
         _check_mask(mask)
         if dilation < 0:
@@ -121,19 +142,91 @@ class SitePlan:
         ring, taps = {}, {}
         for key in keys:
             ring[key], taps[key] = _tabulate(key, active[key.source], active[key.target], masks)
-        plan = cls(height, width, active, ring, taps)
+        places = {level: torch.arange(table.shape[0]) for level, table in active.items()}
+        plan = cls(height, width, active, ring, taps, places)
+        if block_sizes:
+            plan = plan.blocked(block_sizes)
         return plan if torch.device(device).type == "cpu" else plan.to(device)
 
     def to(self, device: torch.device | str) -> SitePlan:
         """The same plan with its tables on ``device``."""
 
-        def move(tables: Mapping[Fraction, Tensor]) -> dict[Fraction, Tensor]:
+        def move(tables: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
             return {key: table.to(device) for key, table in tables.items()}
 
-        def move_convs(tables: Mapping[ConvKey, Tensor]) -> dict[ConvKey, Tensor]:
-            return {key: table.to(device) for key, table in tables.items()}
+        return replace(
+            self, active=move(self.active), ring=move(self.ring), taps=move(self.taps), places=move(self.places)
+        )
 
-        return SitePlan(self.height, self.width, move(self.active), move_convs(self.ring), move_convs(self.taps))
+    def blocked(self, sizes: Mapping[Fraction, int]) -> SitePlan:
+        """The same plan, its convolutions computed in blocks.
+
+        Results are those of size 1 up to rounding: blocks copy less of what they read and compute outputs that nobody
+        asked for. A 1x1 convolution stays at size 1, where it copies nothing twice.
+
+        Args:
+            sizes: per level the sites along a block's side, one of ``BLOCK_SIZES``; 1 for levels that are not named.
+
+        Raises:
+            PlanError: a size is none of these, or this plan has blocks already.
+        """
+        unknown = {level: size for level, size in sizes.items() if size not in BLOCK_SIZES}
+        if unknown:
+            level, size = next(iter(unknown.items()))
+            raise PlanError(f"block size {size} at level {level} is none of {', '.join(map(str, BLOCK_SIZES))}")
+        if self.block_sizes:
+            raise PlanError("this plan has blocks already; build one without block_sizes, then call blocked")
+        convolved = {key.target for key in self.taps if key.in_blocks}
+        larger = {level: size for level, size in sizes.items() if size > 1 and level in convolved}
+        blocks = {level: self._blocks(level, size) for level, size in larger.items()}
+        places = {**self.places, **{level: place for level, (_, place) in blocks.items()}}
+        taps = dict(self.taps)
+        for key in self.taps:
+            if key.in_blocks and key.target in larger:
+                taps[key] = self._patches(key, blocks[key.target][0], larger[key.target])
+        return replace(self, taps=taps, places=places, block_sizes=larger)
+
+    def block_size(self, level: Fraction) -> int:
+        """Sites along the side of a block of ``level``."""
+        return self.block_sizes.get(level, 1)
+
+    @property
+    def blocks(self) -> Mapping[Fraction, int]:
+        """Number of blocks per level of blocks larger than 1."""
+        keys = (key for key in self.taps if key.in_blocks and self.block_size(key.target) > 1)
+        return {key.target: self.taps[key].shape[0] for key in keys}
+
+    def block_count(self, level: Fraction, size: int) -> int:
+        """Blocks of ``size`` by ``size`` sites that cover the active sites of ``level``."""
+        if size == 1:
+            return self.rows(level)
+        height, width = self.size(level)
+        # In numpy: a choice of sizes asks a dozen times between a mask and its first call, and torch's calls add up.
+        y, x = np.divmod(self._active_at(level).cpu().numpy(), width)
+        across = -(-width // size)
+        covered = np.zeros(-(-height // size) * across, dtype=bool)
+        covered[(y // size) * across + x // size] = True
+        return int(np.count_nonzero(covered))
+
+    def _blocks(self, level: Fraction, size: int) -> tuple[Tensor, Tensor]:
+        """Blocks with an active site: their rows and columns ``[blocks, 2]``, and the place of each active site."""
+        width = self.size(level)[1]
+        active = self._active_at(level)
+        y, x = active // width, active % width
+        across = -(-width // size)
+        found, block = torch.unique((y // size) * across + x // size, return_inverse=True)
+        places = block * size * size + (y % size) * size + x % size
+        return torch.stack([found // across, found % across], 1), places
+
+    def _patches(self, key: ConvKey, blocks: Tensor, size: int) -> Tensor:
+        """The table ``[blocks, p*p]`` of one convolution."""
+        height, width = self.size(key.source)
+        offsets = [torch.arange(extent, device=blocks.device) for extent in key.patch(size)]
+        y, x = (
+            (blocks[:, axis] * size * key.stride[axis] - key.padding[axis])[:, None] + offsets[axis] for axis in (0, 1)
+        )  # [blocks, p] each
+        site = _sites(y[:, :, None], x[:, None, :], key, height, width).flatten(1)
+        return _positions(height * width, self.active[key.source], self.ring[key])[site]
 
     @cached_property
     def inverse(self) -> Mapping[Fraction, Tensor]:
@@ -144,8 +237,13 @@ class SitePlan:
             tables[level] = inverse_table(active, height * width)
         return tables
 
-    def padded(self, rows: Mapping[Fraction, int], rings: Mapping[ConvKey, int]) -> SitePlan:
-        """The same plan with more rows: the last active site and the last ring site are repeated.
+    def padded(
+        self,
+        rows: Mapping[Fraction, int],
+        rings: Mapping[ConvKey, int],
+        blocks: Mapping[Fraction, int] | None = None,
+    ) -> SitePlan:
+        """The same plan with more rows: the last active site, ring site and block are repeated.
 
         Repeated rows compute the same values once more, so whatever is written from them is the same. Ops that sum
         over rows or attend among them count every site once (``kernels/padding.py``).
@@ -153,7 +251,10 @@ class SitePlan:
         Args:
             rows: per level, the number of rows to have, at least as many as there are.
             rings: per convolution, the number of ring sites to have, likewise.
+            blocks: per level of blocks larger than 1, the number of blocks to have, likewise; as many as there are
+                where none is named.
         """
+        blocks = blocks or {}
         active = {level: _repeat_last(table, rows[level]) for level, table in self.active.items()}
         ring = {key: _repeat_last(table, rings[key]) for key, table in self.ring.items()}
         taps = {}
@@ -162,8 +263,12 @@ class SitePlan:
             ring_index = table - inputs + rows[key.source]
             moved = torch.where(table < inputs, table, ring_index)
             moved = torch.where(table == inputs + ring_size, rows[key.source] + rings[key], moved)
-            taps[key] = _repeat_last(moved, rows[key.target])
-        return SitePlan(self.height, self.width, active, ring, taps)
+            if not key.in_blocks or self.block_size(key.target) == 1:
+                taps[key] = _repeat_last(moved, rows[key.target])
+            else:
+                taps[key] = _repeat_last(moved, blocks.get(key.target, table.shape[0]))
+        places = {level: _repeat_last(table, rows[level]) for level, table in self.places.items()}
+        return replace(self, active=active, ring=ring, taps=taps, places=places)
 
     def size(self, level: Fraction) -> tuple[int, int]:
         """Height and width of the lattice at ``level``."""
@@ -203,10 +308,16 @@ class SitePlan:
             height, width = self.size(level)
             rows = self.rows(level)
             share = rows / (height * width)
-            lines.append(f"  level {level!s:>4}: {rows:>6} of {height * width:>6} sites ({share:6.1%})")
+            size = self.block_size(level)
+            in_blocks = "" if size == 1 else f", in blocks of {size}x{size}"
+            lines.append(f"  level {level!s:>4}: {rows:>6} of {height * width:>6} sites ({share:6.1%}){in_blocks}")
         for key in sorted(self.taps, key=lambda key: (key.source, key.target, str(key))):
-            ring, (outputs, taps) = self.ring[key].shape[0], self.taps[key].shape
-            lines.append(f"  conv {key}: {outputs} outputs x {taps} taps, ring {ring}")
+            ring, (lines_read, columns) = self.ring[key].shape[0], self.taps[key].shape
+            reads = f"{lines_read} outputs x {columns} taps"
+            if key.in_blocks and self.block_size(key.target) > 1:
+                patch = "x".join(map(str, key.patch(self.block_size(key.target))))
+                reads = f"{self.rows(key.target)} outputs in {lines_read} blocks x {patch} sites"
+            lines.append(f"  conv {key}: {reads}, ring {ring}")
         return "\n".join(lines)
 
     def __repr__(self) -> str:
@@ -305,27 +416,34 @@ def _tabulate(
     _check_geometry(key, (height, width), (out_height, out_width))
     site_count = height * width
 
-    y = _positions(rows_out // out_width, key, 0)[:, :, None]  # [N_out, kh, 1]
-    x = _positions(rows_out % out_width, key, 1)[:, None, :]  # [N_out, 1, kw]
-    inside = (y >= 0) & (y < height * key.upsample) & (x >= 0) & (x < width * key.upsample)
-    site = (y // key.upsample) * width + x // key.upsample
-    # Reads outside the map go to one site behind the last, which becomes the zero site.
-    site = torch.where(inside, site, site_count).flatten(1)  # [N_out, K]
+    y = _reads(rows_out // out_width, key, 0)[:, :, None]  # [N_out, kh, 1]
+    x = _reads(rows_out % out_width, key, 1)[:, None, :]  # [N_out, 1, kw]
+    site = _sites(y, x, key, height, width).flatten(1)  # [N_out, K]
 
     is_ring = torch.zeros(site_count + 1, dtype=torch.bool)
     is_ring[site.flatten()] = True
     is_ring[rows_in] = False
     is_ring[site_count] = False
     ring = is_ring.nonzero().flatten()
-
-    position = torch.empty(site_count + 1, dtype=torch.int64)
-    position[rows_in] = torch.arange(rows_in.shape[0])
-    position[ring] = torch.arange(rows_in.shape[0], rows_in.shape[0] + ring.shape[0])
-    position[site_count] = rows_in.shape[0] + ring.shape[0]
-    return ring, position[site]
+    return ring, _positions(site_count, rows_in, ring)[site]
 
 
-def _positions(coordinate: Tensor, key: ConvKey, axis: int) -> Tensor:
+def _reads(coordinate: Tensor, key: ConvKey, axis: int) -> Tensor:
     """Where output ``coordinate`` ``[N]`` reads along one axis of the upsampled source: ``[N, kernel]``."""
     offsets = torch.arange(key.kernel[axis]) * key.dilation[axis] - key.padding[axis]
     return coordinate[:, None] * key.stride[axis] + offsets
+
+
+def _sites(y: Tensor, x: Tensor, key: ConvKey, height: int, width: int) -> Tensor:
+    """Source sites at upsampled coordinates; one behind the last for what lies outside the map."""
+    inside = (y >= 0) & (y < height * key.upsample) & (x >= 0) & (x < width * key.upsample)
+    return torch.where(inside, (y // key.upsample) * width + x // key.upsample, height * width)
+
+
+def _positions(site_count: int, rows: Tensor, ring: Tensor) -> Tensor:
+    """``[site_count + 1]``: where a source site is in ``[rows, ring, the zero site]``, the last for all others."""
+    known = rows.shape[0] + ring.shape[0]
+    position = torch.full((site_count + 1,), known, dtype=torch.int64, device=rows.device)
+    position[rows] = torch.arange(rows.shape[0], device=rows.device)
+    position[ring] = torch.arange(rows.shape[0], known, device=rows.device)
+    return position

@@ -45,7 +45,9 @@ def _compare(
 
     if use_strides:
         rows, canvas = strided(rows), strided(canvas)
-    actual = conv2d_sites(rows, canvas, ring, taps, pack_conv_weight(weight), bias)
+    places = torch.arange(len(active_out))
+    options = (geometry.kernel,) * 2, (geometry.stride,) * 2, (geometry.dilation,) * 2
+    actual = conv2d_sites(rows, canvas, ring, taps, places, pack_conv_weight(weight), bias, *options)
     assert actual.dtype == dtype and actual.is_contiguous()
     assert_close(actual, expected, dtype)
 
@@ -93,10 +95,11 @@ def test_any_geometry(height: int, width: int, kernel: int, stride: int, padding
 def test_unpacked_weight_is_refused() -> None:
     rows, ring = torch.randn(1, 2, 3), torch.zeros(0, dtype=torch.int64)
     taps = torch.zeros(2, 9, dtype=torch.int64)
+    places = torch.arange(2)
     with pytest.raises(KernelError, match="pack_conv_weight"):
-        conv2d_sites(rows, rows, ring, taps, torch.randn(4, 3, 3, 3), None)
+        conv2d_sites(rows, rows, ring, taps, places, torch.randn(4, 3, 3, 3), None, (3, 3))
     with pytest.raises(KernelError, match="same convolution"):
-        conv2d_sites(rows, rows, ring, taps, torch.randn(3, 4), None)
+        conv2d_sites(rows, rows, ring, taps, places, torch.randn(4, 3), None, (3, 3))
 
 
 @pytest.mark.parametrize("shape", [(4, 3, 3, 3), (1, 1, 1, 1), (4, 1, 1, 1), (2, 3, 1, 2)])
@@ -107,7 +110,7 @@ def test_packed_weight_is_tap_major_and_owns_its_memory(shape: tuple[int, ...]) 
     for i in range(height):
         for j in range(width):
             start = (i * width + j) * channels
-            assert torch.equal(packed[start : start + channels], weight[:, :, i, j].T)
+            assert torch.equal(packed[:, start : start + channels], weight[:, :, i, j])
     assert packed.is_contiguous() and packed.data_ptr() != weight.data_ptr()
 
 

@@ -21,11 +21,13 @@ def _arguments(count: int) -> dict[str, tuple[Any, ...]]:
     """Arguments of every op on a 4x6 lattice with ``count`` active sites."""
     active = pick(24, count)
     ring, taps = brute_force_taps(Geometry(4, 6), active, active)
+    places, options = torch.arange(count), ((3, 3), (1, 1), (1, 1))
     x, statistics = torch.randn(2, 8, 4, 6), torch.rand(2, 4, 2)
     rows, canvas = torch.randn(2, count, 8), torch.randn(2, 24, 8)
     heads, head_canvas = torch.randn(2, 2, count, 8), torch.randn(2, 2, 24, 8)
     return {
-        "conv2d_sites": (rows, canvas, ring, taps, torch.randn(72, 5), torch.randn(5)),
+        "conv2d_sites": (rows, canvas, ring, taps, places, torch.randn(7, 72), torch.randn(7), *options),
+        "convolve": (canvas, taps, places, torch.randn(7, 72), torch.randn(7), *options),
         "pack_conv_weight": (torch.randn(5, 4, 3, 3),),
         "group_norm_statistics": (x, 4),
         "group_norm_site_sums": (x, statistics, 4),

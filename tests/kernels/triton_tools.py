@@ -11,10 +11,13 @@ from contextlib import contextmanager
 import torch
 
 
-def run_in_the_interpreter(module: str) -> None:
+def run_in_the_interpreter(module: str, *arguments: str) -> None:
     """Run a test module as a program with ``TRITON_INTERPRET=1``, which must be set before Triton is imported."""
     result = subprocess.run(
-        [sys.executable, "-m", module], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+        [sys.executable, "-m", module, *arguments],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stderr[-3000:]
 

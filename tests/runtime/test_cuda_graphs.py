@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
@@ -226,6 +227,22 @@ def pair(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
             yield shared
 
 
+@contextmanager
+def forced_block_size(pair: Pair, size: int) -> Iterator[None]:
+    """Edits with graphs compute convolutions in blocks of ``size`` inside the block."""
+    executables = list(pair.graphs._programs._executables.values())
+    configs = [executable.config for executable in executables]
+    for executable, config in zip(executables, configs, strict=True):
+        executable.config = replace(config, block_size=size)
+        executable._plans.clear()
+    try:
+        yield
+    finally:
+        for executable, config in zip(executables, configs, strict=True):
+            executable.config = config
+            executable._plans.clear()
+
+
 def box(top: int, left: int, size: int = 8) -> Tensor:
     mask = torch.zeros(SIZE, dtype=torch.bool)
     mask[top : top + size, left : left + size] = True
@@ -250,14 +267,29 @@ def test_edits_are_the_eager_ones_for_every_mask_without_compiling_again(pair: P
             assert not torch.equal(output, recorded)
 
 
+def test_blocks_of_any_size_share_one_compilation(pair: Pair) -> None:
+    """Block sizes differ from mask to mask; a step is compiled once, and every size has graphs of its own."""
+    inputs = pair.inputs()
+    recording, _ = pair.record(inputs)
+    graphs = set()
+    for kind, size in product(("block", "scattered", "border", "full"), (1, 4, 2, 8)):
+        mask = make_mask(kind, SIZE, seed=2)
+        with forced_block_size(pair, size):
+            pair.check(recording, pair.edited(inputs, mask), mask, (kind, size))
+        graphs |= pair.pool._graphs.keys()
+    assert len(graphs) == 16
+
+
 def test_tables_follow_the_mask_within_a_bucket(pair: Pair) -> None:
     inputs = pair.inputs()
     recording, _ = pair.record(inputs)
     masks = [box(8, 8), box(8, 20), box(12, 24), box(8, 8)]
-    pair.check(recording, pair.edited(inputs, masks[0]), masks[0])
-    graphs = len(pair.pool._graphs)
-    for number, mask in enumerate([*masks, *reversed(masks)]):
-        pair.check(recording, pair.edited(inputs, mask), mask, number)
+    # How many blocks cover a mask depends on where it lies, how many sites it has does not.
+    with forced_block_size(pair, 1):
+        pair.check(recording, pair.edited(inputs, masks[0]), masks[0])
+        graphs = len(pair.pool._graphs)
+        for number, mask in enumerate([*masks, *reversed(masks)]):
+            pair.check(recording, pair.edited(inputs, mask), mask, number)
     assert len(pair.pool._graphs) == graphs, "the masks were meant to share one graph"
 
 

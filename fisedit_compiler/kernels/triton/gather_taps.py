@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
+# These differ from mask to mask, and a new mask must not compile a kernel.
+@triton.jit(do_not_specialize=["rows", "taps_per_entry", "sites"])
 def _gather_taps_kernel(
     values, taps, out, rows, taps_per_entry, sites, channels, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr
 ):  # fmt: skip

@@ -1,0 +1,1 @@
+"""What a compiled module has to say about itself."""
