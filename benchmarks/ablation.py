@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gc
 import sys
 import time
 import traceback
@@ -33,6 +32,8 @@ from benchmarks.harness import (
     Stopwatch,
     alternate,
     argument_parser,
+    forget_compiled,
+    largest_error,
     machine,
     positive,
     prepare,
@@ -87,8 +88,7 @@ class Sparse:
         """How far an edit that changes nothing is from the recorded outputs, relative to their largest value."""
         with self.compiled.edit(self.recording, mask=mask):
             outputs = [run.dense(self.compiled, call, run.samples, run.prompt) for call in range(run.calls)]
-        pairs = [(output.float(), base.float()) for output, base in zip(outputs, self.base, strict=True)]
-        return max(((output - base).abs().max() / base.abs().max()).item() for output, base in pairs)
+        return largest_error(outputs, self.base)
 
 
 @dataclass
@@ -293,10 +293,7 @@ def main(arguments: list[str] | None = None) -> Report:
                     report.write(options.json)
         failed += subject.failed
         del subject
-        torch._dynamo.reset()
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        forget_compiled(device)
     report.publish(draw(rows), options.json)
     if failed:
         raise SystemExit(f"left out, with the errors printed above: {', '.join(failed)}")

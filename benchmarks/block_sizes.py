@@ -9,7 +9,6 @@ weights.
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,17 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.ablation import EMBEDDED, MODELS, load
-from benchmarks.harness import Report, Stopwatch, alternate, argument_parser, machine, positive, prepare, versions
+from benchmarks.harness import (
+    Report,
+    Stopwatch,
+    alternate,
+    argument_parser,
+    forget_compiled,
+    machine,
+    positive,
+    prepare,
+    versions,
+)
 from benchmarks.subjects import Run, scattered_mask, square_mask, thin_mask
 from fisedit_compiler.kernels.patches import BLOCK_SIZES
 from fisedit_compiler.runtime.site_plan import SitePlan
@@ -153,10 +162,7 @@ def main(arguments: list[str] | None = None) -> Report:
         if options.json is not None:
             report.write(options.json)
         del unet, run, compiled
-        torch._dynamo.reset()
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        forget_compiled(device)
     report.publish(draw(rows), options.json)
     return report
 

@@ -11,7 +11,6 @@ architectures with random weights.
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
 import sys
 import time
@@ -34,6 +33,7 @@ from benchmarks.harness import (
     Stopwatch,
     alternate,
     argument_parser,
+    forget_compiled,
     machine,
     positive,
     prepare,
@@ -365,10 +365,7 @@ def main(arguments: list[str] | None = None) -> Report:
                 report.write(options.json)
         subject.editor.close()
         del subject
-        torch._dynamo.reset()
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        forget_compiled(device)
     report.publish(draw(rows), options.json)
     return report
 

@@ -39,7 +39,8 @@ from fisedit_compiler.kernels.block_costs import FEATURES, TERMS
 from fisedit_compiler.kernels.convolve import gathered
 from fisedit_compiler.kernels.patches import BLOCK_SIZES
 from fisedit_compiler.runtime.block_sizes import ConvLayer
-from fisedit_compiler.runtime.site_plan import ConvKey, SitePlan
+from fisedit_compiler.runtime.conv_tables import ConvKey
+from fisedit_compiler.runtime.site_plan import SitePlan
 
 PACKAGE_FILE = Path(packaged.__file__).with_name(packaged.FILE)
 CONFIGS = {"emoji-scenes": EMBEDDED_CONFIG, **UNETS}

@@ -157,6 +157,20 @@ def profile_kernels(function: Callable[[], Any], calls: int = 1) -> list[Kernel]
     return sorted(kernels, key=lambda kernel: -kernel.microseconds)
 
 
+def largest_error(outputs: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    """How far outputs are from the expected ones at most, relative to the largest expected value of each."""
+    pairs = [(output.float(), base.float()) for output, base in zip(outputs, expected, strict=True)]
+    return max(((output - base).abs().max() / base.abs().max()).item() for output, base in pairs)
+
+
+def forget_compiled(device: torch.device) -> None:
+    """Give back what a model that is no longer referred to left in torch.compile's caches and on the device."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """What the numbers were taken on. No host name: the model of the parts is what matters."""
     description: dict[str, Any] = {

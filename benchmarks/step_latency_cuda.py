@@ -11,7 +11,6 @@ are random. Above the break-even the edit run's calls are dense ones, compiled a
 from __future__ import annotations
 
 import argparse
-import gc
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -28,6 +27,8 @@ from benchmarks.harness import (
     Report,
     Stopwatch,
     alternate,
+    forget_compiled,
+    largest_error,
     machine,
     profile_kernels,
     replay_times,
@@ -90,8 +91,7 @@ class Subject:
         """How far an edit that changes nothing is from the recorded outputs, relative to their largest value."""
         with self.sparse.edit(self.recording, mask=mask):
             outputs = [self._call(call, self.run.samples, self.run.prompt) for call in range(self.run.calls)]
-        pairs = [(output.float(), base.float()) for output, base in zip(outputs, self.base, strict=True)]
-        return max(((output - base).abs().max() / base.abs().max()).item() for output, base in pairs)
+        return largest_error(outputs, self.base)
 
     def _call(self, call: int, samples: list[torch.Tensor], prompt: Prompt) -> torch.Tensor:
         return self.run.dense(self.sparse, call, samples, prompt)
@@ -280,10 +280,7 @@ def measure_models(options: argparse.Namespace, device: torch.device, dtype: tor
                 profile(subject, options.profile)
         print(f"{name}: {subject.facts}", flush=True)
         del subject
-        torch._dynamo.reset()
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        forget_compiled(device)
     report.publish(draw(rows), options.json)
     return report
 

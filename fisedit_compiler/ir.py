@@ -90,11 +90,6 @@ def has_spec(argument: Any) -> bool:
     return isinstance(argument, fx.Node) and isinstance(argument.meta.get("spec"), ValueSpec)
 
 
-def tensor_args(node: fx.Node) -> list[fx.Node]:
-    """Input nodes of ``node`` that stand for one tensor, in order of appearance."""
-    return [argument for argument in node.all_input_nodes if has_spec(argument)]
-
-
 def path_of(node: fx.Node) -> str:
     """Dotted path of the module in the user's model that produced ``node``."""
     return str(node.meta.get("path", ""))

@@ -25,7 +25,7 @@ from fisedit_compiler.passes.hoist import Bundle, hoist
 from fisedit_compiler.passes.recording import recording_graph, with_updates
 from fisedit_compiler.passes.simplify import simplify
 from fisedit_compiler.runtime.block_sizes import ConvLayer
-from fisedit_compiler.runtime.site_plan import ConvKey
+from fisedit_compiler.runtime.conv_tables import ConvKey
 
 
 @dataclass(frozen=True)

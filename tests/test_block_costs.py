@@ -18,7 +18,8 @@ from benchmarks.subjects import EMBEDDED_CONFIG, UNETS, scattered_mask, square_m
 from fisedit_compiler.kernels.block_costs import TERMS, Fitted, fits, read
 from fisedit_compiler.kernels.patches import BLOCK_SIZES
 from fisedit_compiler.runtime.block_sizes import BlockSizes, ConvLayer
-from fisedit_compiler.runtime.site_plan import ConvKey, SitePlan
+from fisedit_compiler.runtime.conv_tables import ConvKey
+from fisedit_compiler.runtime.site_plan import SitePlan
 
 ONE, TWO = Fraction(1), Fraction(2)
 KEY = ConvKey(ONE, ONE, (3, 3), padding=(1, 1))

@@ -21,7 +21,7 @@ from fisedit_compiler.ir import ValueSpec, spec_of
 from fisedit_compiler.layout import Layout
 from fisedit_compiler.passes.base import Pass, Rewriter, slot_name
 from fisedit_compiler.passes.upsample import upsampling_factor
-from fisedit_compiler.runtime.site_plan import ConvKey
+from fisedit_compiler.runtime.conv_tables import ConvKey
 
 aten = torch.ops.aten
 MAP_AXES = (2, 3)

@@ -18,7 +18,7 @@ from fisedit_compiler import ir
 from fisedit_compiler.ir import ValueSpec, spec_of
 from fisedit_compiler.layout import SITES, Layout
 from fisedit_compiler.passes.base import Program, Rewriter
-from fisedit_compiler.runtime.site_plan import ConvKey
+from fisedit_compiler.runtime.conv_tables import ConvKey
 
 aten = torch.ops.aten
 fisedit = torch.ops.fisedit

@@ -19,7 +19,7 @@ from fisedit_compiler import ir
 from fisedit_compiler.ir import ValueSpec
 from fisedit_compiler.layout import Layout
 from fisedit_compiler.passes.base import Pass, Rewriter
-from fisedit_compiler.runtime.site_plan import ConvKey
+from fisedit_compiler.runtime.conv_tables import ConvKey
 
 aten = torch.ops.aten
 UPSAMPLINGS = frozenset({aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default})

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from fisedit_compiler.kernels.block_costs import Fitted, fits
 from fisedit_compiler.kernels.patches import BLOCK_SIZES
-from fisedit_compiler.runtime.site_plan import ConvKey, SitePlan
+from fisedit_compiler.runtime.conv_tables import ConvKey
+from fisedit_compiler.runtime.site_plan import SitePlan
 
 Estimates = Mapping[Fraction, Mapping[int, float]]
 

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, fx
 
 from fisedit_compiler.kernels.addresses import is_plain
+from fisedit_compiler.runtime.conv_tables import ConvKey
 from fisedit_compiler.runtime.hoisting import Hoisted, HoistedGroup
 from fisedit_compiler.runtime.lowering import compile_step
-from fisedit_compiler.runtime.site_plan import ConvKey, SitePlan
+from fisedit_compiler.runtime.site_plan import SitePlan
 from fisedit_compiler.runtime.slot_table import SlotLayout, SlotTable, slot_layout
 
 if TYPE_CHECKING:

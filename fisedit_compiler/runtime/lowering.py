@@ -7,15 +7,15 @@ runs: so one compilation serves every block size. Attention stays whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from fisedit_compiler.kernels.registry import registered_ops
 
-_REFERENCES = ("gather_sites", "scatter_sites", "group_norm_sites", "update_statistics")
+_REFERENCES = ("conv2d_sites", "gather_sites", "scatter_sites", "group_norm_sites", "update_statistics")
 
 
 def compile_step(step: fx.GraphModule) -> Callable[..., Any]:
@@ -28,17 +28,5 @@ def _inductor(graph: fx.GraphModule, example_inputs: Any) -> Any:
     from torch._inductor.decomposition import select_decomp_table
 
     ops = registered_ops()
-    inlined: dict[Any, Callable[..., Any]] = {ops[name].overload: ops[name].reference for name in _REFERENCES}
-    inlined[ops["conv2d_sites"].overload] = _convolution
+    inlined = {ops[name].overload: ops[name].reference for name in _REFERENCES}
     return compile_fx(graph, example_inputs, decompositions={**select_decomp_table(), **inlined})
-
-
-def _convolution(
-    rows: Tensor, canvas: Tensor, ring: Tensor, taps: Tensor, places: Tensor, weight: Tensor, bias: Tensor | None,
-    kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int],
-) -> Tensor:  # fmt: skip
-    """``conv2d_sites`` in parts; the same values as its reference."""
-    zero = rows.new_zeros(rows.shape[0], 1, rows.shape[2])
-    values = torch.cat([rows, canvas.index_select(1, ring), zero], dim=1)
-    result: Tensor = torch.ops.fisedit.convolve(values, taps, places, weight, bias, kernel, stride, dilation)
-    return result

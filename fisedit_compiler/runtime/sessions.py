@@ -20,7 +20,7 @@ from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.errors import RecordingError
 from fisedit_compiler.inputs import CallSignature
 from fisedit_compiler.inspect.explain import explain_blocks, explain_program
-from fisedit_compiler.masks import to_site_mask
+from fisedit_compiler.masks import grown, to_site_mask
 from fisedit_compiler.runtime.deferred import DeferredChecks
 from fisedit_compiler.runtime.executable import Executable
 from fisedit_compiler.runtime.fallback import dense_reason, pinning_plan, run_densely
@@ -283,18 +283,9 @@ class EditSession:
     def _outside_mask(self, device: torch.device) -> Tensor:
         """bool ``[S, 1]`` on ``device``: the sites an edit must not have touched."""
         if self._outside is None:
-            self._outside = ~self._grown_mask().flatten()[:, None].to(device)
+            assert self.mask is not None
+            self._outside = ~grown(self.mask, self.config.dilation).flatten()[:, None].to(device)
         return self._outside
-
-    def _grown_mask(self) -> Tensor:
-        assert self.mask is not None
-        if self.config.dilation == 0:
-            return self.mask
-        size = 2 * self.config.dilation + 1
-        grown = torch.nn.functional.max_pool2d(
-            self.mask[None, None].float(), size, stride=1, padding=self.config.dilation
-        )
-        return grown[0, 0] > 0
 
 
 def _difference(now: CallSignature, then: CallSignature) -> str:

@@ -19,48 +19,11 @@ from torch import Tensor
 
 from fisedit_compiler.errors import MaskError, PlanError
 from fisedit_compiler.kernels.attention_sites import inverse_table
-from fisedit_compiler.kernels.patches import BLOCK_SIZES, patch_shape
+from fisedit_compiler.kernels.patches import BLOCK_SIZES
+from fisedit_compiler.masks import grown
+from fisedit_compiler.runtime.conv_tables import ConvKey, patch_table, tabulate
 
 _SHADES = "·░▒▓█"
-
-
-@dataclass(frozen=True)
-class ConvKey:
-    """Geometry of one convolution as an index table; convolutions with equal keys share their tables.
-
-    Attributes:
-        source: level of the input canvas (1 is the spatial input's own resolution, 2 half of it, 1/2 double).
-        target: level of the output.
-        kernel: height and width of the kernel.
-        stride: stride along height and width.
-        padding: zero padding along height and width, on both sides.
-        dilation: dilation along height and width.
-        upsample: nearest upsampling of the source before the convolution; taps index the coarse canvas.
-    """
-
-    source: Fraction
-    target: Fraction
-    kernel: tuple[int, int]
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-    upsample: int = 1
-
-    @property
-    def in_blocks(self) -> bool:
-        """Whether outputs share what they read, so that computing them in blocks can pay."""
-        return self.kernel != (1, 1)
-
-    def patch(self, size: int) -> tuple[int, int]:
-        """Height and width of what a block of ``size`` by ``size`` outputs reads, in upsampled sites."""
-        return patch_shape(size if self.in_blocks else 1, self.kernel, self.stride, self.dilation)
-
-    def __str__(self) -> str:
-        steps = [f"{self.kernel[0]}x{self.kernel[1]}", f"{self.source}->{self.target}"]
-        steps += [f"stride {self.stride[0]}"] if self.stride != (1, 1) else []
-        steps += [f"dilation {self.dilation[0]}"] if self.dilation != (1, 1) else []
-        steps += [f"upsample {self.upsample}"] if self.upsample != 1 else []
-        return " ".join(steps)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -124,7 +87,7 @@ class SitePlan:
         _check_mask(mask)
         if dilation < 0:
             raise PlanError(f"dilation is {dilation}; it is a number of sites, 0 or more")
-        mask = _dilate(mask.detach().cpu(), dilation)
+        mask = grown(mask.detach().cpu(), dilation)
         height, width = mask.shape
         keys = tuple(dict.fromkeys(convs))
         wanted = {Fraction(1), *map(Fraction, levels), *map(Fraction, dense_levels)}
@@ -141,7 +104,7 @@ class SitePlan:
 
         ring, taps = {}, {}
         for key in keys:
-            ring[key], taps[key] = _tabulate(key, active[key.source], active[key.target], masks)
+            ring[key], taps[key] = tabulate(key, active[key.source], active[key.target], masks)
         places = {level: torch.arange(table.shape[0]) for level, table in active.items()}
         plan = cls(height, width, active, ring, taps, places)
         if block_sizes:
@@ -183,7 +146,9 @@ class SitePlan:
         taps = dict(self.taps)
         for key in self.taps:
             if key.in_blocks and key.target in larger:
-                taps[key] = self._patches(key, blocks[key.target][0], larger[key.target])
+                size, found = larger[key.target], blocks[key.target][0]
+                source = self.size(key.source)
+                taps[key] = patch_table(key, size, found, source, self.active[key.source], self.ring[key])
         return replace(self, taps=taps, places=places, block_sizes=larger)
 
     def block_size(self, level: Fraction) -> int:
@@ -217,16 +182,6 @@ class SitePlan:
         found, block = torch.unique((y // size) * across + x // size, return_inverse=True)
         places = block * size * size + (y % size) * size + x % size
         return torch.stack([found // across, found % across], 1), places
-
-    def _patches(self, key: ConvKey, blocks: Tensor, size: int) -> Tensor:
-        """The table ``[blocks, p*p]`` of one convolution."""
-        height, width = self.size(key.source)
-        offsets = [torch.arange(extent, device=blocks.device) for extent in key.patch(size)]
-        y, x = (
-            (blocks[:, axis] * size * key.stride[axis] - key.padding[axis])[:, None] + offsets[axis] for axis in (0, 1)
-        )  # [blocks, p] each
-        site = _sites(y[:, :, None], x[:, None, :], key, height, width).flatten(1)
-        return _positions(height * width, self.active[key.source], self.ring[key])[site]
 
     @cached_property
     def inverse(self) -> Mapping[Fraction, Tensor]:
@@ -377,14 +332,6 @@ def _size_at(height: int, width: int, level: Fraction) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
-def _dilate(mask: Tensor, sites: int) -> Tensor:
-    if sites == 0:
-        return mask
-    # A square is separable: two thin poolings instead of one of (2*sites+1)**2.
-    grown = F.max_pool2d(mask.float()[None, None], (2 * sites + 1, 1), 1, (sites, 0))
-    return F.max_pool2d(grown, (1, 2 * sites + 1), 1, (0, sites))[0, 0].bool()
-
-
 def _mask_at(mask: Tensor, level: Fraction) -> Tensor:
     """The level-1 mask at another level: any below for coarser levels, repeated for finer ones."""
     height, width = _size_at(mask.shape[0], mask.shape[1], level)
@@ -393,57 +340,3 @@ def _mask_at(mask: Tensor, level: Fraction) -> Tensor:
         return mask.reshape(height, factor, width, factor).any(dim=3).any(dim=1)
     factor = level.denominator
     return mask.repeat_interleave(factor, 0).repeat_interleave(factor, 1)
-
-
-def _check_geometry(key: ConvKey, source: tuple[int, int], target: tuple[int, int]) -> None:
-    for axis in (0, 1):
-        padded = source[axis] * key.upsample + 2 * key.padding[axis]
-        reach = key.dilation[axis] * (key.kernel[axis] - 1) + 1
-        outputs = (padded - reach) // key.stride[axis] + 1
-        if outputs != target[axis]:
-            raise PlanError(
-                f"convolution {key} turns {source[axis]} sites of level {key.source} into {outputs}, but "
-                f"level {key.target} has {target[axis]}; its levels, stride, padding or upsampling are wrong"
-            )
-
-
-def _tabulate(
-    key: ConvKey, rows_in: Tensor, rows_out: Tensor, masks: Mapping[Fraction, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Ring ``[R]`` and taps ``[N_out, K]`` of one convolution from the active sites of its two levels."""
-    height, width = masks[key.source].shape
-    out_height, out_width = masks[key.target].shape
-    _check_geometry(key, (height, width), (out_height, out_width))
-    site_count = height * width
-
-    y = _reads(rows_out // out_width, key, 0)[:, :, None]  # [N_out, kh, 1]
-    x = _reads(rows_out % out_width, key, 1)[:, None, :]  # [N_out, 1, kw]
-    site = _sites(y, x, key, height, width).flatten(1)  # [N_out, K]
-
-    is_ring = torch.zeros(site_count + 1, dtype=torch.bool)
-    is_ring[site.flatten()] = True
-    is_ring[rows_in] = False
-    is_ring[site_count] = False
-    ring = is_ring.nonzero().flatten()
-    return ring, _positions(site_count, rows_in, ring)[site]
-
-
-def _reads(coordinate: Tensor, key: ConvKey, axis: int) -> Tensor:
-    """Where output ``coordinate`` ``[N]`` reads along one axis of the upsampled source: ``[N, kernel]``."""
-    offsets = torch.arange(key.kernel[axis]) * key.dilation[axis] - key.padding[axis]
-    return coordinate[:, None] * key.stride[axis] + offsets
-
-
-def _sites(y: Tensor, x: Tensor, key: ConvKey, height: int, width: int) -> Tensor:
-    """Source sites at upsampled coordinates; one behind the last for what lies outside the map."""
-    inside = (y >= 0) & (y < height * key.upsample) & (x >= 0) & (x < width * key.upsample)
-    return torch.where(inside, (y // key.upsample) * width + x // key.upsample, height * width)
-
-
-def _positions(site_count: int, rows: Tensor, ring: Tensor) -> Tensor:
-    """``[site_count + 1]``: where a source site is in ``[rows, ring, the zero site]``, the last for all others."""
-    known = rows.shape[0] + ring.shape[0]
-    position = torch.full((site_count + 1,), known, dtype=torch.int64, device=rows.device)
-    position[rows] = torch.arange(rows.shape[0], device=rows.device)
-    position[ring] = torch.arange(rows.shape[0], known, device=rows.device)
-    return position

@@ -30,8 +30,9 @@ from fisedit_compiler import SparsifyConfig, sparsify
 from fisedit_compiler.errors import PlanError
 from fisedit_compiler.kernels.patches import BLOCK_SIZES, output_taps
 from fisedit_compiler.kernels.tolerances import assert_close
+from fisedit_compiler.runtime.conv_tables import ConvKey
 from fisedit_compiler.runtime.cuda_graphs import block_bucket
-from fisedit_compiler.runtime.site_plan import ConvKey, SitePlan
+from fisedit_compiler.runtime.site_plan import SitePlan
 
 ONE, TWO, HALF = Fraction(1), Fraction(2), Fraction(1, 2)
 LEVELS = (HALF, ONE, TWO)

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from fisedit_compiler.errors import PlanError
 from fisedit_compiler.kernels.tolerances import assert_close
+from fisedit_compiler.runtime.conv_tables import ConvKey
 from fisedit_compiler.runtime.cuda_graphs import bucket
-from fisedit_compiler.runtime.site_plan import ConvKey, SitePlan
+from fisedit_compiler.runtime.site_plan import SitePlan
 
 ONE, TWO, HALF = Fraction(1), Fraction(2), Fraction(1, 2)
 LEVELS = (HALF, ONE, TWO)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fisedit_compiler.errors import MaskError, PlanError
-from fisedit_compiler.runtime.site_plan import ConvKey, SitePlan
+from fisedit_compiler.runtime.conv_tables import ConvKey
+from fisedit_compiler.runtime.site_plan import SitePlan
 
 ONE, TWO, FOUR, HALF = Fraction(1), Fraction(2), Fraction(4), Fraction(1, 2)
 LEVELS = (HALF, ONE, TWO, FOUR)
