@@ -7,11 +7,14 @@ from fisedit_compiler.kernels.attention_rows import attention_rows
 from fisedit_compiler.kernels.attention_sites import attention_sites
 from fisedit_compiler.kernels.conv2d_sites import conv2d_sites
 from fisedit_compiler.kernels.convolve import convolve
+from fisedit_compiler.kernels.convolve_parts import convolve_parts
+from fisedit_compiler.kernels.cross_attention import cross_attention
 from fisedit_compiler.kernels.gather_sites import gather_sites
 from fisedit_compiler.kernels.gather_taps import gather_taps
 from fisedit_compiler.kernels.group_norm_site_sums import group_norm_site_sums
 from fisedit_compiler.kernels.group_norm_sites import group_norm_sites
 from fisedit_compiler.kernels.group_norm_statistics import group_norm_statistics
+from fisedit_compiler.kernels.matmul_parts import matmul_parts
 from fisedit_compiler.kernels.pack_conv_weight import pack_conv_weight
 from fisedit_compiler.kernels.recentre_site_sums import recentre_site_sums
 from fisedit_compiler.kernels.registry import KernelError, Op, registered_ops
@@ -26,11 +29,14 @@ __all__ = [
     "attention_sites",
     "conv2d_sites",
     "convolve",
+    "convolve_parts",
+    "cross_attention",
     "gather_sites",
     "gather_taps",
     "group_norm_site_sums",
     "group_norm_sites",
     "group_norm_statistics",
+    "matmul_parts",
     "pack_conv_weight",
     "recentre_site_sums",
     "registered_ops",

@@ -28,14 +28,18 @@ def _check(rows: Tensor, canvas: Tensor, taps: Tensor, places: Tensor, weight: T
     check_weight(_NAME, weight, int(rows.shape[2]), kernel)
 
 
+def readable_values(rows: Tensor, canvas: Tensor, ring: Tensor) -> Tensor:
+    """Everything the convolution may read, ``[B, N_in + R + 1, C]``: new rows, recorded ring, a site of zeros."""
+    zero = rows.new_zeros(rows.shape[0], 1, rows.shape[2])
+    return torch.cat([rows, canvas.index_select(1, ring), zero], dim=1)
+
+
 def _reference(
     rows: Tensor, canvas: Tensor, ring: Tensor, taps: Tensor, places: Tensor, weight: Tensor, bias: Tensor | None,
     kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int],
 ) -> Tensor:  # fmt: skip
     _check(rows, canvas, taps, places, weight, kernel)
-    zero = rows.new_zeros(rows.shape[0], 1, rows.shape[2])
-    values = torch.cat([rows, canvas.index_select(1, ring), zero], dim=1)
-    return convolve(values, taps, places, weight, bias, kernel, stride, dilation)
+    return convolve(readable_values(rows, canvas, ring), taps, places, weight, bias, kernel, stride, dilation)
 
 
 def _fake(

@@ -20,6 +20,7 @@ from fisedit_compiler.kernels.patches import BLOCK_SIZES, block_size_of, output_
 from fisedit_compiler.kernels.registry import define_op, provide, require
 
 _NAME = "convolve"
+_FEW_OUTPUTS = 16
 
 
 def check_weight(op: str, weight: Tensor, channels: int, kernel: Sequence[int]) -> None:
@@ -56,6 +57,19 @@ def check_table(op: str, taps: Tensor, places: Tensor) -> None:
     )
 
 
+def check_lines(op: str, taps: Tensor, places: Tensor) -> None:
+    """Refuse a table of taps, not of patches, with another number of lines than there are outputs.
+
+    Raises:
+        KernelError: the numbers differ.
+    """
+    require(
+        taps.shape[0] == places.shape[0],
+        op,
+        lambda: f"a table of taps has a line per output, but there are {taps.shape[0]} lines and {len(places)} places",
+    )
+
+
 def _check(values: Tensor, taps: Tensor, places: Tensor, weight: Tensor, kernel: Sequence[int]) -> None:
     require(values.dim() == 3, _NAME, lambda: f"values must be [B, T, C], got {values.dim()} dimensions")
     check_table(_NAME, taps, places)
@@ -73,11 +87,7 @@ def _reference(
     require(size is not None, _NAME, lambda: _no_size(columns, kernel, stride, dilation))
     assert size is not None
     if size == 1:
-        require(
-            blocks == places.shape[0],
-            _NAME,
-            lambda: f"a table of taps has a line per output, but there are {blocks} lines and {places.shape[0]} places",
-        )
+        check_lines(_NAME, taps, places)
     elif values.is_cuda and values.dtype is torch.float32:
         # cuDNN would round to tf32; float32 on a GPU is for comparing, so every output gathers its own taps.
         taps, size = output_taps(taps, places, size, kernel, stride, dilation), 1
@@ -120,9 +130,12 @@ def _cuda(
     values: Tensor, taps: Tensor, places: Tensor, weight: Tensor, bias: Tensor | None,
     kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int],
 ) -> Tensor:  # fmt: skip
-    fitted = fits("cuda").get(block_size_of(taps.shape[1], kernel, stride, dilation) or 0)
+    size = block_size_of(taps.shape[1], kernel, stride, dilation)
+    fitted = fits("cuda").get(size or 0)
     half = values.dtype in (torch.float16, torch.bfloat16)  # tensor cores would round float32 to tf32
-    if not half or fitted is None or fitted.path != "implicit":
+    # A gather of taps for a handful of outputs (a picture's channels) costs more than the convolution.
+    implicit = (size == 1 and weight.shape[0] < _FEW_OUTPUTS) or (fitted is not None and fitted.path == "implicit")
+    if not half or not implicit:
         return _reference(values, taps, places, weight, bias, kernel, stride, dilation)
     _check(values, taps, places, weight, kernel)
     from fisedit_compiler.kernels.triton.convolve import convolve as implicit_gemm

@@ -4,7 +4,8 @@ Self-attention, before: ``sdpa(q, k, v)`` with q, k, v spatial
   ``attention="cached"``: ``attention_sites(rows(q), rows(k), rows(v), load(key), load(value), active, scale, inverse)``
   ``attention="active"``: ``attention_rows(rows(q), rows(k), rows(v), active, scale)``, among themselves
 Cross-attention, before: ``sdpa(q, k, v)`` with q spatial, k and v from the text
-  after: ``sdpa(rows(q), k, v)``; k and v are hoisted
+  after: ``cross_attention(rows(q), k, v, scale)``; k and v are hoisted. With a mask, or with heads that share keys, it
+  stays ``sdpa(rows(q), k, v, ...)``
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import fx
 
 from fisedit_compiler import ir
-from fisedit_compiler.ir import has_spec
+from fisedit_compiler.ir import has_spec, spec_of
 from fisedit_compiler.layout import Layout
 from fisedit_compiler.passes.base import Pass, Rewriter, slot_name
 
@@ -50,6 +51,11 @@ class AttentionCall:
     def is_self(self) -> bool:
         """Whether keys and values are spatial too."""
         return _is_tokens(self.key) or _is_tokens(self.value)
+
+    def is_plain(self) -> bool:
+        """Whether queries, keys and values are ``[B, h, ., d]`` of the same batch and heads, without a mask."""
+        shapes = [spec_of(operand).shape for operand in (self.query, self.key, self.value)]
+        return self.mask is None and not self.grouped and all(len(s) == 4 and s[:2] == shapes[0][:2] for s in shapes)
 
     def problem(self) -> str | None:
         """Why the call has no sparse form."""
@@ -120,9 +126,13 @@ class CrossAttention(Pass):
                 return f"{name} are {operand.meta['layout']}"
         if has_spec(call.mask) and call.mask.meta["layout"].kind != "plain":
             return "an attention mask that differs from site to site has no sparse form"
-        with rewriter.graph.inserting_before(node):
-            rows = rewriter.graph.node_copy(node, lambda a: rewriter.rows(a) if a is call.query else a)
-        rows.meta = {"spec": rewriter.row_spec(node), "varies": True}
-        ir.inherit(rows, node)
+        if call.is_plain():
+            args = (rewriter.rows(call.query), call.key, call.value, call.scale)
+            rows = rewriter.call(torch.ops.fisedit.cross_attention.default, args, rewriter.row_spec(node), node)
+        else:
+            with rewriter.graph.inserting_before(node):
+                rows = rewriter.graph.node_copy(node, lambda a: rewriter.rows(a) if a is call.query else a)
+            rows.meta = {"spec": rewriter.row_spec(node), "varies": True}
+            ir.inherit(rows, node)
         rewriter.replace(node, rows)
         return None

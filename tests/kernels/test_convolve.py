@@ -2,79 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fisedit_compiler.kernels import KernelError, convolve, pack_conv_weight
+from fisedit_compiler.kernels import KernelError, convolve
 from fisedit_compiler.kernels.patches import BLOCK_SIZES, block_size_of, output_taps, patch_shape
 from fisedit_compiler.kernels.tolerances import assert_close
-from tests.kernels.tables import Geometry
+from tests.kernels.tables import GEOMETRIES, Geometry, convolution_case, options
 
 LARGER = BLOCK_SIZES[1:]
-
-
-def options(geometry: Geometry) -> tuple[tuple[int, int], ...]:
-    """Kernel, stride and dilation as the op takes them."""
-    return (geometry.kernel,) * 2, (geometry.stride,) * 2, (geometry.dilation,) * 2
-
-
-def brute_force_patches(geometry: Geometry, active: list[int], size: int) -> tuple[Tensor, Tensor]:
-    """Patches and places by plain loops; the values are all sites, then a zero site."""
-    out_width = geometry.out_size[1]
-    where = {(site // out_width, site % out_width): site for site in active}
-    blocks = sorted({(y // size, x // size) for y, x in where})
-    extent = patch_shape(size, *options(geometry))
-    lines = []
-    for block_y, block_x in blocks:
-        lines.append([])
-        for i in range(extent[0]):
-            for j in range(extent[1]):
-                y = block_y * size * geometry.stride - geometry.padding + i
-                x = block_x * size * geometry.stride - geometry.padding + j
-                inside = 0 <= y < geometry.height and 0 <= x < geometry.width
-                lines[-1].append(y * geometry.width + x if inside else geometry.height * geometry.width)
-    places = [
-        blocks.index((y // size, x // size)) * size * size + (y % size) * size + x % size for y, x in sorted(where)
-    ]
-    patches = torch.tensor(lines, dtype=torch.int64).reshape(len(blocks), extent[0] * extent[1])
-    return patches, torch.tensor(places, dtype=torch.int64)
-
-
-def case(geometry: Geometry, count: int, size: int, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
-    """Arguments of the op for ``count`` random outputs, and what a dense convolution gives there."""
-    sites = geometry.out_size[0] * geometry.out_size[1]
-    active = sorted(torch.randperm(sites)[:count].tolist())
-    image = torch.randn(2, 5, geometry.height, geometry.width).to(dtype)
-    weight, bias = torch.randn(7, 5, geometry.kernel, geometry.kernel).to(dtype), torch.randn(7).to(dtype)
-    dense = F.conv2d(
-        image.double(), weight.double(), bias.double(), geometry.stride, geometry.padding, geometry.dilation
-    )
-    values = torch.cat([image.flatten(2).mT, torch.zeros(2, 1, 5, dtype=dtype)], 1)
-    taps, places = brute_force_patches(geometry, active, size)
-    arguments = (values, taps, places, pack_conv_weight(weight), bias, *options(geometry))
-    return arguments, dense.flatten(2).mT[:, active]
-
-
-GEOMETRIES = (
-    Geometry(6, 9),
-    Geometry(11, 8, stride=2),
-    Geometry(9, 9, dilation=2, padding=2),
-    Geometry(7, 7, kernel=2, padding=0),
-    Geometry(9, 12, kernel=5, padding=2, stride=3),
-)
 
 
 @pytest.mark.parametrize("size", LARGER)
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 @pytest.mark.parametrize("count", [0, 1, 5, 1000])
 def test_blocks_give_the_dense_convolution(geometry: Geometry, count: int, size: int, dtype: torch.dtype) -> None:
-    arguments, expected = case(geometry, count, size, dtype)
+    arguments, expected = convolution_case(geometry, count, size, dtype)
     actual = convolve(*arguments)
     assert actual.dtype == dtype and actual.is_contiguous()
     assert_close(actual, expected, dtype)
@@ -83,7 +29,7 @@ def test_blocks_give_the_dense_convolution(geometry: Geometry, count: int, size:
 @pytest.mark.parametrize("size", LARGER)
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 def test_patches_and_taps_say_the_same(geometry: Geometry, size: int) -> None:
-    (values, patches, places, *rest), _ = case(geometry, 9, size)
+    (values, patches, places, *rest), _ = convolution_case(geometry, 9, size)
     taps = output_taps(patches, places, size, *options(geometry))
     assert taps.shape == (places.shape[0], geometry.kernel**2)
     in_blocks = convolve(values, patches, places, *rest)
@@ -102,7 +48,7 @@ def test_a_table_tells_its_block_size(kernel: int, stride: int, dilation: int, s
 
 def test_a_block_of_nobodys_values_is_dropped() -> None:
     """What lies in a patch and is read by no wanted output may be anything."""
-    (values, patches, places, *rest), _ = case(Geometry(8, 8), 64, 4)
+    (values, patches, places, *rest), _ = convolution_case(Geometry(8, 8), 64, 4)
     corner = places[:1]
     read = output_taps(patches, corner, 4, *options(Geometry(8, 8)))
     poisoned = torch.full_like(values, float("nan"))
@@ -111,7 +57,7 @@ def test_a_block_of_nobodys_values_is_dropped() -> None:
 
 
 def test_tables_of_another_convolution_are_refused() -> None:
-    (values, patches, places, weight, bias, *_), _ = case(Geometry(8, 8), 5, 4)
+    (values, patches, places, weight, bias, *_), _ = convolution_case(Geometry(8, 8), 5, 4)
     with pytest.raises(KernelError, match=r"36 columns.*this convolution's blocks read 9 \(size 1\), 25 \(size 2\)"):
         convolve(values, patches, places, weight, bias, (3, 3), (2, 2))
     taps = output_taps(patches, places, 4, *options(Geometry(8, 8)))
@@ -128,6 +74,6 @@ def test_tables_of_another_convolution_are_refused() -> None:
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 @pytest.mark.parametrize("kind", [torch.float16, torch.float32], ids=str)
 def test_on_a_gpu(geometry: Geometry, size: int, kind: torch.dtype) -> None:
-    arguments, expected = case(geometry, 9, size, kind)
+    arguments, expected = convolution_case(geometry, 9, size, kind)
     moved = [argument.cuda() if isinstance(argument, Tensor) else argument for argument in arguments]
     assert_close(convolve(*moved).cpu(), expected, kind)

@@ -28,6 +28,8 @@ def _arguments(count: int) -> dict[str, tuple[Any, ...]]:
     return {
         "conv2d_sites": (rows, canvas, ring, taps, places, torch.randn(7, 72), torch.randn(7), *options),
         "convolve": (canvas, taps, places, torch.randn(7, 72), torch.randn(7), *options),
+        "convolve_parts": (canvas, taps, places, torch.randn(7, 72), 3, *options),
+        "matmul_parts": (torch.randn(count, 8), torch.randn(7, 8), 4),
         "pack_conv_weight": (torch.randn(5, 4, 3, 3),),
         "group_norm_statistics": (x, 4),
         "group_norm_site_sums": (x, statistics, 4),
@@ -35,6 +37,7 @@ def _arguments(count: int) -> dict[str, tuple[Any, ...]]:
         "group_norm_sites": (rows, statistics, torch.randn(8), torch.randn(8), 4, 1e-5),
         "attention_sites": (heads, heads, heads, head_canvas, head_canvas, active, None),
         "attention_rows": (heads, heads, heads, active),
+        "cross_attention": (heads, torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 8)),
         "attention_addressed": (
             heads,
             heads,

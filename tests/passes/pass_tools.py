@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from compiled_zoo import active_sets, edited, make_mask, output_of, record_run
+from compiled_zoo import (
+    BaseRun,
+    active_sets,
+    base_run,
+    compiled_model,
+    edit_inputs,
+    edited,
+    make_mask,
+    output_of,
+    record_run,
+)
 from reference.pinned import PinnedRun
 from torch import Tensor, fx, nn
 
 from fisedit_compiler import SparseModule, SparsifyConfig, ir, sparsify
 from fisedit_compiler.capture import CapturedGraph, capture
 from fisedit_compiler.inputs import sign
+from fisedit_compiler.kernels.addresses import address_table
 from fisedit_compiler.kernels.tolerances import assert_close
 from fisedit_compiler.layout import LayoutRules
 from fisedit_compiler.passes import copy_graph, mark_varying
 from fisedit_compiler.passes.base import Program
 from fisedit_compiler.passes.simplify import simplify
 from fisedit_compiler.program import CompiledProgram
+from fisedit_compiler.runtime.cuda_graphs import bucket
+from fisedit_compiler.runtime.executable import Executable
+from fisedit_compiler.runtime.site_plan import SitePlan
 
 Size = tuple[int, int]
 CHANNELS = 8
@@ -129,3 +144,81 @@ def captured_graph(module: nn.Module, multiple: int | None = 1) -> CapturedGraph
     inputs = example(module)
     signature, _ = sign(inputs, None)
     return capture(module.eval(), inputs, signature, multiple)
+
+
+def identities(graph: fx.Graph) -> list[tuple[Any, ...]]:
+    """What every input of a step graph is, in order."""
+    return [node.meta["input"] for node in graph.nodes if node.op == "placeholder"]
+
+
+@dataclass(frozen=True)
+class StepCall:
+    """One sparse call of a compiled module, whose step may be replaced by another graph of the same meaning."""
+
+    executable: Executable
+    plan: SitePlan
+    slots: Mapping[str, Tensor]
+    given: Mapping[str, Mapping[str, Tensor]]
+
+    def run(self, graph: fx.Graph) -> list[Tensor]:
+        """Everything that a step graph, staged or not, returns for this call."""
+        arguments = [self._value(identity) for identity in identities(graph)]
+        with torch.no_grad():
+            return list(self.executable._bind(graph)(*arguments))
+
+    def _value(self, identity: tuple[Any, ...]) -> Tensor:
+        kind, *rest = identity
+        if kind == "ring_rows":
+            return self.slots[rest[0]].index_select(1, self.plan.ring[rest[1]])
+        if kind == "addressed":
+            return self.slots[rest[0]]
+        if kind == "addresses":
+            return address_table(list(self.slots.values()), torch.device("cpu"))
+        if kind == "iota":
+            return torch.arange(self.plan.ring[rest[0]].shape[0])
+        if kind in self.given:
+            return self.given[kind][rest[0]]
+        table: Tensor = getattr(self.plan, rest[0])[rest[1]]
+        return table
+
+
+def step_call(
+    compiled: SparseModule,
+    base: BaseRun,
+    inputs: dict[str, Any],
+    mask: Tensor,
+    *,
+    block_size: int | None = None,
+    padding: bool = False,
+) -> StepCall:
+    """An edit, ready to run.
+
+    Args:
+        compiled: a compiled module.
+        base: its recorded base call.
+        inputs: of the edit.
+        mask: of the edit.
+        block_size: of all convolutions; by default the sizes that a session chooses.
+        padding: whether rows are repeated up to the sizes that CUDA graphs have.
+    """
+    _, session = edited(compiled, base, inputs, mask)
+    plan = session.plan
+    assert plan is not None
+    call, _ = compiled._programs.bind((), inputs)
+    executable = call.executable
+    if block_size is not None:
+        plan = SitePlan.build(mask, executable.program.levels, executable.program.convs)
+        plan = plan.blocked(dict.fromkeys(executable.program.levels, block_size))
+    if padding:
+        rows = {level: bucket(table.shape[0]) for level, table in plan.active.items()}
+        plan = plan.padded(rows, {key: bucket(table.shape[0]) for key, table in plan.ring.items()})
+    slots = dict(base.recording.calls[0].slots)
+    hoisted = executable.hoisted.evaluate(executable._bundle_modules(), call.tensors, len(base.output))
+    return StepCall(executable, plan, slots, {"call": dict(call.tensors), "slot": slots, "hoisted": hoisted})
+
+
+def zoo_step_call(name: str, mask: Tensor, **options: Any) -> StepCall:
+    """:func:`step_call` of a zoo model, for two samples as large as the mask."""
+    size = (mask.shape[0], mask.shape[1])
+    base = base_run(name, "recorded", "cached", 2, size)
+    return step_call(compiled_model(name), base, edit_inputs(name, 2, size, mask), mask, **options)

@@ -21,6 +21,7 @@ from pass_tools import (
 from torch import Tensor, nn
 
 SDPA = "aten.scaled_dot_product_attention"
+CROSS = "fisedit.cross_attention"
 
 
 def layers() -> dict[str, nn.Module]:
@@ -71,16 +72,19 @@ def test_active_self_attention_records_no_keys_and_values(scale: float | None) -
 
 
 @pytest.mark.parametrize("attention", ["cached", "active"])
-def test_cross_attention_hoists_the_text(attention: str) -> None:
-    compiled = compile_small(cross_attention(), attention=attention)
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_cross_attention_hoists_the_text(attention: str, scale: float | None) -> None:
+    compiled = compile_small(cross_attention(lambda text: {"scale": scale}), attention=attention)
     program = program_of(compiled)
     after = counts(program.step)
-    assert after[SDPA] == 1 and after["fisedit.attention_sites"] == 0
+    assert after[CROSS] == 1 and after[SDPA] == after["fisedit.attention_sites"] == 0
     assert after["aten.linear"] == 2, "queries and output remain, keys and values are the text's business"
     (text,) = (bundle for bundle in program.bundles if bundle.dependences == {"text"})
     assert counts(text.graph)["aten.linear"] == 2
     assert not {"key", "value"} & {slot.name for slot in program.slots}
+    assert not program.refusals
     assert_equals_oracle(compiled)
+    assert_full_mask_is_dense(compiled)
 
 
 def test_a_text_mask_is_hoisted_too() -> None:
@@ -88,8 +92,36 @@ def test_a_text_mask_is_hoisted_too() -> None:
         return {"attn_mask": (text.mean(-1) > -1.0)[:, None, None, :]}
 
     compiled = compile_small(cross_attention(mask_of))
-    assert not program_of(compiled).refusals
+    program = program_of(compiled)
+    after = counts(program.step)
+    assert after[SDPA] == 1 and after[CROSS] == 0
+    assert not program.refusals
     assert_equals_oracle(compiled)
+
+
+def test_texts_in_other_forms_keep_torchs_attention() -> None:
+    """Heads that share keys, a text that all samples share, no heads at all: sparse, but not the op's four axes."""
+
+    def grouped(query: Tensor, context: Tensor) -> Tensor:
+        shared = context[..., :4].unsqueeze(1)
+        mixed = F.scaled_dot_product_attention(heads(query), shared, shared, enable_gqa=True)
+        return mixed.transpose(1, 2).flatten(2)
+
+    def one_for_all(query: Tensor, context: Tensor) -> Tensor:
+        shared = heads(context)[:1]
+        return F.scaled_dot_product_attention(heads(query), shared, shared).transpose(1, 2).flatten(2)
+
+    for mix in (grouped, one_for_all, lambda query, context: F.scaled_dot_product_attention(query, context, context)):
+
+        def forward(module: Any, x: Tensor, text: Tensor, mix: Callable[..., Tensor] = mix) -> Tensor:
+            query = module.q(module.conv(x).flatten(2).transpose(1, 2))
+            return x + module.out(mix(query, module.k(text))).transpose(1, 2).reshape(x.shape)
+
+        compiled = compile_small(TextForward(forward, **layers()))
+        program = program_of(compiled)
+        after = counts(program.step)
+        assert after[SDPA] == 1 and after[CROSS] == 0 and not program.refusals
+        assert_equals_oracle(compiled)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 A step at 5 % area has a few hundred queries and thousands of keys, so one program per block of queries would leave
 most of the chip idle. The keys are cut into parts (Flash-Decoding, Dao et al. 2023); each program keeps a
 running softmax over its part, a second kernel combines the parts. The recorded keys come first, with the active sites
-masked out, then the active rows: both are read in order, and the canvas is neither copied nor written. Where there are
+masked out, then the active rows: both are read in order, and the canvas is neither copied nor written. Parts are cut
+from the two in a row, so most programs meet only one of them. Where there are
 so many queries that torch's own attention is faster although it needs a merged copy, that is what runs.
 """
 
@@ -63,10 +64,10 @@ def _attend(
     return acc, largest, total
 
 
-@triton.jit(do_not_specialize=["key_entry", "value_entry", "heads", "splits"])
+@triton.jit(do_not_specialize=["key_entry", "value_entry", "heads", "splits", "rows_start"])
 def _attention_sites_kernel(
     query, key, value, key_canvas, value_canvas, addresses, key_entry, value_entry, active, inverse, out, partial,
-    stats, scale, heads, queries, sites, sites_per_split, rows_per_split, splits,
+    stats, scale, heads, queries, sites, rows_start, keys_per_split, splits,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, kc_b, kc_h, kc_n, vc_b, vc_h, vc_n, o_b, o_h, o_n,
     ADDRESSED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -94,20 +95,22 @@ def _attention_sites_kernel(
     largest = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
-    first = split * sites_per_split
-    acc, largest, total = _attend(
-        q, key_canvas + batch * kc_b + head * kc_h, value_canvas + batch * vc_b + head * vc_h, kc_n, vc_n,
-        first, tl.minimum(first + sites_per_split, sites), inverse, active, queries, acc, largest, total, scale,
-        offs_d, in_d,
-        ROWS=False, BLOCK_N=BLOCK_N,
-    )  # fmt: skip
-    first = split * rows_per_split
-    acc, largest, total = _attend(
-        q, key + batch * k_b + head * k_h, value + batch * v_b + head * v_h, k_n, v_n,
-        first, tl.minimum(first + rows_per_split, queries), inverse, active, queries, acc, largest, total, scale,
-        offs_d, in_d,
-        ROWS=True, BLOCK_N=BLOCK_N,
-    )  # fmt: skip
+    first = split * keys_per_split
+    last = tl.minimum(first + keys_per_split, sites)
+    if first < last:
+        acc, largest, total = _attend(
+            q, key_canvas + batch * kc_b + head * kc_h, value_canvas + batch * vc_b + head * vc_h, kc_n, vc_n,
+            first, last, inverse, active, queries, acc, largest, total, scale, offs_d, in_d,
+            ROWS=False, BLOCK_N=BLOCK_N,
+        )  # fmt: skip
+    last = tl.minimum(first + keys_per_split - rows_start, queries)
+    first = tl.maximum(first - rows_start, 0)
+    if first < last:
+        acc, largest, total = _attend(
+            q, key + batch * k_b + head * k_h, value + batch * v_b + head * v_h, k_n, v_n,
+            first, last, inverse, active, queries, acc, largest, total, scale, offs_d, in_d,
+            ROWS=True, BLOCK_N=BLOCK_N,
+        )  # fmt: skip
 
     inside = in_m[:, None] & in_d[None, :]
     if not SPLIT:
@@ -167,12 +170,13 @@ def choose_blocks(queries: int, size: int) -> tuple[int, int, int, int]:
     return block_m, 128, 4, 3
 
 
-def choose_splits(blocks: int, sites: int, processors: int) -> int:
-    """Parts of the keys: two programs for every processor, no part shorter than 256 keys."""
-    return max((splits for splits in SPLITS if blocks * splits <= 2 * processors and sites >= 256 * splits), default=1)
+def choose_splits(blocks: int, keys: int, processors: int) -> int:
+    """Parts of the keys: at most two programs for every processor, no part shorter than 128 keys."""
+    return max(min(2 * processors // blocks, keys // SHORTEST), 1)
 
 
-SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+SHORTEST = 128
+"""Keys of a part, at least."""
 
 
 def prefers_merged(queries: int, sites: int, groups: int, size: int, processors: int) -> bool:
@@ -200,7 +204,7 @@ def attention_sites(
         addresses: int64 ``[A]``; when given, the canvases are read at ``addresses[entries]``, and ``key_canvas`` and
             ``value_canvas`` only say their shape and strides.
         merged: forces the choice between torch's attention and the kernel here (tests, tuning).
-        splits: forces the number of parts of the keys.
+        splits: asks for this many parts of the keys; there are fewer where whole blocks make fewer.
         config: forces query block, key block, warps and stages.
     """
     batch, heads, queries, size = query.shape
@@ -223,10 +227,13 @@ def attention_sites(
     block_m, block_n, warps, stages = config or choose_blocks(queries, size)
     block_d = max(triton.next_power_of_2(size), 16)
     blocks = triton.cdiv(queries, block_m)
+    # Keys are counted with the active rows behind the canvas, both in whole blocks.
+    rows_start = triton.cdiv(sites, block_n) * block_n
+    keys = rows_start + queries
     if splits is None:
-        splits = choose_splits(blocks * groups, sites, processors)
-    sites_per_split = triton.cdiv(triton.cdiv(sites, splits), block_n) * block_n
-    rows_per_split = triton.cdiv(triton.cdiv(queries, splits), block_n) * block_n
+        splits = choose_splits(blocks * groups, keys, processors)
+    keys_per_split = triton.cdiv(triton.cdiv(keys, splits), block_n) * block_n
+    splits = triton.cdiv(keys, keys_per_split)
     rows = groups * splits * queries if splits > 1 else 1
     partial = query.new_empty((rows, size), dtype=torch.float32)
     stats = query.new_empty((rows, 2), dtype=torch.float32)
@@ -234,7 +241,7 @@ def attention_sites(
     _attention_sites_kernel[(blocks, groups, splits)](
         query, key, value, key_canvas, value_canvas, inverse if addresses is None else addresses, *entries,
         active, inverse, out, partial, stats,
-        factor, heads, queries, sites, sites_per_split, rows_per_split, splits,
+        factor, heads, queries, sites, rows_start, keys_per_split, splits,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *key_canvas.stride()[:3],
         *value_canvas.stride()[:3], *out.stride()[:3], ADDRESSED=addresses is not None,
         D=size, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, SPLIT=splits > 1, num_warps=warps, num_stages=stages,

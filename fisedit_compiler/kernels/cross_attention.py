@@ -1,0 +1,87 @@
+"""``fisedit::cross_attention``: attention of the active sites to a text, or to anything else that has no sites."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fisedit_compiler.kernels.addresses import is_plain
+from fisedit_compiler.kernels.registry import define_op, provide, require
+
+_NAME = "cross_attention"
+FEW_KEYS = 128
+"""As many keys as one program of the GPU kernel holds at once."""
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
+    require(
+        query.dim() == 4 and key.dim() == 4 and value.dim() == 4,
+        _NAME,
+        lambda: (
+            f"query, key and value must be [B, heads, N, d], got {query.dim()}, {key.dim()} and {value.dim()} "
+            "dimensions; split the heads first"
+        ),
+    )
+    require(
+        key.shape[:3] == value.shape[:3] and key.shape[:2] == query.shape[:2] and key.shape[3] == query.shape[3],
+        _NAME,
+        lambda: (
+            f"query {list(query.shape)}, key {list(key.shape)} and value {list(value.shape)} must have one batch and "
+            "number of heads, keys and values one length, queries and keys one size; expand what is shared"
+        ),
+    )
+
+
+def _reference(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+    _check(query, key, value)
+    out = F.scaled_dot_product_attention(query, key, value, scale=scale)
+    # [B, N, h, d] in memory: what flash kernels write, and the next projection reads without a copy.
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _fake(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+    _check(query, key, value)
+    batch, heads, count, _ = query.shape
+    return query.new_empty(batch, count, heads, value.shape[3]).transpose(1, 2)
+
+
+_OP = define_op(
+    f"{_NAME}(Tensor query, Tensor key, Tensor value, float? scale=None) -> Tensor",
+    _reference,
+    _fake,
+)
+
+
+def _cuda(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+    _check(query, key, value)
+    half = query.dtype in (torch.float16, torch.bfloat16)  # tensor cores would round float32 to tf32
+    size = query.shape[3]
+    if not half or not 0 < key.shape[2] <= FEW_KEYS or value.shape[3] != size or size > 256:
+        # torch's kernels may load what lies between the rows of a cut-out tensor, and 0 * NaN is NaN.
+        query, key, value = (t if is_plain(t) else t.contiguous() for t in (query, key, value))
+        return _reference(query, key, value, scale)
+    from fisedit_compiler.kernels.triton.cross_attention import cross_attention as kernel
+
+    return kernel(query, key, value, scale)
+
+
+provide(_NAME, "CUDA", _cuda)
+
+
+def cross_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+    """Attention of rows to keys and values that have no sites.
+
+    Args:
+        query: active rows ``[B, h, N, d]``.
+        key: ``[B, h, T, d]``, of a text for example.
+        value: ``[B, h, T, d]``.
+        scale: factor of the logits, ``1 / sqrt(d)`` if ``None``.
+
+    Returns:
+        ``[B, h, N, d]``, laid out in memory as ``[B, N, h, d]``.
+
+    Raises:
+        KernelError: a tensor does not have four dimensions, or their sizes contradict each other.
+    """
+    return _OP(query, key, value, scale)
