@@ -7,49 +7,32 @@ Python beside a step of 7 ms.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from fisedit_compiler.kernels.addresses import ALIGNMENT, is_plain
+from fisedit_compiler.kernels.addresses import is_plain
 from fisedit_compiler.passes.hoist import Bundle
+from fisedit_compiler.runtime.bundle_values import BundleValues, FlatLayout, FlatValues, SeparateValues
+from fisedit_compiler.runtime.contents import version
 
 KEPT = 16
 """Graphs that are kept: one per bundle and form of its inputs."""
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where in the flat buffer one value lies."""
-
-    start: int
-    nbytes: int
-    shape: torch.Size
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-
-    def view(self, flat: Tensor) -> Tensor:
-        part = flat[self.start : self.start + self.nbytes].view(self.dtype)
-        return part.as_strided(self.shape, self.strides)
-
-
 class _BundleGraph:
     """A captured bundle; its values end up side by side in one buffer, so that one copy takes them away."""
 
-    def __init__(self, module: fx.GraphModule, arguments: Sequence[Any], values: Sequence[Tensor]) -> None:
+    def __init__(self, module: fx.GraphModule, arguments: Sequence[Any], values: Mapping[str, Tensor]) -> None:
         """``values`` are the bundle's values for ``arguments``: they tell the layout."""
         self.module = module
         self.inputs = [value.clone() if isinstance(value, Tensor) else value for value in arguments]
-        self.places: list[_Place] = []
-        size = 0
-        for value in values:
-            self.places.append(_Place(size, value.nbytes, value.shape, value.stride(), value.dtype))
-            size += -(-value.nbytes // ALIGNMENT) * ALIGNMENT
-        self.flat = torch.empty(size, dtype=torch.uint8, device=values[0].device)
-        targets = [place.view(self.flat) for place in self.places]
+        self.filled: list[tuple[Any, int]] = [(None, 0)] * len(arguments)
+        self.where = FlatLayout(values)
+        self.flat = self.where.buffer()
+        targets = self.where.views(self.flat)
         self.graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -59,13 +42,17 @@ class _BundleGraph:
         with torch.cuda.graph(self.graph):
             torch._foreach_copy_(targets, list(module(*self.inputs)))
 
-    def run(self, arguments: Sequence[Any]) -> list[Tensor]:
-        for buffer, value in zip(self.inputs, arguments, strict=True):
-            if isinstance(value, Tensor):
+    def run(self, arguments: Sequence[Any]) -> FlatValues:
+        for index, (buffer, value) in enumerate(zip(self.inputs, arguments, strict=True)):
+            if not isinstance(value, Tensor):
+                continue
+            # Most inputs of a call are the previous call's. Writes to an inference tensor go unseen.
+            last, written = self.filled[index]
+            if last is not value or written != version(value) or value.is_inference():
                 buffer.copy_(value)
+                self.filled[index] = (value, version(value))
         self.graph.replay()
-        flat = self.flat.clone()
-        return [place.view(flat) for place in self.places]
+        return FlatValues(self.where, self.flat.clone())
 
 
 class BundleRunner:
@@ -79,15 +66,15 @@ class BundleRunner:
         """Forget the graphs: they read parameters where they were."""
         self._captured.clear()
 
-    def run(self, bundle: Bundle, module: fx.GraphModule, arguments: Sequence[Any]) -> list[Tensor]:
+    def run(self, bundle: Bundle, module: fx.GraphModule, arguments: Sequence[Any]) -> BundleValues:
         """The bundle's values, each dense and aligned."""
         # Values of the weights alone are computed once, and are as large as the weights.
         if not self.graphs or not bundle.dependences or not self._capturable(arguments):
-            return _dense(module(*arguments))
+            return _dense(bundle, module(*arguments))
         key = (bundle.name, *(_form(value) for value in arguments))
         graph = self._captured.get(key)
         if graph is None:
-            values = _dense(module(*arguments))
+            values = _dense(bundle, module(*arguments))
             seen = key in self._captured
             self._captured[key] = _BundleGraph(module, arguments, values) if seen and values else None
             while len(self._captured) > KEPT:
@@ -105,5 +92,6 @@ def _form(value: Any) -> Any:
     return (value.shape, value.stride(), value.dtype) if isinstance(value, Tensor) else value
 
 
-def _dense(values: Sequence[Tensor]) -> list[Tensor]:
-    return [v if is_plain(v) else v.clone(memory_format=torch.contiguous_format) for v in values]
+def _dense(bundle: Bundle, values: Sequence[Tensor]) -> SeparateValues:
+    dense = [v if is_plain(v) else v.clone(memory_format=torch.contiguous_format) for v in values]
+    return SeparateValues(zip(bundle.values, dense, strict=True))

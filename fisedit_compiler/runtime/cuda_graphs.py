@@ -72,7 +72,7 @@ class PreparedPlan:
 class _GroupInputs:
     """What of one bundle a graph reads: its entries in the table, or buffers of the graph that are copied to."""
 
-    entries: slice | None
+    entries: Tensor | None
     buffers: tuple[tuple[str, Tensor], ...]
 
 
@@ -202,7 +202,7 @@ def _fill(graph: _Graph, prepared: PreparedPlan, slots: SlotTable, hoisted: Hois
         if graph.filled_groups[position]() is group:
             continue
         if inputs.entries is not None:
-            graph.table[inputs.entries].copy_(group.addresses)
+            inputs.entries.copy_(group.values.addresses)
         moved = [(buffer, group.values[name]) for name, buffer in inputs.buffers if buffer is not group.values[name]]
         if moved:
             torch._foreach_copy_([buffer for buffer, _ in moved], [value for _, value in moved])
@@ -302,7 +302,8 @@ class _Inputs:
                 )
             )
         groups = [
-            _GroupInputs(entries, tuple(buffers)) for entries, buffers in zip(self.entries, self.buffers, strict=True)
+            _GroupInputs(None if entries is None else self.table[entries], tuple(buffers))
+            for entries, buffers in zip(self.entries, self.buffers, strict=True)
         ]
         return _Graph(
             torch.cuda.CUDAGraph(), [], self.calls, self.table, self.table[: len(self.pool.slot_names)], self.layout,

@@ -13,6 +13,7 @@ from fisedit_compiler.kernels.addresses import is_plain
 from fisedit_compiler.passes.hoist import Bundle
 from fisedit_compiler.runtime import bundle_graphs
 from fisedit_compiler.runtime.bundle_graphs import BundleRunner
+from fisedit_compiler.runtime.bundle_values import FlatValues
 
 
 class Projections(nn.Module):
@@ -38,11 +39,9 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     yield request.param
 
 
-def _run_eagerly(graph: bundle_graphs._BundleGraph, arguments: list[object]) -> list[Tensor]:
-    module = graph.module
-    torch._foreach_copy_([place.view(graph.flat) for place in graph.places], list(module(*arguments)))
-    flat = graph.flat.clone()
-    return [place.view(flat) for place in graph.places]
+def _run_eagerly(graph: bundle_graphs._BundleGraph, arguments: list[object]) -> FlatValues:
+    torch._foreach_copy_(graph.where.views(graph.flat), list(graph.module(*arguments)))
+    return FlatValues(graph.where, graph.flat.clone())
 
 
 def bundle_of(names: set[str]) -> Bundle:
@@ -56,11 +55,14 @@ def test_values_are_the_eager_ones_and_belong_to_their_group(device: str) -> Non
     seen = []
     for seed in range(5):
         text = torch.randn(2, 7, 6, generator=torch.Generator().manual_seed(seed)).to(device)
-        values = runner.run(bundle, module, [text, 2])
-        seen.append((values, [value.clone() for value in values], module(text, 2)))
-    layouts = {tuple(value.stride() for value in values) for values, _, _ in seen}
-    assert len(layouts) == 1, "a graph of the step is captured once for all of them"
-    for values, copies, expected in seen:
+        group = runner.run(bundle, module, [text, 2])
+        assert tuple(group) == bundle.values and len(group) == 5 and "keys" in group and "text" not in group
+        values = [group[name] for name in group]
+        seen.append((group, values, [value.clone() for value in values], module(text, 2)))
+    assert len({group.layout for group, *_ in seen}) == 1, "a graph of the step is captured once for all of them"
+    for group, values, copies, expected in seen:
+        assert group.addresses.tolist() == [value.data_ptr() for value in values]
+        assert group.nbytes >= sum(value.nbytes for value in values)
         for value, copied, eager in zip(values, copies, expected, strict=True):
             assert torch.equal(value, copied), "a later prompt wrote to an earlier one's values"
             torch.testing.assert_close(value, eager)

@@ -68,7 +68,10 @@ def test_on_a_gpu_a_late_mistake_ends_the_edit(mistake: str) -> None:
     """A call past those that are checked before they run: the error names it, and the recording can be edited again."""
     model, size, calls = ZOO["sd15"](), (16, 16), CHECKED_AT_ONCE + 2
     compiled = sparsify(model.module.to("cuda"), SparsifyConfig(dense_above=1.0))
-    inputs = {key: value.cuda() for key, value in model.make_inputs(2, *size, 0).items()}
+    inputs = {
+        key: value.cuda() if isinstance(value, torch.Tensor) else value
+        for key, value in model.make_inputs(2, *size, 0).items()
+    }
     mask = make_mask("block", size)
 
     def run(wrong: int | None) -> None:

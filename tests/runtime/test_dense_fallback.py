@@ -255,16 +255,17 @@ def test_the_default_is_the_measured_break_even() -> None:
         assert (dense_reason(rows < round(1000 * area), SparsifyConfig(), "cpu") is not None) is expected
 
 
-def test_the_break_even_is_that_of_what_really_runs() -> None:
+def test_the_break_even_is_that_of_what_really_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     inductor = SparsifyConfig(backend="inductor")
     assert inductor.backend_on("cuda") == "inductor"
     assert inductor.backend_on("cpu") == "eager"
     assert SparsifyConfig(backend="inductor", norm="incremental").backend_on("cuda") == "inductor"
     assert SparsifyConfig().backend_on("cuda") == "eager"
-    assert "cpu/eager" in str(dense_reason(FULL, inductor, "cpu"))
-    assert "cuda/inductor" in str(dense_reason(FULL, inductor, "cuda:0"))
     assert break_even("meta", "eager") == NEVER
     assert dense_reason(FULL, SparsifyConfig(), "meta") is None
+    monkeypatch.setattr("fisedit_compiler.runtime.fallback.break_even", lambda kind, backend: 0.5)
+    assert "cpu/eager" in str(dense_reason(FULL, inductor, "cpu"))
+    assert "cuda/inductor" in str(dense_reason(FULL, inductor, "cuda:0"))
 
 
 def test_every_figure_is_a_share() -> None:
@@ -402,7 +403,7 @@ def test_on_a_gpu_the_dense_call_is_compiled_and_pinned(caplog: pytest.LogCaptur
     model = ZOO["sd21"]()
     module = model.module.to("cuda", torch.float16)
     state = dict(vars(module))
-    compiled = sparsify(module, SparsifyConfig(backend="inductor"))
+    compiled = sparsify(module, SparsifyConfig(backend="inductor", dense_above=0.5))
 
     def cast(inputs: Inputs) -> Inputs:
         def move(value: Any) -> Any:
@@ -419,8 +420,8 @@ def test_on_a_gpu_the_dense_call_is_compiled_and_pinned(caplog: pytest.LogCaptur
     edits = [cast(model.edit_inputs(model.make_inputs(2, HEIGHT, WIDTH), LARGE, seed)) for seed in range(3)]
     with caplog.at_level(logging.INFO, "fisedit_compiler"), compiled.edit(recording, mask) as session:
         results = [output(compiled(**edit)) for edit in edits]
-    assert "cuda/inductor" in str(session.fallback)
-    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "dense_above=50.0%" in str(session.fallback)
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING and r.name.startswith("fisedit_compiler")]
     for result, base, edit in zip(results, bases, edits, strict=True):
         with torch.no_grad():
             dense = output(module(**edit))
