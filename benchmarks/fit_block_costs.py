@@ -37,6 +37,8 @@ from benchmarks.harness import machine, positive, prepare, versions
 from benchmarks.subjects import EMBEDDED_CONFIG, UNETS, scattered_mask, square_mask, thin_mask
 from fisedit_compiler.kernels.block_costs import FEATURES, TERMS
 from fisedit_compiler.kernels.convolve import gathered
+from fisedit_compiler.kernels.convolve_parts import convolve_parts
+from fisedit_compiler.kernels.matmul_parts import choose_parts
 from fisedit_compiler.kernels.patches import BLOCK_SIZES
 from fisedit_compiler.runtime.block_sizes import ConvLayer
 from fisedit_compiler.runtime.conv_tables import ConvKey
@@ -192,6 +194,13 @@ def calls(
     weights = torch.randn(copies, layer.out_channels, 9 * layer.channels, device=device, dtype=dtype) / layer.channels
     bias = torch.randn(layer.out_channels, device=device, dtype=dtype)
     taps, places = plan.taps[key].to(device), plan.places[key.target].to(device)
+    parts = choose_parts(9 * layer.channels, layer.out_channels)
+    if path != "implicit" and device.type == "cuda" and parts > 1:
+        # As passes/cut_products.py has it; the sum of the parts is fused into the next kernel.
+        return [
+            partial(convolve_parts, values, taps, places, weight, parts, key.kernel, key.stride, key.dilation)
+            for weight in weights
+        ]
     return [
         partial(function, values, taps, places, weight, bias, key.kernel, key.stride, key.dilation)
         for weight in weights
