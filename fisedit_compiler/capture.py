@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import sympy
@@ -24,6 +25,7 @@ from fisedit_compiler.ir import BATCH, HEIGHT, TEXT, WIDTH, ValueSpec
 MAX_BATCH = 63  # diffusers' upsampler branches at a batch of 64
 MAX_SIZE = 1024  # of h and w, in units of the model's total downsampling
 MAX_TEXT = 4096
+_TORCH = str(Path(torch.__file__).parent)
 MULTIPLES = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -290,8 +292,8 @@ def _source_line(stack_trace: str | None) -> str | None:
     frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)', stack_trace)
     if not frames:
         return None
-    # A line of torch.nn says less than the line that called the layer.
-    file, line, code = next((frame for frame in reversed(frames) if "/torch/nn/" not in frame[0]), frames[-1])
+    # A line of torch says less than the line of the model that called it.
+    file, line, code = next((frame for frame in reversed(frames) if not frame[0].startswith(_TORCH)), frames[-1])
     return f"{file.rsplit('/', 1)[-1]}:{line}: {code.strip()}"
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fisedit_compiler.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fisedit_compiler.passes.base import Pass
 
 Norm = Literal["recorded", "incremental"]
 Attention = Literal["cached", "active"]
@@ -35,6 +38,8 @@ class SparsifyConfig:
             level, or ``None`` for the size that a cost model chooses per level and mask, fitted to times measured on
             the device type (``kernels/block_costs.json``). Results are the same up to rounding.
         disabled_passes: names of rewrite passes to leave out; their operations then run densely.
+        extra_passes: your own rewrite passes (subclasses of :class:`fisedit_compiler.extend.Pass`), each of which says
+            what it comes ``after`` and ``before``.
         check_inputs: compare the input outside the mask with the recorded one at every call and refuse a
             mismatch (another seed, scheduler or guidance scale). Switch off only for synthetic calls.
         spatial_inputs: names of the tensor arguments that hold images or latents; ``None`` asks the registry of
@@ -54,6 +59,7 @@ class SparsifyConfig:
     dense_above: float | None = None
     block_size: int | None = None
     disabled_passes: frozenset[str] = field(default_factory=frozenset)
+    extra_passes: tuple[type[Pass], ...] = ()
     check_inputs: bool = True
     spatial_inputs: tuple[str, ...] | None = None
     multiple: int | None = None
@@ -83,6 +89,7 @@ class SparsifyConfig:
         if self.multiple is not None and self.multiple < 1:
             raise ConfigError(f"SparsifyConfig.multiple={self.multiple!r} must be 1 or more.")
         object.__setattr__(self, "disabled_passes", frozenset(self.disabled_passes))
+        object.__setattr__(self, "extra_passes", tuple(self.extra_passes))
 
     def backend_on(self, device_type: str) -> Backend:
         """What sparse calls really run on there: ``"inductor"`` needs CUDA."""
@@ -94,4 +101,5 @@ class SparsifyConfig:
             "norm": self.norm,
             "attention": self.attention,
             "disabled_passes": sorted(self.disabled_passes),
+            "extra_passes": [f"{extra.__module__}.{extra.__qualname__}" for extra in self.extra_passes],
         }

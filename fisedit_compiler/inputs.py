@@ -7,7 +7,9 @@ The registry of known model classes lives here too; everything else is read from
 
 from __future__ import annotations
 
+import builtins
 import inspect
+import keyword
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,6 +21,7 @@ from torch import nn
 from fisedit_compiler.errors import CaptureError
 
 Leaf = tuple[str, Any]
+_RESERVED = frozenset({*dir(builtins), *keyword.kwlist, "device", "inf", "nan", "torch"})
 
 
 @dataclass(frozen=True)
@@ -176,7 +179,14 @@ class TensorSpec:
         return self.level != 0
 
     def identifier(self) -> str:
-        return self.name.replace(".", "_")
+        """The name of the graph's placeholder."""
+        return identifier(self.name)
+
+
+def identifier(name: str) -> str:
+    """The name of a tensor argument in a graph; torch.fx would rename what hides a builtin, such as ``input``."""
+    plain = name.replace(".", "_")
+    return f"{plain}_" if plain in _RESERVED else plain
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,17 @@ def inherit(node: fx.Node, source: fx.Node) -> None:
             node.meta.setdefault(key, source.meta[key])
 
 
+def stand_for(rows: fx.Node, node: fx.Node) -> None:
+    """Note in ``rows.meta["stands_for"]`` that ``rows`` are those of the dense node behind ``node``.
+
+    The names there are of captured nodes: what ``compiled.check()`` compares the rows with.
+    """
+    origins = [*rows.meta.get("stands_for", ()), *node.meta.get("stands_for", ())]
+    if "origin" in node.meta:
+        origins.append(node.meta["origin"])
+    rows.meta["stands_for"] = tuple(dict.fromkeys(origins))
+
+
 def call(
     graph: fx.Graph,
     target: Any,

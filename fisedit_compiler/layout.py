@@ -11,16 +11,17 @@ side by side on one axis), ``opaque`` (spatial but not site by site, with the re
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 
 import sympy
 import torch
 from torch import fx
 
-from fisedit_compiler.ir import BATCH, HEIGHT, WIDTH, ValueSpec, has_spec, spec_of
+from fisedit_compiler.errors import LayoutError
+from fisedit_compiler.ir import BATCH, HEIGHT, WIDTH, ValueSpec, describe, has_spec, spec_of
 
 Kind = Literal["plain", "map", "tokens", "concat", "opaque"]
 SITES = -1
@@ -100,6 +101,8 @@ class LayoutRules:
             spec = node.meta.get("spec")
             if isinstance(spec, ValueSpec):
                 node.meta["layout"] = self._refine(node, self.from_spec(spec))
+                if node.op == "call_function" and node.target in LAYOUT_RULES:
+                    node.meta["layout"] = _by_rule(node)
             elif isinstance(spec, tuple):
                 node.meta["layout"] = tuple(self.from_spec(item) for item in spec)
 
@@ -158,6 +161,29 @@ class LayoutRules:
             return opaque(layout.rank, "a view whose axes cannot be matched with its input's")
         reason = spatial_view_problem(groups, source.meta["layout"], layout)  # type: ignore[union-attr]
         return opaque(layout.rank, reason) if reason else layout
+
+
+LayoutRule = Callable[[fx.Node, Layout], Layout]
+LAYOUT_RULES: dict[Any, LayoutRule] = {}
+"""Rules for single operations, registered from outside (``extend.py``): they have the last word."""
+
+
+def _by_rule(node: fx.Node) -> Layout:
+    inferred: Layout = node.meta["layout"]
+    rule = LAYOUT_RULES[node.target]
+    name = f"{rule.__module__}.{rule.__qualname__}"
+    try:
+        layout = rule(node, inferred)
+    except Exception as error:
+        raise LayoutError(
+            f"The layout rule {name} failed on {describe(node)}: {type(error).__name__}: {error}. Mend the rule."
+        ) from error
+    if not isinstance(layout, Layout) or layout.rank != inferred.rank:
+        raise LayoutError(
+            f"The layout rule {name} gave {layout!r} for {describe(node)}, whose value has {inferred.rank} axes. "
+            "Return a Layout of that rank: the inferred one, or opaque(rank, reason)."
+        )
+    return layout
 
 
 aten = torch.ops.aten

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -19,9 +18,11 @@ from fisedit_compiler import cache, ir
 from fisedit_compiler.capture import CapturedGraph, capture
 from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.inputs import CallSignature
-from fisedit_compiler.passes import PassReport, rewrite
+from fisedit_compiler.passes import rewrite
 from fisedit_compiler.passes.base import Program, Slot
 from fisedit_compiler.passes.hoist import Bundle, hoist
+from fisedit_compiler.passes.instruments import Instruments, Observer, PassReport
+from fisedit_compiler.passes.instruments import operations as operations_of
 from fisedit_compiler.passes.recording import recording_graph, with_updates
 from fisedit_compiler.passes.simplify import simplify
 from fisedit_compiler.runtime.block_sizes import ConvLayer
@@ -58,6 +59,8 @@ class CompiledProgram:
         operations: number of call nodes captured, per operation.
         seconds: wall time of capture and of rewriting.
         from_cache: whether the capture came from disk.
+        captured: the dense graph that the program was made from; its nodes' names are the origins of the others.
+        config: what it was compiled with.
     """
 
     signature: CallSignature
@@ -73,6 +76,8 @@ class CompiledProgram:
     layers: tuple[ConvLayer, ...]
     constants: dict[str, torch.Tensor]
     treespec: Any
+    captured: CapturedGraph
+    config: SparsifyConfig
     refusals: tuple[tuple[str, str, str, str], ...] = ()
     reports: list[PassReport] = field(default_factory=list)
     operations: dict[str, int] = field(default_factory=dict)
@@ -111,19 +116,44 @@ def compile_program(
         if entry:
             cache.save(entry, captured)
     captured_at = time.perf_counter()
-    operations = Counter(ir.target_name(node.target) for node in captured.graph.nodes if node.op == "call_function")
-    program, reports = rewrite(captured, config)
-    compiled = _assemble(captured, program, reports)
-    compiled.operations = dict(operations)
+    compiled = compile_captured(captured, config)
+    compiled.operations = dict(operations_of(captured.graph))
     compiled.seconds = {"capture": captured_at - start, "rewrite": time.perf_counter() - captured_at}
     compiled.from_cache = cached
     return compiled
 
 
-def _assemble(captured: CapturedGraph, program: Program, reports: list[PassReport]) -> CompiledProgram:
+def compile_captured(
+    captured: CapturedGraph, config: SparsifyConfig, observe: Observer | None = None
+) -> CompiledProgram:
+    """Compile a captured and simplified graph.
+
+    Args:
+        captured: the dense graph.
+        config: how to rewrite it.
+        observe: sees the graph after every pass, and at last the recording, the update and the step graph.
+
+    Raises:
+        LayoutError: an output mixes sites.
+        VerificationError: a pass left a graph that breaks an invariant.
+    """
+    instruments = Instruments(observe)
+    instruments.report(PassReport("capture", 0.0, {}, dict(operations_of(captured.graph))), captured.graph)
+    program = rewrite(captured, config, instruments)
+    compiled = _assemble(captured, program, instruments)
+    return compiled
+
+
+def _assemble(captured: CapturedGraph, program: Program, instruments: Instruments) -> CompiledProgram:
     spatial = captured.signature.spatial_names
-    update, update_bundles = hoist(with_updates(program), spatial)
-    step, bundles = hoist(program.graph, spatial)
+    with instruments.made("recording", captured.graph) as made:
+        made.graph = recording = recording_graph(program)
+    with instruments.made("update", program.graph) as made:
+        update, update_bundles = hoist(with_updates(program), spatial)
+        made.graph = update
+    with instruments.made("step", program.graph) as made:
+        step, bundles = hoist(program.graph, spatial)
+        made.graph = step
     # The update graph only adds work on recorded values, so both hoist the same; should a slot's update ever need
     # more, it is in the update graph's bundles.
     known = {bundle.name: bundle for bundle in bundles} | {bundle.name: bundle for bundle in update_bundles}
@@ -135,7 +165,7 @@ def _assemble(captured: CapturedGraph, program: Program, reports: list[PassRepor
     return CompiledProgram(
         signature=captured.signature,
         multiple=captured.multiple,
-        recording=recording_graph(program),
+        recording=recording,
         step=step,
         update=update,
         bundles=list(known.values()),
@@ -146,8 +176,10 @@ def _assemble(captured: CapturedGraph, program: Program, reports: list[PassRepor
         layers=_layers(program.graph),
         constants=captured.constants,
         treespec=captured.treespec,
+        captured=captured,
+        config=program.config,
         refusals=_refusals(program),
-        reports=reports,
+        reports=instruments.reports,
     )
 
 

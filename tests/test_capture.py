@@ -231,3 +231,20 @@ def test_the_original_is_left_alone(name: str) -> None:
     assert not original._forward_hooks and not original._forward_pre_hooks
     assert not original.training and not any(parameter.requires_grad for parameter in original.parameters())
     assert known_model(original) is not None
+
+
+@pytest.mark.parametrize("name", ["input", "torch", "lambda_", "x_1"])
+def test_an_input_may_have_any_name(name: str) -> None:
+    """torch.fx renames what would hide a builtin."""
+    scope: dict[str, Any] = {}
+    exec(f"def forward(self, {name}): return self.conv({name})", scope)
+    module = type("Named", (nn.Module,), {"forward": scope["forward"]})()
+    module.conv = nn.Conv2d(4, 4, 3, padding=1)
+    compiled = sparsify(module.eval(), SparsifyConfig(cache=False), example_inputs={name: torch.zeros(1, 4, 8, 8)})
+    base, mask = torch.randn(1, 4, 8, 8), torch.zeros(8, 8, dtype=torch.bool)
+    mask[2:5, 3:6] = True
+    with compiled.record() as recording:
+        before = compiled(**{name: base})
+    with compiled.edit(recording, mask):
+        after = compiled(**{name: torch.where(mask, base + 1, base)})
+    assert torch.equal(after[..., ~mask], before[..., ~mask]) and not torch.equal(after, before)

@@ -77,10 +77,15 @@ class Program:
 
 
 class Pass(ABC):
-    """A rewrite. ``name`` is what users disable; ``targets`` are the operations it looks for."""
+    """A rewrite. ``name`` is what users disable; ``targets`` are the operations it looks for.
+
+    ``after`` and ``before`` name passes that a user's own pass comes after and before (``passes/order.py``).
+    """
 
     name: ClassVar[str]
     targets: ClassVar[frozenset[Any]] = frozenset()
+    after: ClassVar[tuple[str, ...]] = ()
+    before: ClassVar[tuple[str, ...]] = ()
 
     def run(self, program: Program) -> None:
         rewriter = Rewriter(program)
@@ -206,8 +211,10 @@ class Rewriter:
 
     def replace(self, node: fx.Node, rows: fx.Node) -> None:
         """Let ``rows`` stand for the dense ``node``; dense readers, if any, get an ``unpack``."""
+        ir.stand_for(rows, node)
         for user in list(node.users):
             if user.target is ir.pack:
+                ir.stand_for(rows, user)
                 user.replace_all_uses_with(rows)
                 self.graph.erase_node(user)
         if node.users:

@@ -57,6 +57,7 @@ def _lower_pack(node: fx.Node, rewriter: Rewriter) -> None:
     order = [axes.index(axis) for axis in layout.packed_axes()]
     if order != sorted(order):
         rows = rewriter.call(aten.permute.default, (rows, order), spec_of(node), node)
+    ir.stand_for(rows, node)
     node.replace_all_uses_with(rows)
     rewriter.graph.erase_node(node)
 

@@ -16,6 +16,7 @@ import sympy
 import torch
 from torch import fx
 
+from fisedit_compiler import ir
 from fisedit_compiler.ir import ValueSpec, spec_of
 from fisedit_compiler.passes.base import Pass, Program, Rewriter
 
@@ -73,6 +74,7 @@ def _merge(nodes: list[fx.Node], rewriter: Rewriter) -> None:
     items = [rewriter.call(operator.getitem, (parts, index), spec, first) for index, spec in enumerate(specs)]
     for node, item in zip(nodes, items, strict=True):
         item.meta.update({key: node.meta[key] for key in ("path", "source", "origin") if key in node.meta})
+        ir.stand_for(item, node)
         node.replace_all_uses_with(item)
         rewriter.graph.erase_node(node)
 

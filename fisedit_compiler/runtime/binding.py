@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisedit_compiler.inputs import CallSignature, KnownModel, bind, flatten, sign
+from fisedit_compiler.inputs import CallSignature, KnownModel, bind, flatten, identifier, sign
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 Path = tuple[Any, ...]
@@ -103,7 +103,7 @@ class Binder:
             return self._canonical(self._arguments(args, kwargs))
 
         def tensors() -> Mapping[str, Tensor]:
-            return {name.replace(".", "_"): tensor for name, tensor in flatten(canonical())[0]}
+            return {identifier(name): tensor for name, tensor in flatten(canonical())[0]}
 
         key = _structure((args, kwargs))
         form = self._forms.get(key) if key is not None else None
@@ -141,7 +141,7 @@ class Binder:
         for path, value in _tensors((args, kwargs), ()):
             # Passed twice, a tensor does not tell which argument is which: such a call is bound anew every time.
             passed[id(value)] = None if id(value) in passed else path
-        paths = {name.replace(".", "_"): passed.get(id(tensor)) for name, tensor in tensors.items()}
+        paths = {identifier(name): passed.get(id(tensor)) for name, tensor in tensors.items()}
         wanted = bind(self.module, args, kwargs, {}).get("return_dict", True)
         return CallForm(signature, paths, bool(wanted))
 

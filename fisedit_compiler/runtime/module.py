@@ -17,6 +17,7 @@ from torch import nn
 from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.errors import ModeError, RecordingError
 from fisedit_compiler.inspect.explain import explain_blocks, explain_program
+from fisedit_compiler.inspect.stages import Stages, choose_program, stages_of
 from fisedit_compiler.program import CompiledProgram
 from fisedit_compiler.runtime.fingerprint import weights_key
 from fisedit_compiler.runtime.programs import ProgramStore
@@ -162,6 +163,20 @@ class SparseModule(nn.Module):
         return fingerprint
 
     # -- inspection ------------------------------------------------------------------------------
+
+    def stages(self, program: int = 0) -> Stages:
+        """The graph after every pass, with what the pass changed and how long it took.
+
+        ``print(compiled.stages())`` is a table, ``compiled.stages()["convolution"].print()`` one graph,
+        ``compiled.stages().diff("capture", "step")`` what changed between two.
+
+        Args:
+            program: which of :attr:`programs`.
+
+        Raises:
+            ConfigError: nothing is compiled yet, or there is no such program.
+        """
+        return stages_of(choose_program(self.programs, program))
 
     @property
     def programs(self) -> list[CompiledProgram]:
