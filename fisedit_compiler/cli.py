@@ -89,6 +89,29 @@ def demo(
     console.print(f"{time.perf_counter() - started:.0f} s in all", highlight=False)
 
 
+@app.command()
+def inspect(
+    model: Annotated[
+        Path | None,
+        typer.Argument(help="Directory of a Stable Diffusion pipeline (diffusers layout); else the embedded one."),
+    ] = None,
+    mask: Annotated[Path | None, typer.Option(help="Image of the mask; else a square of 6 % of the picture.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the page here.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Write the drawing of the program here.")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Also run a call and draw where its time goes.")] = False,
+) -> None:
+    """Show what the compiler makes of a UNet: the sparse program, the passes, the recording, the mask's levels."""
+    with _clean_errors():
+        if html is None and svg is None:
+            raise FiseditError("nothing to write; name a file with --html or --svg")
+        if profile and html is None:
+            raise FiseditError("--profile is part of the page; name a file with --html")
+        from fisedit_compiler.inspect.page.command import inspect_model
+
+        for path in inspect_model(model, mask, html=html, svg=svg, profile=profile):
+            Console().print(f"wrote {path}", soft_wrap=True, highlight=False)
+
+
 def _demo_table(comparisons: Sequence[Comparison], steps: int) -> Table:
     table = Table(
         title=f"Sparse edits and dense runs of the same prompt and seed, {steps} steps",
