@@ -17,15 +17,21 @@ from fisedit_compiler.layout import Layout
 _COMMENT_COLUMN = 88
 
 
-def listing(graph: fx.Graph) -> list[str]:
-    """The lines of a graph.
+def listing(graph: fx.Graph, path: str = "") -> list[str]:
+    """The lines of a graph, or of the nodes of one module and of what is in it.
 
     A comment line names the module in the user's model and the source line, where they change. Behind a node stand its
     layout (``map@2``: a map at half resolution; ``rows``: active sites only) and its shape in ``b, h, w, n_s``.
+
+    Args:
+        graph: a graph of the compiler, at any stage.
+        path: dotted path in the user's model, such as ``down_blocks.0.resnets.0``.
     """
     lines: list[str] = []
     place: tuple[str, Any] = ("", None)
     for node in graph.nodes:
+        if path and not f"{ir.path_of(node)}.".startswith(f"{path}."):
+            continue
         here = (ir.path_of(node), node.meta.get("source"))
         if node.op == "call_function" and here != place and any(here):
             lines.append("# " + " | ".join(str(part) for part in (here[0] or "the top module", here[1]) if part))

@@ -51,6 +51,14 @@ class Stage:
         """Print the graph: readable code with layouts, shapes and module paths as comments."""
         print("\n".join(self.lines), file=file)
 
+    def excerpt(self, path: str) -> str:
+        """The part of the graph that comes from one module of the user's model and what is in it.
+
+        Args:
+            path: dotted path, such as ``down_blocks.0.resnets.0``.
+        """
+        return "\n".join(listing(self.graph, path))
+
     def __str__(self) -> str:
         return "\n".join(self.lines)
 

@@ -63,6 +63,13 @@ def test_a_listing_names_modules_source_lines_layouts_and_shapes(stages: Stages)
     assert printed.getvalue() == text + "\n"
 
 
+def test_an_excerpt_has_one_module_and_what_is_in_it(stages: Stages) -> None:
+    text = stages["capture"].excerpt("down_blocks.0.resnets.0")
+    assert text.splitlines()[0].startswith("# down_blocks.0.resnets.0.norm1 | ")
+    assert text.count("aten.conv2d(") == 2 and "down_blocks.0.resnets.01" not in text
+    assert stages["capture"].excerpt("no.such.module") == ""
+
+
 def test_every_node_has_its_line(stages: Stages) -> None:
     for stage in stages:
         lines = [line for line in stage.lines if not line.startswith("# ")]

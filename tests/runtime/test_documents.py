@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = ("README.md", "docs/how-it-works.md", "docs/contracts.md")
+DOCUMENTS = ("README.md", "docs/how-it-works.md", "docs/reading-the-graph.md", "docs/contracts.md")
 
 
 @pytest.fixture(params=DOCUMENTS)
@@ -46,3 +47,14 @@ def test_a_program_prints_what_the_documents_show():
         start = next(i for i, node in enumerate(calls) if any(first in str(argument) for argument in node.args))
         printed = [str(node.target).rpartition(".")[0] for node in calls[start : start + len(operations)]]
         assert printed == operations
+
+
+def test_the_graphs_on_the_page_are_those_of_the_embedded_model():
+    """``python docs/generate.py`` writes them; line numbers are those of the diffusers that the tests run with."""
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs/generate.py")
+    assert spec is not None and spec.loader is not None
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    text = generate.PAGE.read_text(encoding="utf-8")
+    assert generate.generated(text, generate.embedded_stages()) == text
+    assert text.count("```text") == 6
