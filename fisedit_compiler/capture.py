@@ -8,6 +8,7 @@ it, never copied), and whose nodes carry sympy shapes, module path and source li
 from __future__ import annotations
 
 import re
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch.export.graph_signature import InputKind
 
 from fisedit_compiler.errors import CaptureError
 from fisedit_compiler.inputs import CallSignature, TensorSpec
-from fisedit_compiler.ir import BATCH, HEIGHT, TEXT, WIDTH, ValueSpec
+from fisedit_compiler.ir import BATCH, HEIGHT, TEXT, WIDTH, ValueSpec, describe
 
 MAX_BATCH = 63  # diffusers' upsampler branches at a batch of 64
 MAX_SIZE = 1024  # of h and w, in units of the model's total downsampling
@@ -126,9 +127,9 @@ def _export(module: nn.Module, arguments: dict[str, Any], signature: CallSignatu
     except Exception as error:
         raise CaptureError(
             f"torch.export could not capture {type(module).__name__} with symbolic batch, height and width "
-            f"(divisor {multiple}): {_first_lines(error)}\nRemedy: make the forward free of data-dependent Python "
-            "control flow, or sparsify the submodule that is; pass SparsifyConfig(multiple=k) if sizes must be "
-            "divisible by k."
+            f"(divisor {multiple}){_place_in_traceback(error, module)}: {_first_lines(error)}\n"
+            "Remedy: make the forward free of data-dependent Python control flow, or sparsify the submodule that is; "
+            "pass SparsifyConfig(multiple=k) if sizes must be divisible by k."
         ) from error
     return exported
 
@@ -155,7 +156,23 @@ def _map_children(name: str, value: Any, function: Any) -> Any:
 
 
 def _first_lines(error: Exception) -> str:
-    return "\n".join(str(error).strip().splitlines()[:8])
+    """What torch says, up to where it starts to tell how to debug torch."""
+    lines = str(error).strip().splitlines()
+    lines = [line for line in lines if line and "TORCH_LOGS=" not in line and "docs.google.com" not in line]
+    return "\n".join(lines[:8])
+
+
+def _place_in_traceback(error: BaseException, module: nn.Module) -> str:
+    """`` in <module path> (file.py:12: code)`` of the innermost line of the user's model; empty if it has no part."""
+    paths = {id(part): path for path, part in module.named_modules()}
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    summaries = traceback.extract_tb(error.__traceback__)
+    for frame, summary in zip(reversed(frames), reversed(summaries), strict=True):
+        part = paths.get(id(frame.f_locals.get("self")))
+        if part is None or summary.filename.startswith(_TORCH):
+            continue
+        return f" in {part or 'the top module'} ({Path(summary.filename).name}:{summary.lineno}: {summary.line})"
+    return ""
 
 
 def _is_mutable(node: fx.Node) -> bool:
@@ -201,9 +218,11 @@ def _translate(module: nn.Module, exported: ExportedProgram, signature: CallSign
         elif node.op == "get_attr":
             value = getattr(exported.graph_module, str(node.target), None)
             if not isinstance(value, torch.Tensor):
+                reader = next(iter(node.users), node)
+                _describe(reader, reader, symbols)
                 raise CaptureError(
-                    f"{type(module).__name__} contains control flow captured as a subgraph ({node.target}); "
-                    "sparsify the submodule without it."
+                    f"{type(module).__name__} contains control flow captured as a subgraph: {describe(reader)}. "
+                    "Sparsify the submodule without it."
                 )
             result.constants[str(node.target)] = value
             copied = replaced[node] = result.graph.get_attr(str(node.target))
@@ -293,7 +312,7 @@ def _source_line(stack_trace: str | None) -> str | None:
     if not frames:
         return None
     # A line of torch says less than the line of the model that called it.
-    file, line, code = next((frame for frame in reversed(frames) if not frame[0].startswith(_TORCH)), frames[-1])
+    file, line, code = next((frame for frame in reversed(frames) if not frame[0].startswith((_TORCH, "<"))), frames[-1])
     return f"{file.rsplit('/', 1)[-1]}:{line}: {code.strip()}"
 
 
