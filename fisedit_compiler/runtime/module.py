@@ -15,10 +15,12 @@ import torch
 from torch import nn
 
 from fisedit_compiler.config import SparsifyConfig
-from fisedit_compiler.errors import ModeError, RecordingError
-from fisedit_compiler.inspect.explain import explain_blocks, explain_program
+from fisedit_compiler.errors import MaskError, ModeError, RecordingError
+from fisedit_compiler.inspect.explain import TEXT_TOKENS, Explanation, Measured, Setting, default_size, explain_program
 from fisedit_compiler.inspect.stages import Stages, choose_program, stages_of
+from fisedit_compiler.masks import to_site_mask
 from fisedit_compiler.program import CompiledProgram
+from fisedit_compiler.runtime.fallback import dense_reason
 from fisedit_compiler.runtime.fingerprint import weights_key
 from fisedit_compiler.runtime.programs import ProgramStore
 from fisedit_compiler.runtime.recording import Recording
@@ -45,6 +47,8 @@ class SparseModule(nn.Module):
         self._session: Session | None = None
         self._mode = ""
         self._owner = 0
+        self._measured: dict[str, Measured] = {}
+        self._recorded_calls: int | None = None
         self._lock = threading.Lock()
         self.training = original.training
         # diffusers writes module and class name of every part into model_index.json; see also __class__.
@@ -83,6 +87,7 @@ class SparseModule(nn.Module):
             self._session = RecordSession(recording)
             yield recording
             recording.complete = True
+            self._recorded_calls = recording.num_calls
 
     @contextmanager
     def edit(self, recording: Recording, mask: Any = None, *, record: bool = False) -> Iterator[EditSession]:
@@ -106,7 +111,10 @@ class SparseModule(nn.Module):
             self._check(recording)
             session = EditSession(recording, self.sparsify_config, mask, record)
             self._session = session
-            yield session
+            try:
+                yield session
+            finally:
+                self._measured.update({calls.kind: calls for calls in session.measured()})
             session.finish()
 
     @contextmanager
@@ -183,27 +191,52 @@ class SparseModule(nn.Module):
         """Programs compiled so far, one per call signature."""
         return self._programs.compiled()
 
-    def explain(self, mask: Any = None, batch: int = 2) -> str:
-        """What was rewritten, what stays dense and why; with a mask, the block sizes of its convolutions.
+    def explain(
+        self,
+        mask: Any = None,
+        *,
+        batch: int = 2,
+        size: tuple[int, int] | None = None,
+        tokens: int = TEXT_TOKENS,
+    ) -> Explanation:
+        """What was rewritten, what stays dense and why, and what a call costs; with a mask, its rows and block sizes.
+
+        ``print(compiled.explain(mask))`` shows tables, ``.to_dict()`` gives the same as plain values. Nothing is
+        compiled or run.
 
         Args:
-            mask: bool ``[H, W]`` at latent resolution.
+            mask: as for :meth:`edit`; without one, what depends on a mask stays a formula.
             batch: samples of a call; 2 is one image with guidance.
+            size: height and width of the spatial input; by default those of the mask, without a mask those that the
+                model's config names.
+            tokens: tokens of a prompt.
 
         Raises:
-            MaskError: the mask is no bool matrix.
-            PlanError: its size is none that the model takes.
+            MaskError: the mask does not fit the size, or is an image, whose size says nothing, and no size is given.
+            PlanError: the size is none that the model takes.
         """
-        texts = []
+        measured = tuple(self._measured.values())
+        if mask is not None:
+            mask = _site_mask(mask, size)
+            size = (int(mask.shape[0]), int(mask.shape[1]))
+        parameter = next(self.original.parameters(), torch.empty(0))
+        element_size, device = parameter.element_size(), parameter.device
+        programs = []
         for executable in self._programs.executables():
-            program = executable.program
-            texts.append(explain_program(program))
+            height, width = size or default_size(self.original, executable.program.multiple)
+            setting = Setting(height, width, batch, tokens, element_size, device.type, self._recorded_calls)
+            plan = None
             if mask is not None:
-                parameter = next(self.original.parameters())
-                where = (batch, parameter.element_size(), parameter.device.type)
-                plan = SitePlan.build(mask, program.levels, program.convs, dilation=self.sparsify_config.dilation)
-                texts.append(explain_blocks(executable.block_sizes, executable.divided(plan, *where), *where))
-        return "\n".join(texts) or "nothing is compiled yet: record a call, or pass example_inputs to sparsify"
+                program, dilation = executable.program, self.sparsify_config.dilation
+                plan = SitePlan.build(mask, program.levels, program.convs, dilation=dilation)
+                plan = executable.divided(plan, batch, element_size, device.type)
+            programs.append(explain_program(executable, setting, plan, measured))
+        note = "" if mask is None else dense_reason(mask, self.sparsify_config, str(device)) or ""
+        if mask is not None and not mask.any():
+            note = "the mask is empty: calls give the recorded outputs back"
+        if not programs:
+            note = "nothing is compiled yet: record a call, or pass example_inputs to sparsify"
+        return Explanation(tuple(programs), note, measured)
 
     # -- being the original ----------------------------------------------------------------------
 
@@ -241,3 +274,15 @@ class SparseModule(nn.Module):
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Load weights into the original module."""
         return self.original.load_state_dict(*args, **kwargs)
+
+
+def _site_mask(mask: Any, size: tuple[int, int] | None) -> torch.Tensor:
+    if size is None:
+        shape = getattr(mask, "shape", None)
+        if shape is None:
+            raise MaskError(
+                f"explain() cannot tell the latent's size from a {type(mask).__name__}; pass it as size=(height, width)"
+            )
+        # A mask of another rank is refused below, whatever its size.
+        size = (int(shape[-2]), int(shape[-1])) if len(shape) >= 2 else (1, 1)
+    return to_site_mask(mask, *size)

@@ -11,15 +11,17 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import median
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from fisedit_compiler import masks
 from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.errors import RecordingError
 from fisedit_compiler.inputs import CallSignature
-from fisedit_compiler.inspect.explain import explain_blocks, explain_program
+from fisedit_compiler.inspect.explain import TEXT_TOKENS, Explanation, Measured, Setting, explain_program
 from fisedit_compiler.masks import grown, to_site_mask
 from fisedit_compiler.runtime.deferred import DeferredChecks
 from fisedit_compiler.runtime.executable import Executable
@@ -115,6 +117,7 @@ class EditSession:
         self.timings: list[tuple[CallKind, float]] = []
         self._checks = DeferredChecks()
         self._empty = False
+        self._mask_set_at = 0
         self._ran: tuple[Executable, int, int, str] | None = None
         self._outside: Tensor | None = None
         if mask is not None:
@@ -132,6 +135,7 @@ class EditSession:
         """
         self.mask = to_site_mask(mask, self.recording.height, self.recording.width, image_scale=None)
         self.plan = self._outside = None
+        self._mask_set_at = len(self.timings)
         self._empty = not bool(self.mask.any())
         told, self.fallback = self.fallback, dense_reason(self.mask, self.config, self.recording.device)
         if self.fallback is not None and told is None:
@@ -170,19 +174,39 @@ class EditSession:
         if self.result is not None:
             self.result.complete = True
 
-    def explain(self) -> str:
-        """What the calls of this edit run as: how much is active, in what blocks, and why if they run densely."""
+    def explain(self) -> Explanation:
+        """What the calls of this edit run as: how much is active, in what blocks, at what cost, and why if densely.
+
+        Formulas are evaluated for the recorded calls and prompts of :data:`TEXT_TOKENS` tokens.
+        """
+        measured = self.measured()
         if self.mask is None:
-            return "no mask is set: calls run densely"
+            return Explanation(note="no mask is set: calls run densely", measured=measured)
         if self._empty:
-            return "the mask is empty: calls give the recorded outputs back"
+            return Explanation(note="the mask is empty: calls give the recorded outputs back", measured=measured)
         if self.fallback is not None:
-            return self.fallback
+            return Explanation(note=self.fallback, measured=measured)
         if self.plan is None or self._ran is None:
-            return f"{self.mask.float().mean():.1%} of the sites are in the mask; no call was made with it yet"
+            area = self.mask.float().mean()
+            return Explanation(note=f"{area:.1%} of the sites are in the mask; no call was made with it yet")
         executable, batch, element_size, device_type = self._ran
-        blocks = explain_blocks(executable.block_sizes, self.plan, batch, element_size, device_type)
-        return f"{explain_program(executable.program)}\n{blocks}"
+        size, calls = (self.recording.height, self.recording.width), self.recording.num_calls
+        setting = Setting(*size, batch, TEXT_TOKENS, element_size, device_type, calls)
+        return Explanation((explain_program(executable, setting, self.plan, measured),), measured=measured)
+
+    def measured(self) -> tuple[Measured, ...]:
+        """The median times of this session's calls by kind; of calls that need a mask, those with the last one."""
+        recorded = self.recording.calls[0]
+        size = (recorded.batch, recorded.height, recorded.width)
+        area = 0.0 if self.mask is None else masks.area(grown(self.mask, self.config.dilation))
+        found = []
+        for kind in ("dense", "sparse", "skipped"):
+            timings = self.timings if kind == "dense" else self.timings[self._mask_set_at :]
+            seconds = [took for ran_as, took in timings if ran_as == kind]
+            if seconds:
+                share = 1.0 if kind == "dense" else area
+                found.append(Measured(kind, len(seconds), median(seconds), *size, share, self.recording.device))
+        return tuple(found)
 
     def _run(self, call: Call, base: CallRecord) -> tuple[CallKind, Any]:
         executable = call.executable
