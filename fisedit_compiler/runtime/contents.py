@@ -6,6 +6,7 @@ run, so almost always nothing is compared: comparing means waiting for the devic
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from itertools import count
 
@@ -58,6 +59,12 @@ class ContentNumbers:
     def clear(self) -> None:
         """Forget all tensors; their numbers are not given again."""
         self._known.clear()
+
+    def fork(self) -> ContentNumbers:
+        """The same tensors known, remembered and forgotten apart from now on; no new number is given by both."""
+        other = copy(self)
+        other._known = {name: list(known) for name, known in self._known.items()}
+        return other
 
     def of(self, name: str, value: Tensor, kept: int) -> Contents:
         """The number of a tensor's contents.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -73,6 +74,16 @@ class HoistCache:
         self._kept.clear()
         self.numbers.clear()
         self.runner.clear()
+
+    def fork(self) -> HoistCache:
+        """A cache that knows what this one knows, and whose use changes nothing here."""
+        other = copy(self)
+        other.runner, other.numbers = BundleRunner(graphs=False), self.numbers.fork()
+        other.computed, other._forms = dict(self.computed), dict(self._forms)
+        other._kept = {
+            name: OrderedDict((key, list(groups)) for key, groups in kept.items()) for name, kept in self._kept.items()
+        }
+        return other
 
     @property
     def nbytes(self) -> int:

@@ -7,9 +7,9 @@ written in ``sessions.py``; how programs are found or compiled in ``programs.py`
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -26,6 +26,10 @@ from fisedit_compiler.runtime.programs import ProgramStore
 from fisedit_compiler.runtime.recording import Recording
 from fisedit_compiler.runtime.sessions import EditSession, RecordSession, Session
 from fisedit_compiler.runtime.site_plan import SitePlan
+
+if TYPE_CHECKING:
+    from fisedit_compiler.inspect.bisect import BisectReport
+    from fisedit_compiler.inspect.check import CheckReport
 
 
 class SparseModule(nn.Module):
@@ -185,6 +189,76 @@ class SparseModule(nn.Module):
             ConfigError: nothing is compiled yet, or there is no such program.
         """
         return stages_of(choose_program(self.programs, program))
+
+    def check(
+        self,
+        mask: Any,
+        *,
+        inputs: Mapping[str, Any] | None = None,
+        edited: Mapping[str, Any] | None = None,
+        recording: Recording | None = None,
+        call: int = 0,
+        program: int = 0,
+        tolerance: float | None = None,
+        seed: int = 0,
+    ) -> CheckReport:
+        """Run the packed program beside the pinned one and name the first node that differs.
+
+        The pinned program is the meaning of an edit: the dense graph whose inactive sites are overwritten by the base
+        run's after every node. ``print(compiled.check(mask))`` says what differs; the report is true if nothing does.
+        Nothing that the module keeps is changed, and nothing falls back to dense calls.
+
+        Args:
+            mask: the sites to edit, at latent resolution (with ``inputs``, also at a multiple of it).
+            inputs: keyword arguments of the base call; without them, random ones of the mask's size.
+            edited: those of the edit; without them, ``inputs`` changed inside the mask and where they have no sites.
+            recording: check this recording of ``inputs`` instead of a fresh one.
+            call: which call of the recording ``inputs`` are.
+            program: which of :attr:`programs`, without ``inputs``.
+            tolerance: error relative to a value's largest element; ``None`` for that of its precision.
+            seed: of everything random.
+
+        Raises:
+            ModeError: a mode is active, or the module is in training mode.
+            MaskError: the mask is empty or does not fit.
+            ConfigError: nothing is compiled yet, or arguments are missing.
+            RecordingError: the calls or the recording do not belong together.
+        """
+        from fisedit_compiler.inspect.check import check_subject, make_subject
+
+        with self._entered("check"):
+            self._check_evaluating()
+            self._refresh()
+            subject = make_subject(
+                self,
+                mask,
+                inputs=inputs,
+                edited=edited,
+                recording=recording,
+                call=call,
+                program=program,
+                tolerance=tolerance,
+                seed=seed,
+            )
+            return check_subject(subject, subject.executable.hoisted.fork())
+
+    def bisect(self, mask: Any, **options: Any) -> BisectReport:
+        """Find the rewrite pass with which :meth:`check` begins to fail.
+
+        Args:
+            mask: as for :meth:`check`.
+            options: as for :meth:`check`.
+
+        Raises:
+            FiseditError: as :meth:`check` does.
+        """
+        from fisedit_compiler.inspect.bisect import bisect_subject
+        from fisedit_compiler.inspect.check import make_subject
+
+        with self._entered("bisect"):
+            self._check_evaluating()
+            self._refresh()
+            return bisect_subject(make_subject(self, mask, **options))
 
     @property
     def programs(self) -> list[CompiledProgram]:
