@@ -26,4 +26,8 @@ def __getattr__(name: str) -> Any:
         from fisedit_compiler.pipelines import Editor
 
         return Editor
+    if name == "dynamo":  # and this one Dynamo, which only torch.compile needs
+        import fisedit_compiler.dynamo
+
+        return fisedit_compiler.dynamo
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
