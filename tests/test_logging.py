@@ -57,7 +57,7 @@ def test_graphs_are_artifacts_for_tlparse(tmp_path: Path) -> None:
 
 
 def test_every_pass_is_timed(caplog: pytest.LogCaptureFixture) -> None:
-    (program,) = compiled_model("sd15").programs
+    program, *_ = compiled_model("sd15").programs
     with caplog.at_level(logging.INFO, "fisedit_compiler.passes"):
         stages_of(program)
     for rewrite in REWRITES:

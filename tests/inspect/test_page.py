@@ -51,7 +51,7 @@ def test_every_node_is_a_square_with_its_line(name: str) -> None:
 
 
 def test_squares_are_coloured_by_what_they_are() -> None:
-    (program,) = compiled_model("sd15").programs
+    program, *_ = compiled_model("sd15").programs
     kinds = {node.name: kind_of(node, set()) for node in program.step.nodes if node.op != "output"}
     assert kinds["sample"] == kinds["active_1"] == "input"
     assert kinds["slot_conv_in_input"] == "recorded"
@@ -74,7 +74,7 @@ def test_what_runs_densely_is_red() -> None:
 
 
 def test_blocks_are_those_of_the_model_and_stand_as_deep_as_their_level() -> None:
-    (program,) = compiled_model("sd15").programs
+    program, *_ = compiled_model("sd15").programs
     groups = group_nodes([node for node in program.step.nodes if node.op != "output"])
     place(groups)
     by_path = {group.path: group for group in groups}
@@ -102,7 +102,7 @@ def test_the_block_of_a_module(path: str, block: str) -> None:
 
 
 def test_facts_tell_what_a_node_reads_and_what_reads_it() -> None:
-    (program,) = compiled_model("sd15").programs
+    program, *_ = compiled_model("sd15").programs
     facts = node_facts(program)
     for number, fact in enumerate(facts):
         assert all(number in facts[source]["out"] for source in fact["in"])
@@ -113,7 +113,7 @@ def test_facts_tell_what_a_node_reads_and_what_reads_it() -> None:
 
 
 def test_the_pyramid_shows_every_level_with_its_counts() -> None:
-    (program,) = compiled_model("sd15").programs
+    program, *_ = compiled_model("sd15").programs
     plan = SitePlan.build(square(24), program.levels, program.convs).blocked({Fraction(1): 2})
     html = draw_pyramid(plan)
     assert html.count("<figure>") == len(plan.active)
@@ -139,7 +139,7 @@ def test_a_profiled_call_has_the_sparse_operations() -> None:
 
 
 def test_the_page_has_all_of_it_and_needs_no_network(page: str) -> None:
-    (program,) = compiled_model("sd15").programs
+    program, *_ = compiled_model("sd15").programs
     for part in ("graph", "summary", "mask", "passes", "slots"):
         assert f'<section id="{part}">' in page
     assert 'id="time"' not in page
