@@ -14,7 +14,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -33,7 +32,7 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 import fisedit_compiler.kernels.block_costs as packaged
-from benchmarks.harness import machine, positive, prepare, versions
+from benchmarks.harness import kernel_times, machine, positive, prepare, versions
 from benchmarks.subjects import EMBEDDED_CONFIG, UNETS, scattered_mask, square_mask, thin_mask
 from fisedit_compiler.kernels.block_costs import FEATURES, TERMS
 from fisedit_compiler.kernels.convolve import gathered
@@ -156,8 +155,7 @@ def measure_layer(
             features = features_of(layer, plans[size], size, dtype)
             if term_values(features)["operations"] <= LARGEST[device.type]:
                 runs.append((path, size, features, calls(layer, plans[size], path, device, dtype)))
-    timer = _times_on_cuda if device.type == "cuda" else _times_on_cpu
-    times = timer([functions for *_, functions in runs], repeats)
+    times = kernel_times([functions for *_, functions in runs], repeats, device)
     return [Point(path, size, features, found) for (path, size, features, _), found in zip(runs, times, strict=True)]
 
 
@@ -205,49 +203,6 @@ def calls(
         partial(function, values, taps, places, weight, bias, key.kernel, key.stride, key.dilation)
         for weight in weights
     ]
-
-
-def _times_on_cpu(runs: Sequence[Sequence[Callable[[], Any]]], repeats: int) -> list[float]:
-    """Least microseconds of each, taken in turn: what disturbs a processor only ever adds."""
-    times: list[list[float]] = [[] for _ in runs]
-    for repeat in range(repeats + 1):
-        for (run,), found in zip(runs, times, strict=True):
-            start = time.perf_counter()
-            run()
-            if repeat:
-                found.append((time.perf_counter() - start) * 1e6)
-    return [min(found) for found in times]
-
-
-def _times_on_cuda(runs: Sequence[Sequence[Callable[[], Any]]], repeats: int) -> list[float]:
-    """Median microseconds of each inside a CUDA graph, as a step runs it."""
-    rounds = 3
-    # Nobody reads the results, so all graphs may write to the same memory.
-    pool = torch.cuda.graph_pool_handle()
-    graphs: list[tuple[torch.cuda.CUDAGraph, int]] = []
-    for functions in runs:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            functions[0]()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            for _ in range(rounds):
-                for function in functions:
-                    function()
-        graphs.append((graph, rounds * len(functions)))
-    times: list[list[float]] = [[] for _ in runs]
-    for repeat in range(repeats + 1):
-        for (graph, launches), found in zip(graphs, times, strict=True):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            if repeat:
-                found.append(start.elapsed_time(end) * 1e3 / launches)
-    return [statistics.median(found) for found in times]
 
 
 def fit(points: Sequence[Point], device: str, facts: Mapping[str, Any]) -> list[dict[str, Any]]:

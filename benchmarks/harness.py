@@ -133,6 +133,59 @@ def replay_times(copies: int = 5) -> Iterator[list[float]]:
         torch.cuda.CUDAGraph.replay = original  # type: ignore[method-assign]
 
 
+def kernel_times(runs: Sequence[Sequence[Callable[[], Any]]], repeats: int, device: torch.device) -> list[float]:
+    """Microseconds of small pieces of work, taken in turn.
+
+    Args:
+        runs: per piece, calls that do it, on other memory each, so that no cache serves the next one.
+        repeats: timed rounds.
+        device: where they run. On a GPU the median inside a CUDA graph, as a step runs them; on a processor the least
+            of the first call of each, since what disturbs a processor only ever adds.
+    """
+    return (_times_on_cuda if device.type == "cuda" else _times_on_cpu)(runs, repeats)
+
+
+def _times_on_cpu(runs: Sequence[Sequence[Callable[[], Any]]], repeats: int) -> list[float]:
+    times: list[list[float]] = [[] for _ in runs]
+    for repeat in range(repeats + 1):
+        for (run, *_), found in zip(runs, times, strict=True):
+            start = time.perf_counter()
+            run()
+            if repeat:
+                found.append((time.perf_counter() - start) * 1e6)
+    return [min(found) for found in times]
+
+
+def _times_on_cuda(runs: Sequence[Sequence[Callable[[], Any]]], repeats: int) -> list[float]:
+    rounds = 3
+    # Nobody reads the results, so all graphs may write to the same memory.
+    pool = torch.cuda.graph_pool_handle()
+    graphs: list[tuple[torch.cuda.CUDAGraph, int]] = []
+    for functions in runs:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            functions[0]()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            for _ in range(rounds):
+                for function in functions:
+                    function()
+        graphs.append((graph, rounds * len(functions)))
+    times: list[list[float]] = [[] for _ in runs]
+    for repeat in range(repeats + 1):
+        for (graph, launches), found in zip(graphs, times, strict=True):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            if repeat:
+                found.append(start.elapsed_time(end) * 1e3 / launches)
+    return [statistics.median(found) for found in times]
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One kernel of a profile: launches and microseconds a call."""

@@ -116,7 +116,7 @@ def compile_program(
         if entry:
             cache.save(entry, captured)
     captured_at = time.perf_counter()
-    compiled = compile_captured(captured, config)
+    compiled = compile_captured(captured, config, capture_seconds=captured_at - start)
     compiled.operations = dict(operations_of(captured.graph))
     compiled.seconds = {"capture": captured_at - start, "rewrite": time.perf_counter() - captured_at}
     compiled.from_cache = cached
@@ -124,24 +124,23 @@ def compile_program(
 
 
 def compile_captured(
-    captured: CapturedGraph, config: SparsifyConfig, observe: Observer | None = None
+    captured: CapturedGraph, config: SparsifyConfig, observe: Observer | None = None, *, capture_seconds: float = 0.0
 ) -> CompiledProgram:
     """Compile a captured and simplified graph.
 
     Args:
         captured: the dense graph.
         config: how to rewrite it.
-        observe: sees the graph after every pass, and at last the recording, the update and the step graph.
+        observe: sees the captured graph, the graph after every pass, and the recording, update and step graph.
+        capture_seconds: what capturing (or reading the capture from disk) took, for the reports.
 
     Raises:
         LayoutError: an output mixes sites.
         VerificationError: a pass left a graph that breaks an invariant.
     """
     instruments = Instruments(observe)
-    instruments.report(PassReport("capture", 0.0, {}, dict(operations_of(captured.graph))), captured.graph)
-    program = rewrite(captured, config, instruments)
-    compiled = _assemble(captured, program, instruments)
-    return compiled
+    instruments.report(PassReport("capture", capture_seconds, {}, dict(operations_of(captured.graph))), captured.graph)
+    return _assemble(captured, rewrite(captured, config, instruments), instruments)
 
 
 def _assemble(captured: CapturedGraph, program: Program, instruments: Instruments) -> CompiledProgram:

@@ -12,7 +12,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from benchmarks import compile_time, step_latency, wrapper_overhead
+from benchmarks import compile_time, product_parts, step_latency, wrapper_overhead
 from benchmarks.harness import Report, Stopwatch, Timing, alternate, machine, versions
 from benchmarks.subjects import make_call, square_mask
 
@@ -123,3 +123,16 @@ def test_a_device_that_is_not_there_is_named():
         pytest.skip("this machine has a CUDA device")
     with pytest.raises(SystemExit, match="no CUDA device"):
         step_latency.main(["--device", "cuda"])
+
+
+def test_products_are_timed_whole_and_in_the_parts_that_divide_them(tmp_path: Path):
+    file = tmp_path / "parts.json"
+    report = product_parts.main(
+        ["--products", "sdxl attention out", "--shrink", "2", "--repeats", "1", "--json", str(file)]
+    )
+    (row,) = report.rows
+    assert (row["rows"], row["inputs"], row["outputs"]) == (64, 640, 640)
+    assert row["chosen"] == 1 and row["ratio"] == pytest.approx(row["linear_us"] / row["1_us"], rel=0.05)
+    timed = [parts for parts in product_parts.PARTS if f"{parts}_us" in row]
+    assert timed == [parts for parts in product_parts.PARTS if 640 % parts == 0]
+    assert json.loads(file.read_text())["rows"] == report.rows

@@ -138,20 +138,7 @@ def pin(raw: Any, base: Any, layout: Any, plan: SitePlan) -> Any:
         return type(raw)(pin(*parts, plan) for parts in zip(raw, base, layout, strict=True))
     if not isinstance(raw, Tensor) or not isinstance(layout, Layout) or not layout.is_rows:
         return raw
-    return torch.where(selector(layout, plan), raw, base)
-
-
-def selector(layout: Layout, plan: SitePlan) -> Tensor:
-    """The active sites as a bool tensor that broadcasts against a dense value of ``layout``."""
-    assert layout.level is not None
-    active = plan.active_mask(layout.level)
-    shape = [1] * layout.rank
-    if layout.kind == "tokens":
-        shape[layout.axes[0]] = active.numel()
-        return active.reshape(shape)
-    height_axis, width_axis = layout.axes
-    shape[height_axis], shape[width_axis] = active.shape
-    return (active if height_axis < width_axis else active.T).reshape(shape)
+    return torch.where(plan.selector(layout), raw, base)
 
 
 def canvas_of(value: Tensor, layout: Layout) -> Tensor:

@@ -1,4 +1,4 @@
-"""Inputs to check a program with when the user gives none: random ones of the shapes that its signature asks for."""
+"""Inputs to check or time a program with when nobody gives any: random, of the shapes that its signature asks for."""
 
 from __future__ import annotations
 
@@ -8,21 +8,26 @@ import torch
 from torch import Tensor
 
 from fisedit_compiler.inputs import TensorSpec
-from fisedit_compiler.inspect.pinned import selector
 from fisedit_compiler.layout import Layout
 from fisedit_compiler.program import CompiledProgram
 from fisedit_compiler.runtime.site_plan import SitePlan
 
 BATCH = 2
-TEXT_TOKENS = 7
+FEW_TOKENS = 7
+"""Text tokens of a call that is only compared: fewer than a prompt's, so that it is cheap."""
 TIMESTEP = 481
 MAP_AXES = (2, 3)
 
 
-def sample_inputs(program: CompiledProgram, height: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
+def sample_inputs(
+    program: CompiledProgram, height: int, width: int, generator: torch.Generator, tokens: int = FEW_TOKENS
+) -> dict[str, Tensor]:
     """Tensors of one call by placeholder name, for a spatial input of ``height`` by ``width`` sites."""
     signature = program.signature
-    return {spec.identifier(): _sample(spec, height, width, signature.device, generator) for spec in signature.tensors}
+    return {
+        spec.identifier(): _sample(spec, height, width, tokens, signature.device, generator)
+        for spec in signature.tensors
+    }
 
 
 def edited_inputs(
@@ -37,7 +42,7 @@ def edited_inputs(
             continue
         other = _noise(tuple(value.shape), value.dtype, str(value.device), generator)
         if spec.is_spatial:
-            other = torch.where(selector(Layout("map", 4, spec.level, MAP_AXES), plan), value + other, value)
+            other = torch.where(plan.selector(Layout("map", 4, spec.level, MAP_AXES)), value + other, value)
         edited[spec.identifier()] = other
     return edited
 
@@ -68,9 +73,9 @@ def is_timestep(spec: TensorSpec) -> bool:
     return spec.name == "timestep"
 
 
-def _sample(spec: TensorSpec, height: int, width: int, device: str, generator: torch.Generator) -> Tensor:
+def _sample(spec: TensorSpec, height: int, width: int, tokens: int, device: str, generator: torch.Generator) -> Tensor:
     scale = spec.level if spec.is_spatial else 1
-    known = {"b": BATCH, "h": int(height / scale), "w": int(width / scale), "t": TEXT_TOKENS}
+    known = {"b": BATCH, "h": int(height / scale), "w": int(width / scale), "t": tokens}
     shape = tuple(known[axis] if isinstance(axis, str) else axis for axis in spec.axes)
     if is_timestep(spec):
         return torch.full(shape, TIMESTEP, dtype=spec.dtype, device=device)

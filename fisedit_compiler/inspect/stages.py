@@ -157,7 +157,7 @@ def stages_of(program: CompiledProgram) -> Stages:
     def keep(report: PassReport, graph: fx.Graph) -> None:
         stages.append(Stage(report.name, report.seconds, report.removed, report.added, copy_graph(graph)))
 
-    compile_captured(program.captured, program.config, keep)
+    compile_captured(program.captured, program.config, keep, capture_seconds=program.seconds.get("capture", 0.0))
     return Stages(stages)
 
 

@@ -14,7 +14,7 @@ from fisedit_compiler.kernels.block_costs import fits
 from fisedit_compiler.kernels.patches import BLOCK_SIZES
 
 if TYPE_CHECKING:
-    from fisedit_compiler.inspect.explain import Explanation, Measured, ProgramExplanation, Work
+    from fisedit_compiler.inspect.explanation import Explanation, Measured, ProgramExplanation, Work
 
 _UNWRAPPED = 10_000
 """Columns of plain text: no reason is broken in two, so a search finds it."""

@@ -67,12 +67,12 @@ class Instruments:
         self.report(PassReport(name, seconds, dict(before - after), dict(after - before)), graph)
 
     @contextmanager
-    def made(self, name: str, source: fx.Graph | None = None) -> Iterator[Made]:
-        """Around making a graph; ``source`` is what it was made from, where a comparison says something."""
+    def made(self, name: str, source: fx.Graph) -> Iterator[Made]:
+        """Around making a graph from ``source``."""
         result, start = Made(), time.perf_counter()
         yield result
         seconds = time.perf_counter() - start
-        before, after = operations(source) if source is not None else Counter(), operations(result.graph)
+        before, after = operations(source), operations(result.graph)
         self.report(PassReport(name, seconds, dict(before - after), dict(after - before)), result.graph)
 
     def report(self, report: PassReport, graph: fx.Graph) -> None:

@@ -17,7 +17,6 @@ from torch.utils import _pytree as pytree
 
 from fisedit_compiler import masks
 from fisedit_compiler.config import SparsifyConfig
-from fisedit_compiler.layout import Layout
 from fisedit_compiler.program import CompiledProgram
 from fisedit_compiler.runtime.break_even import break_even
 from fisedit_compiler.runtime.site_plan import SitePlan
@@ -123,21 +122,6 @@ def _pin(flat: Sequence[Any], program: CompiledProgram, recorded: Mapping[str, T
         return list(flat)
     layouts = {slot.name: slot.layout for slot in program.slots}
     return [
-        value
-        if output.slot is None
-        else torch.where(_selector(plan, layouts[output.slot]), value, recorded[output.slot])
+        value if output.slot is None else torch.where(plan.selector(layouts[output.slot]), value, recorded[output.slot])
         for value, output in zip(flat, program.outputs, strict=True)
     ]
-
-
-def _selector(plan: SitePlan, layout: Layout) -> Tensor:
-    """The active sites as a bool tensor that broadcasts against a dense value of ``layout``."""
-    assert layout.is_rows and layout.level is not None, layout
-    active = plan.active_mask(layout.level)
-    shape = [1] * layout.rank
-    if layout.kind == "tokens":
-        shape[layout.axes[0]] = active.numel()
-        return active.reshape(shape)
-    height_axis, width_axis = layout.axes
-    shape[height_axis], shape[width_axis] = active.shape
-    return (active if height_axis < width_axis else active.T).reshape(shape)

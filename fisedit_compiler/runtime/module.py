@@ -16,7 +16,8 @@ from torch import nn
 
 from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.errors import MaskError, ModeError, RecordingError
-from fisedit_compiler.inspect.explain import TEXT_TOKENS, Explanation, Measured, Setting, default_size, explain_program
+from fisedit_compiler.inspect.explain import TEXT_TOKENS, default_size, explain_program
+from fisedit_compiler.inspect.explanation import Explanation, Measured, Setting
 from fisedit_compiler.inspect.stages import Stages, choose_program, stages_of
 from fisedit_compiler.masks import to_site_mask
 from fisedit_compiler.program import CompiledProgram

@@ -21,7 +21,8 @@ from fisedit_compiler import masks
 from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.errors import RecordingError
 from fisedit_compiler.inputs import CallSignature
-from fisedit_compiler.inspect.explain import TEXT_TOKENS, Explanation, Measured, Setting, explain_program
+from fisedit_compiler.inspect.explain import TEXT_TOKENS, explain_program
+from fisedit_compiler.inspect.explanation import Explanation, Measured, Setting
 from fisedit_compiler.masks import grown, to_site_mask
 from fisedit_compiler.runtime.deferred import DeferredChecks
 from fisedit_compiler.runtime.executable import Executable

@@ -20,6 +20,7 @@ from torch import Tensor
 from fisedit_compiler.errors import MaskError, PlanError
 from fisedit_compiler.kernels.attention_sites import inverse_table
 from fisedit_compiler.kernels.patches import BLOCK_SIZES
+from fisedit_compiler.layout import Layout
 from fisedit_compiler.masks import grown
 from fisedit_compiler.runtime.conv_tables import ConvKey, patch_table, tabulate
 
@@ -240,6 +241,18 @@ class SitePlan:
         mask = torch.zeros(height * width, dtype=torch.bool, device=active.device)
         mask[active] = True
         return mask.view(height, width)
+
+    def selector(self, layout: Layout) -> Tensor:
+        """The active sites as a bool tensor that broadcasts against a dense map or tokens of ``layout``."""
+        assert layout.is_rows and layout.level is not None, layout
+        active = self.active_mask(layout.level)
+        shape = [1] * layout.rank
+        if layout.kind == "tokens":
+            shape[layout.axes[0]] = active.numel()
+            return active.reshape(shape)
+        height_axis, width_axis = layout.axes
+        shape[height_axis], shape[width_axis] = active.shape
+        return (active if height_axis < width_axis else active.T).reshape(shape)
 
     @property
     def area(self) -> float:

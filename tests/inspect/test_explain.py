@@ -15,7 +15,8 @@ from torch import nn
 
 from fisedit_compiler import SparsifyConfig, sparsify
 from fisedit_compiler.errors import MaskError, PlanError
-from fisedit_compiler.inspect.explain import Explanation, ProgramExplanation, Work, fates
+from fisedit_compiler.inspect.explain import fates
+from fisedit_compiler.inspect.explanation import Explanation, ProgramExplanation, Work
 from fisedit_compiler.kernels.block_costs import fits
 from tests.passes.pass_tools import Forward, compile_small
 from tests.runtime.compiled import HEIGHT, WIDTH, box, compiled_model

@@ -26,6 +26,7 @@ def test_there_is_a_stage_for_the_capture_for_every_pass_and_for_each_graph_that
     passes = [rewrite.name for rewrite in REWRITES]
     assert stages.names == ["capture", *passes, "lower", "recording", "update", "step"]
     assert all(stage.seconds >= 0.0 for stage in stages)
+    assert stages["capture"].seconds == compiled_model("sd15").programs[0].seconds["capture"] > 0.0
 
 
 def test_they_are_what_was_compiled(stages: Stages) -> None:

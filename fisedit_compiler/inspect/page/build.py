@@ -9,22 +9,20 @@ from importlib import resources
 from string import Template
 from typing import TYPE_CHECKING
 
-import sympy
 from torch import Tensor
 
+from fisedit_compiler.inspect import costs
+from fisedit_compiler.inspect.explain import TEXT_TOKENS
 from fisedit_compiler.inspect.page.drawing import draw_program, node_facts
 from fisedit_compiler.inspect.page.pyramid import draw_pyramid
 from fisedit_compiler.inspect.page.timeline import Event, draw_timeline
 from fisedit_compiler.inspect.stages import Stages, choose_program, stages_of
-from fisedit_compiler.ir import BATCH, HEIGHT, TEXT, WIDTH, ValueSpec
+from fisedit_compiler.ir import spec_of
 from fisedit_compiler.runtime.site_plan import SitePlan
 
 if TYPE_CHECKING:
     from fisedit_compiler.program import CompiledProgram
     from fisedit_compiler.runtime.module import SparseModule
-
-_TOKENS = 77
-"""Text tokens that sizes are evaluated for."""
 
 
 def build_page(
@@ -61,7 +59,7 @@ def build_page(
     return template.substitute(
         title=escape(title or type(compiled.original).__name__),
         drawing=draw_program(chosen),
-        summary=escape(str(compiled.explain(mask))),
+        summary=escape(str(compiled.explain(mask, batch=batch))),
         pyramid=draw_pyramid(plan),
         passes=_passes(stages_of(chosen)),
         slots=_slots(chosen, batch, *mask.shape),
@@ -96,23 +94,14 @@ def _coloured(diff: str) -> str:
 
 
 def _slots(program: CompiledProgram, batch: int, height: int, width: int) -> str:
-    values: dict[sympy.Symbol, int] = {
-        BATCH: batch, HEIGHT: height // program.multiple, WIDTH: width // program.multiple, TEXT: _TOKENS,
-    }  # fmt: skip
-    output = next(node for node in program.recording.nodes if node.op == "output")
-    stored = list(output.args[0])[len(program.outputs) :]  # type: ignore[arg-type]
-    rows, total = [], 0
-    for slot, node in zip(program.slots, stored, strict=True):
-        spec = node.meta.get("spec")  # type: ignore[union-attr]
-        nbytes: int | None = None
-        if isinstance(spec, ValueSpec):
-            count = sympy.Mul(*spec.shape).subs(values)
-            nbytes = int(count) * spec.dtype.itemsize
-            total += nbytes
-        size = "" if nbytes is None else f"{nbytes / 2**10:,.0f}"
-        rows.append(
-            f"<tr><td>{escape(slot.name)}</td><td>{slot.kind}</td><td>{escape(str(slot.layout))}</td>"
-            f'<td class="number">{size}</td></tr>'
-        )
+    values = costs.call_sizes(program.multiple, height, width, batch, TEXT_TOKENS)
+    loaded = [node for node in program.update.nodes if node.op == "placeholder" and node.meta["input"][0] == "slot"]
+    nbytes = {node.meta["input"][1]: costs.evaluate(costs.nbytes(spec_of(node)), values) for node in loaded}
+    rows = [
+        f"<tr><td>{escape(slot.name)}</td><td>{slot.kind}</td><td>{escape(str(slot.layout))}</td>"
+        f'<td class="number">{nbytes[slot.name] / 2**10:,.0f}</td></tr>'
+        for slot in program.slots
+    ]
     head = '<tr><th>slot</th><th>kind</th><th>layout</th><th class="number">KiB a call</th></tr>'
-    return f"<p>{len(rows)} slots, {total / 2**20:,.1f} MiB a call.</p><table>{head}{''.join(rows)}</table>"
+    total = sum(nbytes.values()) / 2**20
+    return f"<p>{len(rows)} slots, {total:,.1f} MiB a call.</p><table>{head}{''.join(rows)}</table>"

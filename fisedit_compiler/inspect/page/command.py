@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fisedit_compiler import masks
 from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.errors import FiseditError
-from fisedit_compiler.inputs import known_model
+from fisedit_compiler.inspect.explain import TEXT_TOKENS
 from fisedit_compiler.inspect.page.build import build_page
 from fisedit_compiler.inspect.page.drawing import draw_program
 from fisedit_compiler.inspect.page.timeline import Event, profile_call
+from fisedit_compiler.inspect.samples import edited_inputs, sample_inputs, scalars_of
+from fisedit_compiler.inspect.stages import choose_program
 from fisedit_compiler.runtime.module import SparseModule
 
 DEFAULT_AREA = 0.06
@@ -76,38 +77,25 @@ def square(side: int) -> Tensor:
 def profile_edit(compiled: SparseModule, mask: Tensor) -> list[Event]:
     """The operations of a second sparse call, its inputs random: the first one computes what depends on the prompt.
 
-    Raises:
-        FiseditError: the model's class is unknown, so nobody knows what to call it with.
+    Args:
+        compiled: a module that is compiled already.
+        mask: bool ``[H, W]`` at latent resolution.
     """
-    base = _example(compiled.original, mask, seed=0)
-    edit = _example(compiled.original, mask, seed=1)
-    edit["sample"] = torch.where(mask.to(base["sample"].device), edit["sample"], base["sample"])
-    with compiled.record() as recording:
-        for _ in range(2):
-            compiled(**base)
-    with compiled.edit(recording, mask):
-        compiled(**edit)
-        return profile_call(lambda: compiled(**edit), base["sample"].device)
-
-
-def _example(module: nn.Module, mask: Tensor, seed: int) -> dict[str, Any]:
-    known = known_model(module)
-    if known is None:
-        raise FiseditError(
-            f"{type(module).__name__} is no known model class, so no call of it can be made up; profile an edit of "
-            "your own with fisedit_compiler.inspect.page.timeline.profile_call and pass it as events=."
-        )
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: random(item) for name, item in value.items()}
-        return torch.randn(value.shape, generator=generator).to(value) if value.dim() else value
-
-    example = known.example(module)
+    choose_program(compiled.programs, 0)
+    executable = compiled._programs.executables()[0]
+    program, generator = executable.program, torch.Generator().manual_seed(0)
     height, width = mask.shape
-    example["sample"] = example["sample"].new_zeros(*example["sample"].shape[:2], height, width)
-    return {name: random(value) for name, value in example.items()}
+    base = sample_inputs(program, height, width, generator, tokens=TEXT_TOKENS)
+    sample = base[program.spatial[0]]
+    plan = executable.plan(mask, compiled.sparsify_config.dilation, sample)
+    edited = edited_inputs(program, base, plan, generator)
+    slots, scalars = executable.record(base)[1], scalars_of(program, base)
+
+    def call() -> None:
+        executable.step(edited, slots, plan, update=False, scalars=scalars)
+
+    call()
+    return profile_call(call, sample.device)
 
 
 def _check_writable(path: Path) -> None:
