@@ -58,12 +58,20 @@ def _cuda(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None)
     half = query.dtype in (torch.float16, torch.bfloat16)  # tensor cores would round float32 to tf32
     size = query.shape[3]
     if not half or not 0 < key.shape[2] <= FEW_KEYS or value.shape[3] != size or size > 256:
-        # torch's kernels may load what lies between the rows of a cut-out tensor, and 0 * NaN is NaN.
-        query, key, value = (t if is_plain(t) else t.contiguous() for t in (query, key, value))
-        return _reference(query, key, value, scale)
+        return _reference(_for_torch(query), _for_torch(key), _for_torch(value), scale)
     from fisedit_compiler.kernels.triton.cross_attention import cross_attention as kernel
 
     return kernel(query, key, value, scale)
+
+
+def _for_torch(tensor: Tensor) -> Tensor:
+    """``tensor`` in a form that all of torch's own kernels take.
+
+    They may load what lies between the rows of a cut-out tensor, and ``0 * NaN`` is NaN; and the one for float32 refuses
+    unaligned strides even of axes with one element, which ``contiguous()`` leaves as they are.
+    """
+    aligned = all(stride % 8 == 0 for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size == 1)
+    return tensor if is_plain(tensor) and aligned else tensor.clone(memory_format=torch.contiguous_format)
 
 
 provide(_NAME, "CUDA", _cuda)
