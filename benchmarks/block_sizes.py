@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,15 +67,16 @@ def edit(
     return session.plan
 
 
-def measure(compiled: Any, run: Run, *, repeats: int, warmup: int) -> list[dict[str, Any]]:
-    """The rows of one model."""
+def measure(compiled: Any, run: Run, kinds: list[str], *, repeats: int, warmup: int) -> Iterator[dict[str, Any]]:
+    """The rows of one model, one a mask, as they are known."""
     device = run.samples[0].device
     with compiled.record() as recording:
         for call in range(run.calls):
             run.dense(compiled, call, run.samples, run.prompt)
     (program,) = compiled.programs
-    rows = []
-    for kind, mask in masks(run.height, run.width).items():
+    known = masks(run.height, run.width)
+    for kind in kinds:
+        mask = known[kind]
         plain = SitePlan.build(mask, program.levels, program.convs)
         plans: dict[str, SitePlan | None] = {
             str(size): plain.blocked(dict.fromkeys(plain.active, size)).to(device) for size in BLOCK_SIZES
@@ -87,7 +89,7 @@ def measure(compiled: Any, run: Run, *, repeats: int, warmup: int) -> list[dict[
         best = min((str(size) for size in BLOCK_SIZES), key=lambda name: watch[name].median_ms)
         over = watch[ADAPTIVE].median_ms / watch[best].median_ms
         levels = sorted({layer.key.target for layer in program.layers})
-        rows.append(
+        yield (
             {
                 "mask": kind,
                 "mask_fraction": round(mask.float().mean().item(), 4),
@@ -99,8 +101,6 @@ def measure(compiled: Any, run: Run, *, repeats: int, warmup: int) -> list[dict[
                 "within": over <= ALLOWED,
             }
         )
-        print(rows[-1], flush=True)
-    return rows
 
 
 def draw(rows: list[dict[str, Any]]) -> Table:
@@ -130,6 +130,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argument_parser(str(__doc__).splitlines()[0], repeats=15)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=[EMBEDDED], help="full-size ones: on a GPU")
     parser.add_argument("--size", type=positive, help="sites along a side of the latents; default: the model's")
+    parser.add_argument(
+        "--masks", nargs="+", choices=tuple(masks(64, 64)), default=list(masks(64, 64)), help="which ones"
+    )
     parser.add_argument("--warmup", type=positive, default=3, help="untimed repeats before the timed ones")
     return parser.parse_args(arguments)
 
@@ -157,10 +160,11 @@ def main(arguments: list[str] | None = None) -> Report:
             unet, _, tokens = load(name, device, dtype)
             run = Run(unet, calls=2, tokens=tokens, size=options.size)
             compiled = sparsify(unet, SparsifyConfig(backend=backend, dense_above=1.0))
-            found = measure(compiled, run, repeats=options.repeats, warmup=options.warmup)
-        rows += [{"model": name, **row} for row in found]
-        if options.json is not None:
-            report.write(options.json)
+            for row in measure(compiled, run, options.masks, repeats=options.repeats, warmup=options.warmup):
+                rows.append({"model": name, **row})
+                print(rows[-1], flush=True)
+                if options.json is not None:
+                    report.write(options.json)
         del unet, run, compiled
         forget_compiled(device)
     report.publish(draw(rows), options.json)
