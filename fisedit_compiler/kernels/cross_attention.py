@@ -67,7 +67,7 @@ def _cuda(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None)
 def _for_torch(tensor: Tensor) -> Tensor:
     """``tensor`` in a form that all of torch's own kernels take.
 
-    They may load what lies between the rows of a cut-out tensor, and ``0 * NaN`` is NaN; and the one for float32 refuses
+    They may load what lies between the rows of a cut-out tensor, and ``0 * NaN`` is NaN. The one for float32 refuses
     unaligned strides even of axes with one element, which ``contiguous()`` leaves as they are.
     """
     aligned = all(stride % 8 == 0 for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size == 1)
