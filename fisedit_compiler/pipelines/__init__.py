@@ -1,17 +1,31 @@
-"""The diffusers side: the Editor, its results, the automatic mask, and drawings of them."""
+"""The diffusers side: the Editor, its results, the detectors of the automatic mask, and drawings of them."""
 
-from fisedit_compiler.pipelines.detect import DetectedMask, LatentDifference
+from fisedit_compiler.pipelines.detectors import (
+    DetectedMask,
+    DetectionContext,
+    EarlyDifference,
+    LatentDifference,
+    MaskDetector,
+    mask_detectors,
+    register_mask_detector,
+)
 from fisedit_compiler.pipelines.editor import Editor
-from fisedit_compiler.pipelines.report import EditReport
+from fisedit_compiler.pipelines.report import Detection, EditReport
 from fisedit_compiler.pipelines.runs import DenseRun, Edit, Generation, RunSettings
 
 __all__ = [
     "DenseRun",
     "DetectedMask",
+    "Detection",
+    "DetectionContext",
+    "EarlyDifference",
     "Edit",
     "EditReport",
     "Editor",
     "Generation",
     "LatentDifference",
+    "MaskDetector",
     "RunSettings",
+    "mask_detectors",
+    "register_mask_detector",
 ]

@@ -1,8 +1,8 @@
 """The comfortable door: ``Editor`` makes images, edits them, and edits the edits.
 
 It drives a stock diffusers pipeline through public features only: a seeded generator and
-``callback_on_step_end`` with the latents. The sparse work is the compiled UNet's, the automatic mask's rule
-``pipelines.detect``'s, the looking at the user's arguments ``pipelines.checks``'s.
+``callback_on_step_end`` with the latents. The sparse work is the compiled UNet's, the automatic mask's rules are
+``pipelines.detectors``'s, the looking at the user's arguments ``pipelines.checks``'s.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.errors import ConfigError, ModeError, RecordingError
 from fisedit_compiler.masks import MaskLike
 from fisedit_compiler.pipelines import checks
-from fisedit_compiler.pipelines.detect import LatentDifference
+from fisedit_compiler.pipelines.detectors import DetectionContext, MaskDetector
 from fisedit_compiler.pipelines.instruments import status, timed_calls
-from fisedit_compiler.pipelines.plan import EditPlan, mask_argument
+from fisedit_compiler.pipelines.plan import EditPlan, detection_steps, mask_argument
 from fisedit_compiler.pipelines.runs import DenseRun, Edit, Generation, RunSettings
 from fisedit_compiler.pipelines.steps import EmptyMaskFound, FollowBase, KeepLatents
 from fisedit_compiler.runtime.module import SparseModule
@@ -153,8 +153,8 @@ class Editor:
         base: Generation,
         prompt: str,
         *,
-        mask: MaskLike | LatentDifference | None = None,
-        dense_calls: int = 4,
+        mask: MaskLike | MaskDetector | None = None,
+        dense_calls: int | None = None,
         negative_prompt: str | None = None,
         record: bool = True,
         seed: int | None = None,
@@ -171,10 +171,12 @@ class Editor:
             base: a generation, or an earlier edit made with ``record=True``.
             prompt: the new text.
             mask: what to change, in any form :func:`fisedit_compiler.masks.to_site_mask` takes, at the latent's
-                or the image's size. ``None`` or ``"latent-difference"`` finds it: the first steps run densely
-                and the mask is where the latents leave the base's; if that is everywhere, the whole run is dense.
-                A :class:`~fisedit_compiler.pipelines.detect.LatentDifference` does so with its own settings.
-            dense_calls: steps the automatic mask is found in; each costs a dense UNet call.
+                or the image's size. ``None`` finds it: the first steps run densely, and the mask is where the latents
+                leave the base's; if that is everywhere, the whole run is dense. The name of a detector
+                (:func:`~fisedit_compiler.pipelines.detectors.mask_detectors`) or a
+                :class:`~fisedit_compiler.pipelines.detectors.MaskDetector` finds it by another rule.
+            dense_calls: steps the automatic mask is found in at most, each costs a dense UNet call; the detector's own
+                number if left out.
             negative_prompt: the base's if left out.
             record: keep a recording of the edited run, so that the edit can be edited; costs memory like the
                 base's.
@@ -203,11 +205,8 @@ class Editor:
             )
 
         source, given = mask_argument(mask, base)
-        if isinstance(given, LatentDifference) and not 1 <= dense_calls < len(base.latents):
-            raise ConfigError(
-                f"dense_calls={dense_calls} must be at least 1 and less than the {len(base.latents)} steps of the base"
-            )
-        plan = EditPlan(base, prompt, negative, source, given, dense_calls, record, started)
+        steps = detection_steps(given, dense_calls, len(base.latents))
+        plan = EditPlan(base, prompt, negative, source, given, steps, record, started)
         if prompt == base.prompt and (negative or "") == (base.negative_prompt or ""):
             return plan.unchanged("the prompts are the base's: nothing was run", source="none")
         if isinstance(given, torch.Tensor) and not bool(given.any()):
@@ -238,6 +237,8 @@ class Editor:
         base = plan.base
         compiled = self.compiled
         assert base.recording is not None  # edit() refuses a base without
+        if isinstance(plan.mask, MaskDetector):
+            plan.mask.start(DetectionContext(self.pipe, base, plan.prompt))
         try:
             mask = plan.mask if isinstance(plan.mask, torch.Tensor) else None
             with compiled.edit(base.recording, mask=mask, record=plan.record) as session:
@@ -246,7 +247,8 @@ class Editor:
                 with timed_calls(compiled) as seconds:
                     image = self._run(plan.prompt, plan.negative_prompt, base.settings, follow, "edit")
         except EmptyMaskFound as found:
-            return plan.unchanged("the latents do not differ from the base's", calls=found.calls)
+            note = "the latents do not differ from the base's"
+            return plan.unchanged(note, calls=found.calls, detection=found.detection)
         return plan.edited(image, follow, session, seconds)
 
     def _run(

@@ -13,14 +13,13 @@ import torch
 from PIL import Image
 
 from fisedit_compiler import masks
+from fisedit_compiler.errors import ConfigError, MaskError
 from fisedit_compiler.masks import MaskLike
-from fisedit_compiler.pipelines.detect import LatentDifference
-from fisedit_compiler.pipelines.report import EditReport
+from fisedit_compiler.pipelines.detectors import MaskDetector, is_detector_name, make_mask_detector, mask_detectors
+from fisedit_compiler.pipelines.report import Detection, EditReport
 from fisedit_compiler.pipelines.runs import Edit, Generation
 from fisedit_compiler.pipelines.steps import FollowBase
 from fisedit_compiler.runtime.sessions import EditSession
-
-AUTOMATIC_MASK = "latent-difference"
 
 
 @dataclass(frozen=True)
@@ -31,17 +30,24 @@ class EditPlan:
     prompt: str
     negative_prompt: str | None
     source: str
-    mask: torch.Tensor | LatentDifference
+    mask: torch.Tensor | MaskDetector
     dense_calls: int
     record: bool
     started: float
 
-    def unchanged(self, note: str, source: str | None = None, calls: tuple[tuple[str, float], ...] = ()) -> Edit:
+    def unchanged(
+        self,
+        note: str,
+        source: str | None = None,
+        calls: tuple[tuple[str, float], ...] = (),
+        detection: Detection | None = None,
+    ) -> Edit:
         """The base as an edit: same picture, latents and recording."""
         empty = torch.zeros(self.base.latents[0].shape[-2:], dtype=torch.bool)
         report = EditReport(
             mask_source=source or self.source,
             area=0.0,
+            detection=detection,
             calls=calls,
             wall_seconds=time.perf_counter() - self.started,
             recording_bytes=_nbytes(self.base),
@@ -72,7 +78,7 @@ class EditPlan:
         report = EditReport(
             mask_source=self.source,
             area=masks.area(mask),
-            threshold=None if found is None else found.threshold,
+            detection=follow.detection,
             calls=tuple(zip(kinds, seconds, strict=True)),
             wall_seconds=time.perf_counter() - self.started,
             recording_bytes=_nbytes(self.base),
@@ -94,16 +100,40 @@ class EditPlan:
         )
 
 
-def mask_argument(
-    mask: MaskLike | LatentDifference | None, base: Generation
-) -> tuple[str, torch.Tensor | LatentDifference]:
-    """Where the mask comes from, and the mask itself or the rule that will find it."""
-    if isinstance(mask, LatentDifference):
-        return AUTOMATIC_MASK, mask.fresh()
-    if mask is None or (isinstance(mask, str) and mask == AUTOMATIC_MASK):
-        return AUTOMATIC_MASK, LatentDifference()
+def mask_argument(mask: MaskLike | MaskDetector | None, base: Generation) -> tuple[str, torch.Tensor | MaskDetector]:
+    """Where the mask comes from, and the mask itself or the detector that will find it.
+
+    Raises:
+        MaskError: it is no mask, no detector and no name of one.
+    """
+    if mask is None:
+        mask = make_mask_detector()
+    if isinstance(mask, str) and is_detector_name(mask):
+        mask = make_mask_detector(mask)
+    if isinstance(mask, MaskDetector):
+        return mask.name, mask.fresh()
     height, width = base.latents[0].shape[-2:]
-    return "user", masks.to_site_mask(mask, height, width, image_scale=base.settings.height // height)
+    try:
+        return "user", masks.to_site_mask(mask, height, width, image_scale=base.settings.height // height)
+    except MaskError as error:
+        if isinstance(mask, str) and "." not in mask:
+            raise MaskError(f"{error}; mask detectors are {', '.join(mask_detectors())}") from error
+        raise
+
+
+def detection_steps(mask: torch.Tensor | MaskDetector, dense_calls: int | None, steps: int) -> int:
+    """Steps at most in which the mask is found: ``dense_calls``, or what the detector wants; 0 for a given mask.
+
+    Raises:
+        ConfigError: ``dense_calls`` leaves no step to find the mask in, or none to use it in.
+    """
+    if isinstance(mask, torch.Tensor):
+        return 0
+    if dense_calls is None:
+        return max(1, min(mask.max_calls, steps - 1))
+    if not 1 <= dense_calls < steps:
+        raise ConfigError(f"dense_calls={dense_calls} must be at least 1 and less than the {steps} steps of the base")
+    return dense_calls
 
 
 def _nbytes(base: Generation) -> int:

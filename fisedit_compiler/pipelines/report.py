@@ -8,13 +8,42 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
+class Detection:
+    """How an automatic mask was found.
+
+    Attributes:
+        detector: its name.
+        steps: steps of the scheduler that it looked at.
+        threshold: above which a site counted as changed; ``None`` if nothing differed.
+        quiet: mean difference below the threshold over that above it: near 0 for a clearly local change.
+        area: share of the sites in the mask.
+        seconds: from the start of the run to the mask, the dense calls included.
+    """
+
+    detector: str
+    steps: int
+    threshold: float | None
+    quiet: float | None
+    area: float
+    seconds: float
+
+    def __str__(self) -> str:
+        parts = [f"{self.detector} after {self.steps} step{'s' * (self.steps != 1)}, {self.seconds:.2f} s"]
+        if self.threshold is not None:
+            parts.append(f"threshold {self.threshold:.3g}")
+        if self.quiet is not None:
+            parts.append(f"quiet {self.quiet:.2f}")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
 class EditReport:
     """The cost of one edit; ``print(report)`` shows it.
 
     Attributes:
-        mask_source: ``"latent-difference"``, ``"user"`` or ``"none"`` (the base was returned without a run).
+        mask_source: name of the detector, ``"user"`` or ``"none"`` (the base was returned without a run).
         area: share of the sites that the mask makes active, in [0, 1].
-        threshold: Otsu's threshold of the automatic mask.
+        detection: how an automatic mask was found; ``None`` if it was given.
         calls: ``(kind, seconds)`` of every UNet call, kind ``"dense"``, ``"sparse"`` or ``"skipped"``.
         wall_seconds: duration of the whole edit, text encoder and decoder included.
         recording_bytes: size of the recording the edit read from.
@@ -26,12 +55,17 @@ class EditReport:
 
     mask_source: str
     area: float
-    threshold: float | None = None
+    detection: Detection | None = None
     calls: Sequence[tuple[str, float]] = field(default=(), repr=False)
     wall_seconds: float = 0.0
     recording_bytes: int = 0
     restored_steps: int = 0
     note: str = ""
+
+    @property
+    def threshold(self) -> float | None:
+        """The value above which the automatic mask took a site for changed."""
+        return None if self.detection is None else self.detection.threshold
 
     @property
     def dense_calls(self) -> int:
@@ -59,7 +93,7 @@ class EditReport:
         return self._median_ms("sparse")
 
     def __str__(self) -> str:
-        lines = [f"mask      {self.area:.1%} of the sites ({self._source()})"]
+        lines = [f"mask      {self.area:.1%} of the sites ({self.detection or self.mask_source})"]
         for kind, count, median in (
             ("dense", self.dense_calls, self.dense_ms),
             ("sparse", self.sparse_calls, self.sparse_ms),
@@ -73,11 +107,6 @@ class EditReport:
         if self.note:
             lines.append(f"note      {self.note}")
         return "\n".join(lines)
-
-    def _source(self) -> str:
-        if self.threshold is None:
-            return self.mask_source
-        return f"{self.mask_source}, threshold {self.threshold:.3g}"
 
     def _count(self, kind: str) -> int:
         return sum(1 for seen, _ in self.calls if seen == kind)

@@ -6,23 +6,25 @@ run.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from fisedit_compiler import masks
-from fisedit_compiler.errors import RecordingError
-from fisedit_compiler.pipelines.detect import DetectedMask, LatentDifference
+from fisedit_compiler.errors import MaskError, RecordingError
+from fisedit_compiler.pipelines.detectors import DetectedMask, MaskDetector
+from fisedit_compiler.pipelines.report import Detection
 from fisedit_compiler.runtime.sessions import EditSession
 
 
 class EmptyMaskFound(Exception):
     """The automatic mask is empty. Ends a run from inside; the Editor catches it, users never see it."""
 
-    def __init__(self, calls: tuple[tuple[str, float], ...]) -> None:
+    def __init__(self, calls: tuple[tuple[str, float], ...], detection: Detection) -> None:
         super().__init__("the automatic mask is empty")
-        self.calls = calls
+        self.calls, self.detection = calls, detection
 
 
 class KeepLatents:
@@ -42,27 +44,29 @@ class KeepLatents:
 class FollowBase:
     """Keeps an edit on its base outside the mask, and finds the mask first if none was given.
 
-    A mask is a tensor or the rule to find one by. Until it is known the UNet runs densely under the new prompt;
-    after ``dense_calls`` steps the mask is where the latents left the base's. From then on the latents outside
-    the mask are set to the base's after every step. In a sparse step of a stateless scheduler they are so
-    already, bit for bit; the step that ends the dense calls needs it, and so do multistep schedulers for as long
-    as they remember a dense call.
+    A mask is a tensor or the detector that finds one. Until it is known the UNet runs densely under the new prompt,
+    and the detector sees every step, ``dense_calls`` of them at most. From then on the latents outside the mask
+    are set to the base's after every step. In a sparse step of a stateless scheduler they are so already, bit
+    for bit; the step that ends the dense calls needs it, and so do multistep schedulers for as long as they
+    remember a dense call.
     """
 
     def __init__(
         self,
         base_latents: Sequence[torch.Tensor],
         session: EditSession,
-        mask: torch.Tensor | LatentDifference,
+        mask: torch.Tensor | MaskDetector,
         dense_calls: int,
         growth: int = 0,
     ) -> None:
         self.latents: list[torch.Tensor] = []
         self.detected: DetectedMask | None = None
+        self.detection: Detection | None = None
         self._base_latents = base_latents
         self._session = session
         self._dense_calls = dense_calls
-        self._difference = mask if isinstance(mask, LatentDifference) else None
+        self._detector = mask if isinstance(mask, MaskDetector) else None
+        self._started = time.perf_counter()
         self._growth = growth
         self._mask = self._grown(mask) if isinstance(mask, torch.Tensor) else None
         self._restored: list[torch.Tensor] = []
@@ -89,8 +93,8 @@ class FollowBase:
                 "put the base's scheduler back"
             )
         base = self._base_latents[step]
-        if self._difference is not None and self.detected is None:
-            self._find_mask(self._difference, step, latents, base)
+        if self._detector is not None and self.detected is None:
+            self._find_mask(self._detector, step, latents, base)
         if self._mask is not None:
             # The flag stays on the device: reading it here would make the GPU wait at every step.
             self._restored.append(((latents != base) & ~self._mask).any())
@@ -98,17 +102,29 @@ class FollowBase:
         self.latents.append(latents.detach().clone())
         return {"latents": latents}
 
-    def _find_mask(self, difference: LatentDifference, step: int, latents: torch.Tensor, base: torch.Tensor) -> None:
-        difference.update(latents, base)
-        if step + 1 < self._dense_calls:
+    def _find_mask(self, detector: MaskDetector, step: int, latents: torch.Tensor, base: torch.Tensor) -> None:
+        detector.update(latents, base)
+        last = step + 1 >= self._dense_calls
+        found = detector.decide(last)
+        if found is None:
+            if last:
+                raise MaskError(f"the mask detector {detector.name!r} did not decide after its last step ({step + 1})")
             return
-        self.detected = difference.detect()
-        if self.detected.everywhere:
+        self.detected = found
+        self.detection = Detection(
+            detector=detector.name,
+            steps=step + 1,
+            threshold=found.threshold,
+            quiet=found.quiet,
+            area=masks.area(found.mask),
+            seconds=time.perf_counter() - self._started,
+        )
+        if found.everywhere:
             return  # nothing to keep: without a mask the session runs the other calls densely, too
-        if not bool(self.detected.mask.any()):
-            raise EmptyMaskFound(tuple(self._session.timings))
-        self._session.set_mask(self.detected.mask)
-        self._mask = self._grown(self.detected.mask)
+        if not bool(found.mask.any()):
+            raise EmptyMaskFound(tuple(self._session.timings), self.detection)
+        self._session.set_mask(found.mask)
+        self._mask = self._grown(found.mask)
 
     def _grown(self, mask: torch.Tensor) -> torch.Tensor:
         return masks.grown(mask, self._growth).to(self._base_latents[0].device)

@@ -18,7 +18,7 @@ from fisedit_compiler.pipelines.demo import masked_psnr, run_demo, save_pictures
 def test_demo_compares_three_kinds_of_edit(pinned_editor: Editor, tmp_path: Path) -> None:
     drawn, automatic, second = run_demo(pinned_editor, seed=1, steps=6)
     assert drawn.edit.report.mask_source == "user"
-    assert automatic.edit.report.mask_source == "latent-difference"
+    assert automatic.edit.report.mask_source == "early-difference"
     assert second.edit.base is automatic.edit
     assert drawn.psnr_to_base_outside > 0
     assert drawn.speedup is not None

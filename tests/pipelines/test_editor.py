@@ -13,7 +13,12 @@ import torch
 from PIL import Image
 
 from fisedit_compiler.errors import ConfigError, MaskError, ModeError, PromptError, RecordingError
-from fisedit_compiler.pipelines import Edit, Editor, Generation, LatentDifference
+from fisedit_compiler.pipelines import (
+    Edit,
+    Editor,
+    Generation,
+    LatentDifference,
+)
 
 STEPS = 7
 Generate = Callable[..., Generation]
@@ -167,12 +172,17 @@ def test_a_change_of_the_whole_picture_is_the_dense_run(pinned_editor: Editor, g
     assert pinned_editor.edit(edit, "a fox", mask=left_half()).unchanged_outside
 
 
-def test_prompts_that_mean_the_same_end_after_the_dense_calls(pinned_editor: Editor, generate: Generate) -> None:
+@pytest.mark.parametrize(("mask", "calls"), [(None, 1), ("latent-difference", 3)])
+def test_prompts_that_mean_the_same_end_after_the_dense_calls(
+    mask: str | None, calls: int, pinned_editor: Editor, generate: Generate
+) -> None:
     base = generate("a cat")
-    edit = pinned_editor.edit(base, "a  cat", dense_calls=3)
+    edit = pinned_editor.edit(base, "a  cat", mask=mask, dense_calls=3)
     assert edit.image is base.image
     assert edit.report.area == 0
-    assert edit.report.dense_calls == 3
+    assert edit.report.dense_calls == calls
+    assert edit.report.detection is not None and edit.report.detection.steps == calls
+    assert edit.report.threshold is None
     assert pinned_editor.edit(base, "a dog", mask=left_half()).unchanged_outside
 
 

@@ -1,8 +1,7 @@
-"""The automatic mask: where do the latents of two runs of one seed part?
+"""The published rule: where do the latents of two runs of one seed part, summed over a fixed number of steps?
 
 FISEdit (Yu et al., "Accelerating Text-to-Image Editing via Cache-Enabled Sparse Diffusion Inference", AAAI
-2024) runs a few steps under the new prompt and marks the sites whose latents move away from the base's. This
-module holds that rule only; who runs the steps is ``pipelines.editor``'s business.
+2024) runs a few steps under the new prompt and marks the sites whose latents move away from the base's.
 """
 
 from __future__ import annotations
@@ -14,28 +13,13 @@ from skimage import filters
 
 from fisedit_compiler import masks
 from fisedit_compiler.errors import ConfigError, MaskError
+from fisedit_compiler.pipelines.detectors.base import DetectedMask, MaskDetector, latent_difference
+from fisedit_compiler.pipelines.detectors.registry import register_mask_detector
 
 
-@dataclass(frozen=True)
-class DetectedMask:
-    """What the rule found.
-
-    Attributes:
-        mask: bool ``[H, W]`` on the CPU, true where the latents differ.
-        threshold: Otsu's threshold on ``heat``; ``None`` if the runs did not differ at all.
-        heat: float32 ``[H, W]`` on the CPU, the summed normalised differences.
-        everywhere: whether the prompt changes the whole picture, so that no part of the base is worth
-            keeping.
-    """
-
-    mask: torch.Tensor
-    threshold: float | None
-    heat: torch.Tensor
-    everywhere: bool = False
-
-
+@register_mask_detector("latent-difference")
 @dataclass
-class LatentDifference:
+class LatentDifference(MaskDetector):
     """Sums, step by step, where an edit's latents leave those of its base.
 
     Each step's map is the sum of ``|edit - base|`` over the channels, stretched to [0, 1], so that an early
@@ -52,6 +36,7 @@ class LatentDifference:
         dilation_radius: radius in sites of the disk that grows what is left.
         everywhere_ratio: mean difference below the threshold over that above, from which on the whole picture
             changes; 1 never says so.
+        max_calls: steps that are compared; the mask is found after the last of them.
         steps: steps compared so far.
 
     Raises:
@@ -61,6 +46,7 @@ class LatentDifference:
     opening_radius: int = 1
     dilation_radius: int = 2
     everywhere_ratio: float = 0.2
+    max_calls: int = 4
     steps: int = field(default=0, init=False)
     _heat: torch.Tensor | None = field(default=None, init=False, repr=False)
 
@@ -78,21 +64,15 @@ class LatentDifference:
         Raises:
             MaskError: the two shapes differ, or the latents hold NaN or infinity.
         """
-        if edited.shape != base.shape:
-            raise MaskError(
-                f"latents of shape {list(edited.shape)} cannot be compared with the base's "
-                f"{list(base.shape)}; edit at the base's height and width"
-            )
-        difference = (edited.float() - base.float()).abs().sum(dim=(0, 1)).cpu()
-        if not bool(difference.isfinite().all()):
-            raise MaskError(
-                "the latents hold NaN or infinity, so no mask can be found; run in float32 or bfloat16, or "
-                "check the scheduler's settings"
-            )
+        difference = latent_difference(edited, base)
         low, high = difference.min(), difference.max()
         difference = (difference - low) / (high - low) if high > low else torch.zeros_like(difference)
         self._heat = difference if self._heat is None else self._heat + difference
         self.steps += 1
+
+    def decide(self, last: bool) -> DetectedMask | None:
+        """The mask after the last step, none before."""
+        return self.detect() if last else None
 
     def detect(self) -> DetectedMask:
         """The mask of the steps seen so far; empty if the latents never differed.
@@ -107,7 +87,8 @@ class LatentDifference:
             return DetectedMask(torch.zeros_like(heat, dtype=torch.bool), None, heat)
         threshold = float(filters.threshold_otsu(heat.numpy()))
         above = heat > threshold
-        if float(heat[~above].mean()) > self.everywhere_ratio * float(heat[above].mean()):
-            return DetectedMask(torch.ones_like(above), threshold, heat, everywhere=True)
+        quiet = float(heat[~above].mean() / heat[above].mean())
+        if quiet > self.everywhere_ratio:
+            return DetectedMask(torch.ones_like(above), threshold, heat, everywhere=True, quiet=quiet)
         mask = masks.opened(above, self.opening_radius)
-        return DetectedMask(masks.dilated(mask, self.dilation_radius), threshold, heat)
+        return DetectedMask(masks.dilated(mask, self.dilation_radius), threshold, heat, quiet=quiet)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fisedit_compiler.errors import ConfigError, MaskError
-from fisedit_compiler.pipelines.detect import LatentDifference
+from fisedit_compiler.pipelines.detectors import LatentDifference
 
 
 def latents(seed: int = 0) -> torch.Tensor:
