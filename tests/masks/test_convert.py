@@ -71,6 +71,37 @@ def test_files(tmp_path: Path, as_text: bool) -> None:
     assert torch.equal(convert(str(path) if as_text else path), sites())
 
 
+@pytest.mark.parametrize("form", ["numpy bool", "numpy uint8", "numpy float", "numpy big-endian"])
+def test_array_files(tmp_path: Path, form: str) -> None:
+    path = tmp_path / "mask.NPY"
+    with path.open("wb") as file:  # numpy.save appends .npy to names that end otherwise
+        np.save(file, FORMS[form](sites()))
+    assert torch.equal(convert(path), sites())
+
+
+def test_array_files_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(MaskError, match=r"no mask file.*mask\.npy"):
+        convert(tmp_path / "mask.npy")
+    (tmp_path / "text.npy").write_text("not an array")
+    (tmp_path / "empty.npy").touch()
+    np.save(tmp_path / "objects.npy", np.array([object()]), allow_pickle=True)
+    for name in ("text", "empty", "objects"):
+        with pytest.raises(MaskError, match=rf"{name}\.npy.*numpy\.save"):
+            convert(tmp_path / f"{name}.npy")
+    np.save(tmp_path / "labels.npy", np.ones((H, W), dtype=np.int64))
+    with pytest.raises(MaskError, match=r"int64.*mask != 0"):
+        convert(tmp_path / "labels.npy")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_an_alpha_channel_counts_only_where_it_says_nothing(mode: str) -> None:
+    opaque = Image.fromarray(sites().numpy().astype(np.uint8) * 255).convert(mode)
+    assert torch.equal(convert(opaque), sites())
+    opaque.putpixel((0, 0), (*opaque.getpixel((0, 0))[:-1], 254))
+    with pytest.raises(MaskError, match=rf"alpha channel \(mode '{mode}'\).*getchannel"):
+        convert(opaque)
+
+
 @given(st.integers(0, H * SCALE - 1), st.integers(0, W * SCALE - 1))
 def test_one_pixel_makes_its_site_active(row: int, column: int) -> None:
     pixels = torch.zeros(H * SCALE, W * SCALE, dtype=torch.bool)
@@ -126,27 +157,3 @@ def test_a_file_that_is_no_image(tmp_path: Path) -> None:
         convert(path)
     with pytest.raises(MaskError):
         convert(tmp_path)
-
-
-def test_box_and_ellipse() -> None:
-    box = masks.box_mask(8, 16, (0.25, 0.5, 0.75, 1.0))
-    assert box.nonzero().min(0).values.tolist() == [2, 8]
-    assert box.nonzero().max(0).values.tolist() == [5, 15]
-    assert masks.area(box) == 0.25
-    ellipse = masks.ellipse_mask(64, 64, (0.0, 0.0, 1.0, 1.0))
-    assert abs(masks.area(ellipse) - torch.pi / 4) < 0.01
-    assert not masks.ellipse_mask(8, 8, (0.5, 0.5, 0.5, 0.5)).any()
-    for wrong in [(0.5, 0.0, 0.25, 1.0), (0.0, 0.0, 1.5, 1.0), (0.0, float("nan"), 1.0, 1.0)]:
-        with pytest.raises(MaskError, match="divide pixel positions"):
-            masks.box_mask(8, 8, wrong)
-
-
-def test_morphology() -> None:
-    mask = torch.zeros(9, 9, dtype=torch.bool)
-    mask[4, 4] = True
-    assert masks.dilated(mask, 2).sum() == 13
-    assert not masks.opened(mask, 1).any()
-    assert torch.equal(masks.opened(masks.dilated(mask, 1), 1), masks.dilated(mask, 1))
-    assert torch.equal(masks.dilated(mask, 0), mask)
-    with pytest.raises(MaskError, match="radius"):
-        masks.dilated(mask, -1)

@@ -1,8 +1,4 @@
-"""Masks as the compiler wants them: one boolean per latent site, made from whatever the user has.
-
-Pure functions only: no model, no recording and no file is written here. Site plans, which turn such a mask
-into index tables, live in ``fisedit_compiler.runtime``.
-"""
+"""From whatever the user has (tensor, array, image, file) to one boolean per latent site."""
 
 from __future__ import annotations
 
@@ -12,14 +8,12 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
-from skimage.morphology import dilation, disk, opening
 
 from fisedit_compiler.errors import MaskError
 
 MaskLike: TypeAlias = torch.Tensor | np.ndarray[Any, Any] | Image.Image | str | os.PathLike[str]
-"""What a user may pass as a mask: a tensor, an array, an image, or the path of an image file."""
+"""What a user may pass as a mask: a tensor, an array, an image, or the path of an image or ``.npy`` file."""
 
 _THRESHOLD = 0.5
 _GREY_THRESHOLD = 128
@@ -33,8 +27,9 @@ def to_site_mask(mask: MaskLike, height: int, width: int, *, image_scale: int | 
 
     Args:
         mask: ``[H, W]``, ``[1, H, W]`` or ``[1, 1, H, W]`` of bool, uint8 (0 and 1, or grey 0 to 255, active
-            from 128) or float in [0, 1] (active above 0.5); a PIL image (active from grey 128); or the path
-            of an image file.
+            from 128) or float in [0, 1] (active above 0.5); a PIL image (active from grey 128; an alpha channel
+            is taken only where it is opaque throughout); or the path of an image file or of an array that
+            ``numpy.save`` wrote (``.npy``).
         height: rows of the latent.
         width: columns of the latent.
         image_scale: image pixels per latent site along one axis (the VAE's factor: 8 for Stable Diffusion).
@@ -55,87 +50,13 @@ def to_site_mask(mask: MaskLike, height: int, width: int, *, image_scale: int | 
     return pixels.reshape(height, factor, width, factor).any(dim=3).any(dim=1)
 
 
-def box_mask(height: int, width: int, box: tuple[float, float, float, float]) -> torch.Tensor:
-    """A rectangle of active sites.
-
-    Args:
-        height: rows of the mask.
-        width: columns of the mask.
-        box: ``(top, left, bottom, right)`` as fractions of the picture in [0, 1], lower ends included, upper
-            excluded.
-
-    Returns:
-        A bool tensor ``[height, width]``.
-
-    Raises:
-        MaskError: the box leaves the picture or its ends are swapped.
-    """
-    top, left, bottom, right = _checked_box(box)
-    mask = torch.zeros(height, width, dtype=torch.bool)
-    mask[round(top * height) : round(bottom * height), round(left * width) : round(right * width)] = True
-    return mask
-
-
-def ellipse_mask(height: int, width: int, box: tuple[float, float, float, float]) -> torch.Tensor:
-    """The ellipse that fills ``box``; same arguments, result and errors as :func:`box_mask`."""
-    top, left, bottom, right = _checked_box(box)
-    y = (torch.arange(height, dtype=torch.float64) + 0.5) / height
-    x = (torch.arange(width, dtype=torch.float64) + 0.5) / width
-    tiny = torch.finfo(torch.float64).tiny
-    vertical = (2 * y - top - bottom) / max(bottom - top, tiny)
-    horizontal = (2 * x - left - right) / max(right - left, tiny)
-    return vertical[:, None].square() + horizontal[None, :].square() <= 1.0
-
-
-def opened(mask: torch.Tensor, radius: int) -> torch.Tensor:
-    """Morphological opening of a bool ``[H, W]`` mask by a disk: specks thinner than the disk go."""
-    return _morph(mask, radius, opening)
-
-
-def dilated(mask: torch.Tensor, radius: int) -> torch.Tensor:
-    """Morphological dilation of a bool ``[H, W]`` mask by a disk: the mask grows by ``radius`` sites."""
-    return _morph(mask, radius, dilation)
-
-
-def grown(mask: torch.Tensor, sites: int) -> torch.Tensor:
-    """A bool ``[H, W]`` mask grown by ``sites`` rows and columns to every side: by a square, not a disk."""
-    if sites == 0:
-        return mask.clone()
-    # A square is separable: two thin poolings instead of one of (2*sites+1)**2.
-    down = F.max_pool2d(mask[None].float(), (2 * sites + 1, 1), 1, (sites, 0))
-    return F.max_pool2d(down, (1, 2 * sites + 1), 1, (0, sites))[0] > 0
-
-
-def area(mask: torch.Tensor) -> float:
-    """Share of active sites in a bool mask, in [0, 1]."""
-    return float(mask.sum()) / max(mask.numel(), 1)
-
-
-def _morph(mask: torch.Tensor, radius: int, operation: Any) -> torch.Tensor:
-    if radius < 0:
-        raise MaskError(f"the radius of a morphological operation is {radius}; give 0 (no change) or more")
-    if radius == 0:
-        return mask.clone()
-    grown = operation(mask.cpu().numpy(), disk(radius))
-    return torch.from_numpy(np.ascontiguousarray(grown, dtype=bool)).to(mask.device)
-
-
-def _checked_box(box: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
-    top, left, bottom, right = box
-    if not (0.0 <= top <= bottom <= 1.0 and 0.0 <= left <= right <= 1.0):
-        raise MaskError(
-            f"box {box} is not (top, left, bottom, right) with 0 <= top <= bottom <= 1 and 0 <= left <= "
-            "right <= 1; divide pixel positions by the image's height and width"
-        )
-    return top, left, bottom, right
-
-
 def _as_tensor(mask: MaskLike) -> torch.Tensor:
     """The mask's values as a bool, uint8 or floating tensor, its dimensions untouched."""
     if isinstance(mask, torch.Tensor):
         return mask.detach()
     if isinstance(mask, (str, os.PathLike)):
-        mask = _open(Path(mask))
+        path = Path(mask)
+        mask = _load_array(path) if path.suffix.lower() == ".npy" else _open(path)
     if isinstance(mask, Image.Image):
         return torch.from_numpy(_grey(mask))
     if isinstance(mask, np.ndarray):
@@ -146,8 +67,22 @@ def _as_tensor(mask: MaskLike) -> torch.Tensor:
         return torch.from_numpy(native)
     raise MaskError(
         f"a mask cannot be a {type(mask).__name__}; pass a torch tensor, a numpy array, a PIL image or the "
-        "path of an image file"
+        "path of an image or .npy file"
     )
+
+
+def _load_array(path: Path) -> np.ndarray[Any, Any]:
+    try:
+        # Never pickles: a mask file may come from anywhere.
+        loaded: np.ndarray[Any, Any] = np.load(path, allow_pickle=False)
+    except FileNotFoundError as error:
+        raise MaskError(f"there is no mask file {str(path)!r}; check the path") from error
+    except (ValueError, EOFError, OSError) as error:
+        raise MaskError(
+            f"the mask file {str(path)!r} is not an array that numpy reads ({error}); write it by numpy.save as bool, "
+            "uint8 or float"
+        ) from error
+    return loaded
 
 
 def _open(path: Path) -> Image.Image:
@@ -165,7 +100,11 @@ def _open(path: Path) -> Image.Image:
 
 def _grey(image: Image.Image) -> np.ndarray[Any, Any]:
     """Grey values 0 or 255 of an image; cut here so that a faint drawing is not taken for one of 0 and 1."""
-    if "A" in image.getbands() or "transparency" in image.info:
+    if "transparency" in image.info:
+        image = image.convert("RGBA")
+    if "A" in image.getbands() and image.getchannel("A").getextrema() == (255, 255):
+        image = image.convert("RGB")  # opaque throughout, as many programs save any picture: the alpha says nothing
+    if "A" in image.getbands():
         raise MaskError(
             f"the mask image has an alpha channel (mode {image.mode!r}), so it is unclear which pixels are "
             "active; pass image.convert('RGBA').getchannel('A') for the opaque ones or "

@@ -1,0 +1,42 @@
+"""Masks as the compiler wants them: one boolean per latent site, and the tools to make and mend them.
+
+Pure functions only: no model, no recording and no file is written here. ``convert`` takes what a user has, ``shapes``
+draws boxes, ellipses and polygons, ``morphology`` opens, grows and sieves masks and lists their regions, ``feather``
+gives the weights of a soft border. Site plans, which turn a mask into index tables, live in
+``fisedit_compiler.runtime``.
+"""
+
+from fisedit_compiler.masks.convert import MaskLike, to_site_mask
+from fisedit_compiler.masks.feather import feather_weights
+from fisedit_compiler.masks.morphology import Region, area, dilated, grown, minimum_area, opened, regions
+from fisedit_compiler.masks.shapes import (
+    Box,
+    Polygon,
+    box_mask,
+    ellipse_mask,
+    intersection,
+    polygon_mask,
+    regions_mask,
+    union,
+)
+
+__all__ = [
+    "Box",
+    "MaskLike",
+    "Polygon",
+    "Region",
+    "area",
+    "box_mask",
+    "dilated",
+    "ellipse_mask",
+    "feather_weights",
+    "grown",
+    "intersection",
+    "minimum_area",
+    "opened",
+    "polygon_mask",
+    "regions",
+    "regions_mask",
+    "to_site_mask",
+    "union",
+]
