@@ -129,17 +129,17 @@ def regions_mask(height: int, width: int, regions: Iterable[Box | Polygon | Mask
     return mask
 
 
-def is_box(shape: Any) -> bool:
-    """Whether ``shape`` is meant as one box or one point (a sequence of numbers) and not as a sequence of shapes."""
+def is_numbers(shape: Any) -> bool:
+    """Whether ``shape`` is meant as one box or one point (a sequence of numbers), not as a sequence of shapes."""
     if isinstance(shape, (torch.Tensor, np.ndarray)):
         return shape.ndim == 1
-    return isinstance(shape, Sequence) and not isinstance(shape, str) and len(shape) > 0 and _is_number(shape[0])
+    return isinstance(shape, Sequence) and len(shape) > 0 and not isinstance(shape, str) and _is_number(shape[0])
 
 
 def _region(height: int, width: int, region: Any) -> torch.Tensor:
     if isinstance(region, (torch.Tensor, np.ndarray, Image.Image, str, os.PathLike)):
         return to_site_mask(region, height, width).cpu()
-    if is_box(region):
+    if is_numbers(region):
         return box_mask(height, width, region)
     return polygon_mask(height, width, region)
 

@@ -1,23 +1,16 @@
-"""Pictures of edits: the mask over an image, a sheet of captioned pictures, a matplotlib figure.
+"""Pictures of edits: the mask over an image, a sheet of captioned pictures.
 
-Drawing only; nothing here runs a model or measures.
+Drawing only, by Pillow; nothing here runs a model or measures. Plots by matplotlib are ``pipelines.figures``'s.
 """
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from skimage import segmentation
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from fisedit_compiler.pipelines.runs import Edit
 
 _PADDING = 8
 _CAPTION_LINES = 2
@@ -67,23 +60,6 @@ def contact_sheet(
             text = "\n".join(_wrapped(caption, font, size))
             draw.multiline_text((x, y + size + 2), text, fill="black", font=font, spacing=2)
     return sheet
-
-
-def edit_figure(edit: Edit) -> Figure:
-    """Base, mask over base, and edit side by side, as a matplotlib figure that pyplot knows nothing of."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.9), layout="constrained")
-    pictures = (
-        (edit.base.image, edit.base.prompt),
-        (mask_overlay(edit.base.image, edit.mask), f"mask, {edit.report.area:.1%} of the sites"),
-        (edit.image, edit.prompt),
-    )
-    for axis, (image, title) in zip(figure.subplots(1, 3), pictures, strict=True):
-        axis.imshow(np.asarray(image))
-        axis.set_title(textwrap.fill(title, 42), fontsize=9)
-        axis.set_axis_off()
-    return figure
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:

@@ -8,7 +8,7 @@ It drives a stock diffusers pipeline through public features only: a seeded gene
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, TypeGuard
@@ -18,11 +18,13 @@ from PIL import Image
 
 from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.errors import ConfigError, ModeError, RecordingError
-from fisedit_compiler.masks import MaskLike
+from fisedit_compiler.masks import Box, MaskLike, Polygon
+from fisedit_compiler.masks.feather import check_feather
 from fisedit_compiler.pipelines import checks
 from fisedit_compiler.pipelines.detectors import DetectionContext, MaskDetector
 from fisedit_compiler.pipelines.instruments import status, timed_calls
 from fisedit_compiler.pipelines.plan import EditPlan, detection_steps, mask_argument
+from fisedit_compiler.pipelines.region import region_argument
 from fisedit_compiler.pipelines.runs import DenseRun, Edit, Generation, RunSettings
 from fisedit_compiler.pipelines.steps import EmptyMaskFound, FollowBase, KeepLatents
 from fisedit_compiler.runtime.module import SparseModule
@@ -154,6 +156,9 @@ class Editor:
         prompt: str,
         *,
         mask: MaskLike | MaskDetector | None = None,
+        box: Box | Sequence[Box] | None = None,
+        polygon: Polygon | Sequence[Polygon] | None = None,
+        feather: int = 0,
         dense_calls: int | None = None,
         negative_prompt: str | None = None,
         record: bool = True,
@@ -175,6 +180,12 @@ class Editor:
                 leave the base's; if that is everywhere, the whole run is dense. The name of a detector
                 (:func:`~fisedit_compiler.pipelines.detectors.mask_detectors`) or a
                 :class:`~fisedit_compiler.pipelines.detectors.MaskDetector` finds it by another rule.
+            box: ``(top, left, bottom, right)`` as fractions of the picture, or several of them. Without ``mask`` the
+                boxes and polygons are the mask; a drawn mask counts inside them only, and so does one that is
+                found (``mask="auto"``).
+            polygon: three or more points ``(y, x)`` as fractions of the picture, or several such lists; as ``box``.
+            feather: latent sites along the mask's border, inside it, in which the edit fades into the base; 0 for
+                a hard border. See :func:`fisedit_compiler.masks.feather_weights`.
             dense_calls: steps the automatic mask is found in at most, each costs a dense UNet call; the detector's own
                 number if left out.
             negative_prompt: the base's if left out.
@@ -186,10 +197,11 @@ class Editor:
 
         Raises:
             PromptError: a prompt is no string, or longer than the text encoder reads.
-            MaskError: the mask has the wrong size, type or contents.
+            MaskError: the mask has the wrong size, type or contents, a box or polygon is none or leaves the picture,
+                or a drawn mask lies outside them.
             RecordingError: the scheduler was changed, or the base has no recording or another model's.
-            ConfigError: another seed, number of steps or guidance than the base's, or ``dense_calls`` out of
-                range.
+            ConfigError: another seed, number of steps or guidance than the base's, or ``dense_calls`` or ``feather``
+                out of range.
         """
         started = time.perf_counter()
         settings = base.settings
@@ -204,9 +216,11 @@ class Editor:
                 "this edit was made with record=False, so it cannot be edited; make it with record=True"
             )
 
-        source, given = mask_argument(mask, base)
+        check_feather(feather)
+        region = region_argument(box, polygon, base)
+        source, given = mask_argument(mask, base, region)
         steps = detection_steps(given, dense_calls, len(base.latents))
-        plan = EditPlan(base, prompt, negative, source, given, steps, record, started)
+        plan = EditPlan(base, prompt, negative, source, given, steps, record, started, region, feather)
         if prompt == base.prompt and (negative or "") == (base.negative_prompt or ""):
             return plan.unchanged("the prompts are the base's: nothing was run", source="none")
         if isinstance(given, torch.Tensor) and not bool(given.any()):
@@ -243,12 +257,19 @@ class Editor:
             mask = plan.mask if isinstance(plan.mask, torch.Tensor) else None
             with compiled.edit(base.recording, mask=mask, record=plan.record) as session:
                 growth = compiled.sparsify_config.dilation
-                follow = FollowBase(base.latents, session, plan.mask, plan.dense_calls, growth)
+                follow = FollowBase(
+                    base.latents,
+                    session,
+                    plan.mask,
+                    plan.dense_calls,
+                    growth,
+                    region=plan.region,
+                    feather=plan.feather,
+                )
                 with timed_calls(compiled) as seconds:
                     image = self._run(plan.prompt, plan.negative_prompt, base.settings, follow, "edit")
         except EmptyMaskFound as found:
-            note = "the latents do not differ from the base's"
-            return plan.unchanged(note, calls=found.calls, detection=found.detection)
+            return plan.unchanged(found.note, calls=found.calls, detection=found.detection)
         return plan.edited(image, follow, session, seconds)
 
     def _run(

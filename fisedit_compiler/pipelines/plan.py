@@ -16,6 +16,7 @@ from fisedit_compiler import masks
 from fisedit_compiler.errors import ConfigError, MaskError
 from fisedit_compiler.masks import MaskLike
 from fisedit_compiler.pipelines.detectors import MaskDetector, is_detector_name, make_mask_detector, mask_detectors
+from fisedit_compiler.pipelines.region import cut
 from fisedit_compiler.pipelines.report import Detection, EditReport
 from fisedit_compiler.pipelines.runs import Edit, Generation
 from fisedit_compiler.pipelines.steps import FollowBase
@@ -34,6 +35,8 @@ class EditPlan:
     dense_calls: int
     record: bool
     started: float
+    region: torch.Tensor | None = None
+    feather: int = 0
 
     def unchanged(
         self,
@@ -83,6 +86,8 @@ class EditPlan:
             wall_seconds=time.perf_counter() - self.started,
             recording_bytes=_nbytes(self.base),
             restored_steps=follow.restored_steps,
+            regions=masks.regions(mask),
+            feather=0 if everywhere else self.feather,
             note="the prompt changes the whole picture: run densely" if everywhere else session.fallback or "",
         )
         return Edit(
@@ -100,12 +105,18 @@ class EditPlan:
         )
 
 
-def mask_argument(mask: MaskLike | MaskDetector | None, base: Generation) -> tuple[str, torch.Tensor | MaskDetector]:
+def mask_argument(
+    mask: MaskLike | MaskDetector | None, base: Generation, region: torch.Tensor | None = None
+) -> tuple[str, torch.Tensor | MaskDetector]:
     """Where the mask comes from, and the mask itself or the detector that will find it.
 
+    A region is the mask if there is no other, and cuts one that was drawn; one that is found is cut when it is.
+
     Raises:
-        MaskError: it is no mask, no detector and no name of one.
+        MaskError: it is no mask, no detector and no name of one, or nothing of it lies in the region.
     """
+    if mask is None and region is not None:
+        return "user", region
     if mask is None:
         mask = make_mask_detector()
     if isinstance(mask, str) and is_detector_name(mask):
@@ -114,11 +125,12 @@ def mask_argument(mask: MaskLike | MaskDetector | None, base: Generation) -> tup
         return mask.name, mask.fresh()
     height, width = base.latents[0].shape[-2:]
     try:
-        return "user", masks.to_site_mask(mask, height, width, image_scale=base.settings.height // height)
+        sites = masks.to_site_mask(mask, height, width, image_scale=base.settings.height // height)
     except MaskError as error:
         if isinstance(mask, str) and "." not in mask:
             raise MaskError(f"{error}; mask detectors are {', '.join(mask_detectors())}") from error
         raise
+    return "user", cut(sites, region)
 
 
 def detection_steps(mask: torch.Tensor | MaskDetector, dense_calls: int | None, steps: int) -> int:

@@ -6,6 +6,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from fisedit_compiler.masks import Region
+
+_REGIONS_SHOWN = 3
+
 
 @dataclass(frozen=True)
 class Detection:
@@ -49,7 +53,9 @@ class EditReport:
         recording_bytes: size of the recording the edit read from.
         restored_steps: steps after which latents outside the mask had to be set back to the base's: the end of
             an automatic mask's dense calls and the steps in which the scheduler remembers them. 0 with a mask
-            given by the user, unless the base is an edit that had such steps itself.
+            given by the user, unless the base is an edit that had such steps itself or was feathered.
+        regions: the connected regions of the mask, the largest first.
+        feather: width in sites of the border in which the edit is blended with the base; 0 for a hard one.
         note: why nothing was run, or calls densely with a mask or without.
     """
 
@@ -60,6 +66,8 @@ class EditReport:
     wall_seconds: float = 0.0
     recording_bytes: int = 0
     restored_steps: int = 0
+    regions: Sequence[Region] = field(default=(), repr=False)
+    feather: int = 0
     note: str = ""
 
     @property
@@ -94,6 +102,11 @@ class EditReport:
 
     def __str__(self) -> str:
         lines = [f"mask      {self.area:.1%} of the sites ({self.detection or self.mask_source})"]
+        lines += self._regions()
+        if self.feather:
+            lines.append(
+                f"feather   {self.feather} {'site' if self.feather == 1 else 'sites'} inside the mask's border"
+            )
         for kind, count, median in (
             ("dense", self.dense_calls, self.dense_ms),
             ("sparse", self.sparse_calls, self.sparse_ms),
@@ -107,6 +120,12 @@ class EditReport:
         if self.note:
             lines.append(f"note      {self.note}")
         return "\n".join(lines)
+
+    def _regions(self) -> list[str]:
+        count = len(self.regions)
+        lines = [f"{f'regions   {count}: ' if not i else ' ' * 13}{region}" for i, region in enumerate(self.regions)]
+        more = [f"{' ' * 13}and {count - _REGIONS_SHOWN} smaller"] if count > _REGIONS_SHOWN else []
+        return lines[:_REGIONS_SHOWN] + more
 
     def _count(self, kind: str) -> int:
         return sum(1 for seen, _ in self.calls if seen == kind)

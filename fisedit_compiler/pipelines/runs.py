@@ -89,10 +89,20 @@ class Edit(Generation):
         return torch.equal(self.latents[-1][..., outside], self.base.latents[-1][..., outside])
 
     def show(self) -> Figure:
-        """Base, mask over base, and edit as a matplotlib figure, which notebooks display."""
-        from fisedit_compiler.pipelines.drawing import edit_figure
+        """The base with the mask's outline, the heat map if there is one, and the edit, as a matplotlib figure.
+
+        A notebook displays it as the result of a cell; elsewhere in a cell ``display(edit.show())`` does, and in a
+        script ``edit.show().savefig(path)`` writes it.
+        """
+        from fisedit_compiler.pipelines.figures import edit_figure
 
         return edit_figure(self)
+
+    def _repr_png_(self) -> bytes:
+        """The same figure for notebooks, so that an edit as the result of a cell shows itself."""
+        from fisedit_compiler.pipelines.figures import edit_figure
+
+        return edit_figure(self)._repr_png_()
 
 
 @dataclass(frozen=True, eq=False)

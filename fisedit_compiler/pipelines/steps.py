@@ -15,6 +15,7 @@ import torch
 from fisedit_compiler import masks
 from fisedit_compiler.errors import MaskError, RecordingError
 from fisedit_compiler.pipelines.detectors import DetectedMask, MaskDetector
+from fisedit_compiler.pipelines.region import cut_found
 from fisedit_compiler.pipelines.report import Detection
 from fisedit_compiler.runtime.sessions import EditSession
 
@@ -22,9 +23,9 @@ from fisedit_compiler.runtime.sessions import EditSession
 class EmptyMaskFound(Exception):
     """The automatic mask is empty. Ends a run from inside; the Editor catches it, users never see it."""
 
-    def __init__(self, calls: tuple[tuple[str, float], ...], detection: Detection) -> None:
-        super().__init__("the automatic mask is empty")
-        self.calls, self.detection = calls, detection
+    def __init__(self, note: str, calls: tuple[tuple[str, float], ...], detection: Detection) -> None:
+        super().__init__(note)
+        self.note, self.calls, self.detection = note, calls, detection
 
 
 class KeepLatents:
@@ -49,6 +50,13 @@ class FollowBase:
     are set to the base's after every step. In a sparse step of a stateless scheduler they are so already, bit
     for bit; the step that ends the dense calls needs it, and so do multistep schedulers for as long as they
     remember a dense call.
+
+    With ``feather`` the latents of the sites along the mask's border (inside it) are a blend of the edit's and the
+    base's after every step, by :func:`~fisedit_compiler.masks.feather_weights`. Outside the weight is 0, so nothing
+    changes for what the UNet reads there. The blend is of the sample only: what a multistep scheduler remembers of
+    earlier calls (DPM++, PNDM) is the edit's own, and one that keeps a sample of its own (Heun between its two calls,
+    PNDM at its start, UniPC's corrector) sees the blend through the UNet's next prediction. ``region`` cuts a mask
+    that is found.
     """
 
     def __init__(
@@ -58,6 +66,9 @@ class FollowBase:
         mask: torch.Tensor | MaskDetector,
         dense_calls: int,
         growth: int = 0,
+        *,
+        region: torch.Tensor | None = None,
+        feather: int = 0,
     ) -> None:
         self.latents: list[torch.Tensor] = []
         self.detected: DetectedMask | None = None
@@ -68,8 +79,13 @@ class FollowBase:
         self._detector = mask if isinstance(mask, MaskDetector) else None
         self._started = time.perf_counter()
         self._growth = growth
-        self._mask = self._grown(mask) if isinstance(mask, torch.Tensor) else None
+        self._region = region
+        self._feather = feather
+        self._mask: torch.Tensor | None = None
+        self._weights: torch.Tensor | None = None
         self._restored: list[torch.Tensor] = []
+        if isinstance(mask, torch.Tensor):
+            self._keep_outside(mask)
 
     @property
     def mask(self) -> torch.Tensor | None:
@@ -98,6 +114,9 @@ class FollowBase:
         if self._mask is not None:
             # The flag stays on the device: reading it here would make the GPU wait at every step.
             self._restored.append(((latents != base) & ~self._mask).any())
+            if self._weights is not None:
+                # In float32, or half precision would round once a step more than the scheduler does.
+                latents = torch.lerp(base.float(), latents.float(), self._weights).to(base.dtype)
             latents = torch.where(self._mask, latents, base)
         self.latents.append(latents.detach().clone())
         return {"latents": latents}
@@ -110,21 +129,27 @@ class FollowBase:
             if last:
                 raise MaskError(f"the mask detector {detector.name!r} did not decide after its last step ({step + 1})")
             return
-        self.detected = found
+        self.detected = kept = cut_found(found, self._region)
         self.detection = Detection(
             detector=detector.name,
             steps=step + 1,
             threshold=found.threshold,
             quiet=found.quiet,
-            area=masks.area(found.mask),
+            area=masks.area(kept.mask),
             seconds=time.perf_counter() - self._started,
         )
-        if found.everywhere:
+        if kept.everywhere:
             return  # nothing to keep: without a mask the session runs the other calls densely, too
-        if not bool(found.mask.any()):
-            raise EmptyMaskFound(tuple(self._session.timings), self.detection)
-        self._session.set_mask(found.mask)
-        self._mask = self._grown(found.mask)
+        if not bool(kept.mask.any()):
+            beside = "nothing of the change that was found lies inside the box or polygon"
+            note = beside if bool(found.mask.any()) else "the latents do not differ from the base's"
+            raise EmptyMaskFound(note, tuple(self._session.timings), self.detection)
+        self._session.set_mask(kept.mask)
+        self._keep_outside(kept.mask)
 
-    def _grown(self, mask: torch.Tensor) -> torch.Tensor:
-        return masks.grown(mask, self._growth).to(self._base_latents[0].device)
+    def _keep_outside(self, mask: torch.Tensor) -> None:
+        device = self._base_latents[0].device
+        grown = masks.grown(mask, self._growth)
+        self._mask = grown.to(device)
+        if self._feather:
+            self._weights = masks.feather_weights(grown, self._feather).to(device)
