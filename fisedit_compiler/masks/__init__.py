@@ -7,7 +7,7 @@ gives the weights of a soft border. Site plans, which turn a mask into index tab
 """
 
 from fisedit_compiler.masks.convert import MaskLike, to_site_mask
-from fisedit_compiler.masks.feather import feather_weights
+from fisedit_compiler.masks.feather import feather_weights, weights_per_step
 from fisedit_compiler.masks.morphology import Region, area, dilated, grown, minimum_area, opened, regions
 from fisedit_compiler.masks.shapes import (
     Box,
@@ -39,4 +39,5 @@ __all__ = [
     "regions_mask",
     "to_site_mask",
     "union",
+    "weights_per_step",
 ]

@@ -16,6 +16,7 @@ import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from PIL import Image
 
 from fisedit_compiler.errors import MaskError
@@ -124,7 +125,9 @@ def _outline(axes: Axes, active: np.ndarray[Any, Any], colour: Any) -> None:
     height, width = active.shape
     # One row and column around the picture close the line where the mask reaches its edge.
     x, y = np.arange(-1, width + 1), np.arange(-1, height + 1)
-    axes.contour(x, y, np.pad(active, 1).astype(float), levels=[0.5], colors=[colour], linewidths=1.5)
+    lines = axes.contour(x, y, np.pad(active, 1).astype(float), levels=[0.5], colors=[colour], linewidths=1.5)
+    # Whatever the picture's colour, the line stands out against its own rim.
+    lines.set_path_effects([withStroke(linewidth=3.0, foreground="white")])
     axes.set(xlim=(-1, width), ylim=(height, -1))
 
 

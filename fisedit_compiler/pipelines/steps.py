@@ -52,11 +52,11 @@ class FollowBase:
     remember a dense call.
 
     With ``feather`` the latents of the sites along the mask's border (inside it) are a blend of the edit's and the
-    base's after every step, by :func:`~fisedit_compiler.masks.feather_weights`. Outside the weight is 0, so nothing
-    changes for what the UNet reads there. The blend is of the sample only: what a multistep scheduler remembers of
-    earlier calls (DPM++, PNDM) is the edit's own, and one that keeps a sample of its own (Heun between its two calls,
-    PNDM at its start, UniPC's corrector) sees the blend through the UNet's next prediction. ``region`` cuts a mask
-    that is found.
+    base's after every step, by :func:`~fisedit_compiler.masks.feather_weights` and ``weights_per_step``. Outside
+    the weight is 0, so nothing changes for what the UNet reads there. The blend is of the sample only: what a
+    multistep scheduler remembers of earlier calls (DPM++, PNDM) is the edit's own, and one that keeps a sample of its
+    own (Heun between its two calls, PNDM at its start, UniPC's corrector) sees the blend through the UNet's next
+    prediction. ``region`` cuts a mask that is found.
     """
 
     def __init__(
@@ -152,4 +152,5 @@ class FollowBase:
         grown = masks.grown(mask, self._growth)
         self._mask = grown.to(device)
         if self._feather:
-            self._weights = masks.feather_weights(grown, self._feather).to(device)
+            weights = masks.feather_weights(grown, self._feather)
+            self._weights = masks.weights_per_step(weights, len(self._base_latents)).to(device)

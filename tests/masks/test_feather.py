@@ -51,6 +51,17 @@ def test_a_straight_border_and_the_pictures_edge() -> None:
     assert (masks.feather_weights(torch.zeros(3, 8, dtype=torch.bool), 3) == 0).all()
 
 
+@given(drawn(), st.integers(1, 4), st.integers(1, 50))
+def test_per_step_the_ramp_is_steeper_and_its_ends_stay(mask: torch.Tensor, sites: int, steps: int) -> None:
+    weights = masks.feather_weights(mask, sites)
+    each = masks.weights_per_step(weights, steps)
+    assert ((each == 0) == (weights == 0)).all() and ((each == 1) == (weights == 1)).all()
+    assert (each >= weights).all() and (masks.weights_per_step(weights, steps + 1) >= each).all()
+    order = weights.ravel().argsort()
+    assert (each.ravel()[order].diff() >= 0).all()
+    assert torch.equal(masks.weights_per_step(weights, 1), weights)
+
+
 @pytest.mark.parametrize("sites", [-1, 1.5, True, "2", None])
 def test_widths_that_are_none(sites: object) -> None:
     with pytest.raises(ConfigError, match="feather="):

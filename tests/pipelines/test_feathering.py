@@ -48,7 +48,7 @@ def test_after_a_step_the_latents_are_the_blend(dtype: torch.dtype) -> None:
     base, latents = torch.randn(2, 1, 4, 16, 16).to(dtype)
     blended = step(follow(base, feather=2), latents)
     assert blended.dtype == dtype
-    weights = masks.feather_weights(MASK, 2)
+    weights = masks.weights_per_step(masks.feather_weights(MASK, 2), 2)  # the base has two steps
     expected = (weights * latents.double() + (1 - weights.double()) * base.double()).to(dtype)
     torch.testing.assert_close(blended, expected)
     assert torch.equal(blended[..., ~MASK], base[..., ~MASK])
