@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from PIL import Image
 
 from fisedit_compiler import masks
 from fisedit_compiler.errors import MaskError
+from fisedit_compiler.pipelines import Editor, Generation, LatentDifference
 from fisedit_compiler.pipelines.figures import mask_contours
 
 IMAGE = Image.new("RGB", (64, 32), (200, 100, 50))
@@ -97,3 +99,22 @@ def test_what_is_no_mask_is_named() -> None:
         mask_contours(IMAGE, [CENTRE, CENTRE[None]])
     with pytest.raises(MaskError, match="no mask"):
         mask_contours(IMAGE, [])
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_an_edit_shows_base_heat_and_edit(
+    found: bool, pinned_editor: Editor, generate: Callable[..., Generation], tmp_path: Path
+) -> None:
+    drawn = masks.box_mask(16, 16, (0.0, 0.0, 0.5, 1.0))
+    mask = LatentDifference(everywhere_ratio=1.0) if found else drawn
+    edit = pinned_editor.edit(generate(num_inference_steps=3), "a dog", mask=mask, dense_calls=1, record=False)
+    figure = edit.show()
+    pictures = [axes for axes in figure.axes if axes.get_images()]
+    # Of the panels the base and the heat map carry the mask's outline, and the heat map its threshold.
+    assert [len(contours(axes)) for axes in pictures] == ([1, 2, 0] if found else [1, 0])
+    assert pictures[0].get_title().replace("\n", " ") == f"a cat (outline: mask, {edit.report.area:.1%} of the sites)"
+    assert pictures[-1].get_title() == "a dog"
+    figure.savefig(tmp_path / "figure.png")
+    with Image.open(tmp_path / "figure.png") as saved, Image.open(io.BytesIO(edit._repr_png_())) as shown:
+        assert saved.size == shown.size
+        assert shown.format == "PNG"
