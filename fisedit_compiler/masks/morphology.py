@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 from skimage import measure
 from skimage.morphology import dilation, disk, opening
 
@@ -83,11 +84,12 @@ def minimum_area(mask: torch.Tensor, sites: int, *, holes: int | None = None) ->
 def regions(mask: torch.Tensor) -> tuple[Region, ...]:
     """The connected regions of a bool ``[H, W]`` mask, the largest first; none for an empty mask."""
     height, width = mask.shape
+    labels = measure.label(mask.cpu().numpy(), connectivity=_TOUCHING)
+    sites = np.bincount(labels.ravel())[1:]
     found = []
-    for properties in measure.regionprops(measure.label(mask.cpu().numpy(), connectivity=_TOUCHING)):
-        top, left, bottom, right = (int(value) for value in properties.bbox)
-        box = (top / height, left / width, bottom / height, right / width)
-        found.append(Region(int(properties.area), (top, bottom), (left, right), box))
+    for size, (rows, columns) in zip(sites.tolist(), ndimage.find_objects(labels), strict=True):
+        box = (rows.start / height, columns.start / width, rows.stop / height, columns.stop / width)
+        found.append(Region(size, (rows.start, rows.stop), (columns.start, columns.stop), box))
     return tuple(sorted(found, key=lambda region: (-region.sites, region.rows, region.columns)))
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from fisedit_compiler import masks
@@ -29,11 +30,12 @@ def region_argument(
         MaskError: a shape is none, or leaves the picture; names the shape and the picture's size in pixels.
     """
     height, width = base.latents[0].shape[-2:]
-    single_box = is_numbers(box) or not isinstance(box, Iterable)
-    single_polygon = not isinstance(polygon, Iterable) or any(is_numbers(point) for point in polygon)
+    boxes, polygons = _listed(box), _listed(polygon)
+    single_box = is_numbers(boxes) or not isinstance(boxes, list)
+    single_polygon = not isinstance(polygons, list) or any(is_numbers(point) for point in polygons)
     shapes: list[tuple[str, Any, Callable[[int, int, Any], torch.Tensor]]] = []
-    shapes += [(name, shape, masks.box_mask) for name, shape in _named("box", box, single_box)]
-    shapes += [(name, shape, masks.polygon_mask) for name, shape in _named("polygon", polygon, single_polygon)]
+    shapes += [(name, shape, masks.box_mask) for name, shape in _named("box", boxes, single_box)]
+    shapes += [(name, shape, masks.polygon_mask) for name, shape in _named("polygon", polygons, single_polygon)]
     if not shapes:
         return None
     found = []
@@ -72,15 +74,21 @@ def cut_found(found: DetectedMask, region: torch.Tensor | None) -> DetectedMask:
     return replace(found, mask=mask, everywhere=found.everywhere and bool(mask.all()))
 
 
+def _listed(given: Any) -> Any:
+    """A list of what was given, be it an array or ``zip(ys, xs)``, which can be read only once."""
+    if isinstance(given, (np.ndarray, torch.Tensor)):
+        return given.tolist()
+    return list(given) if isinstance(given, Iterable) and not isinstance(given, str) else given
+
+
 def _named(name: str, given: Any, single: bool) -> list[tuple[str, Any]]:
     if given is None:
         return []
     if single:
         return [(name, given)]
-    shapes = list(given)
-    if not shapes:
+    if not given:
         raise MaskError(f"{name}= is empty; leave it out, or give one or more")
-    return [(name if len(shapes) == 1 else f"{name} {number}", shape) for number, shape in enumerate(shapes)]
+    return [(name if len(given) == 1 else f"{name} {number}", shape) for number, shape in enumerate(given)]
 
 
 def _bounds(mask: torch.Tensor) -> str:

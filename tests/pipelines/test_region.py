@@ -49,6 +49,7 @@ def test_alone_they_are_the_mask(masked: Callable[..., torch.Tensor]) -> None:
     assert torch.equal(masked(box=np.array([LEFT, RIGHT])), box(LEFT, RIGHT))
     assert torch.equal(masked(polygon=TRIANGLE), triangle)
     assert torch.equal(masked(polygon=np.array(TRIANGLE)), triangle)
+    assert torch.equal(masked(polygon=zip((0.0, 1.0, 1.0), (0.0, 0.0, 1.0), strict=True)), triangle)
     assert torch.equal(
         masked(polygon=[TRIANGLE, [(0.0, 0.5), (0.0, 1.0), (0.5, 1.0)]], box=RIGHT), triangle | box(RIGHT)
     )
@@ -90,7 +91,7 @@ def test_what_holds_no_site_is_an_empty_mask(pinned_editor: Editor, base: Genera
         ({"box": [LEFT, (0.5, 0.0, 0.2, 1.0)]}, r"^box 1: box \(0\.5, 0\.0, 0\.2, 1\.0\)"),
         ({"box": []}, "box= is empty"),
         ({"box": 0.5}, "^box: a box is"),
-        ({"box": "left"}, "box"),
+        ({"box": "left"}, "^box: a box is.*'left'"),
         ({"box": [LEFT, None]}, "^box 1: a box is"),
         ({"polygon": TRIANGLE[:2]}, "^polygon: .*three or more"),
         ({"polygon": [TRIANGLE, TRIANGLE[:1]]}, "^polygon 1: .*three or more"),
