@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from fisedit_compiler.kernels.attention_addressed import attention_addressed
+from fisedit_compiler.kernels.attention_map import attention_map
 from fisedit_compiler.kernels.attention_rows import attention_rows
 from fisedit_compiler.kernels.attention_sites import attention_sites
+from fisedit_compiler.kernels.attention_with_map import attention_with_map
 from fisedit_compiler.kernels.conv2d_sites import conv2d_sites
 from fisedit_compiler.kernels.convolve import convolve
 from fisedit_compiler.kernels.convolve_parts import convolve_parts
@@ -25,8 +27,10 @@ __all__ = [
     "KernelError",
     "Op",
     "attention_addressed",
+    "attention_map",
     "attention_rows",
     "attention_sites",
+    "attention_with_map",
     "conv2d_sites",
     "convolve",
     "convolve_parts",

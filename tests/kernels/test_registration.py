@@ -25,6 +25,8 @@ def _arguments(count: int) -> dict[str, tuple[Any, ...]]:
     x, statistics = torch.randn(2, 8, 4, 6), torch.rand(2, 4, 2)
     rows, canvas = torch.randn(2, count, 8), torch.randn(2, 24, 8)
     heads, head_canvas = torch.randn(2, 2, count, 8), torch.randn(2, 2, 24, 8)
+    text, recorded = torch.randn(2, 2, 7, 8), torch.rand(2, 2, count, 9)
+    columns = torch.tensor([[0, 1, -1, 8, -1, 2, 3]] * 2)
     return {
         "conv2d_sites": (rows, canvas, ring, taps, places, torch.randn(7, 72), torch.randn(7), *options),
         "convolve": (canvas, taps, places, torch.randn(7, 72), torch.randn(7), *options),
@@ -37,7 +39,9 @@ def _arguments(count: int) -> dict[str, tuple[Any, ...]]:
         "group_norm_sites": (rows, statistics, torch.randn(8), torch.randn(8), 4, 1e-5),
         "attention_sites": (heads, heads, heads, head_canvas, head_canvas, active, None),
         "attention_rows": (heads, heads, heads, active),
-        "cross_attention": (heads, torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 8)),
+        "cross_attention": (heads, text, text),
+        "attention_map": (heads, text, None, recorded, columns),
+        "attention_with_map": (heads, text, text, recorded, columns),
         "attention_addressed": (
             heads,
             heads,
