@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.inputs import CallSignature
 from fisedit_compiler.passes import rewrite
 from fisedit_compiler.passes.base import Program, Slot
+from fisedit_compiler.passes.cross_attention_maps import MapGraphs, map_graphs
 from fisedit_compiler.passes.hoist import Bundle, hoist
 from fisedit_compiler.passes.instruments import Instruments, Observer, PassReport
 from fisedit_compiler.passes.instruments import operations as operations_of
@@ -88,6 +90,22 @@ class CompiledProgram:
     def spatial(self) -> tuple[str, ...]:
         """Placeholder names of the spatial inputs, the one that sets height and width first."""
         return self.signature.spatial_names
+
+    @cached_property
+    def maps(self) -> MapGraphs:
+        """Graphs that record and reuse cross-attention maps; made on first use, which ``reports`` then tell."""
+        return self.make_maps(Instruments())
+
+    @property
+    def has_maps(self) -> bool:
+        """Whether :attr:`maps` were made already."""
+        return "maps" in self.__dict__
+
+    def make_maps(self, instruments: Instruments) -> MapGraphs:
+        """Make :attr:`maps` under the eyes of ``instruments``."""
+        graphs = map_graphs(self.captured, self.recording, instruments)
+        self.reports.extend(instruments.reports)
+        return graphs
 
 
 def compile_program(

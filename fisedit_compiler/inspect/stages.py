@@ -29,7 +29,8 @@ class Stage:
     """A graph as one pass left it.
 
     Attributes:
-        name: the pass; ``capture``, ``lower``, ``recording``, ``update`` and ``step`` are the compiler's own stages.
+        name: the pass; ``capture``, ``lower``, ``recording``, ``update`` and ``step`` are the compiler's own stages,
+            and so are ``recording_maps``, ``reuse`` and ``reuse_recording`` once cross-attention maps were asked for.
         seconds: what the pass took.
         removed: call nodes it removed, by operation.
         added: call nodes it added, by operation.
@@ -149,7 +150,7 @@ class Stages(Sequence[Stage]):
 
 def stages_of(program: CompiledProgram) -> Stages:
     """Compile a program's captured graph again, keeping a copy of the graph after every pass."""
-    from fisedit_compiler.passes import copy_graph
+    from fisedit_compiler.passes import Instruments, copy_graph
     from fisedit_compiler.program import compile_captured
 
     stages: list[Stage] = []
@@ -157,7 +158,10 @@ def stages_of(program: CompiledProgram) -> Stages:
     def keep(report: PassReport, graph: fx.Graph) -> None:
         stages.append(Stage(report.name, report.seconds, report.removed, report.added, copy_graph(graph)))
 
-    compile_captured(program.captured, program.config, keep, capture_seconds=program.seconds.get("capture", 0.0))
+    seconds = program.seconds.get("capture", 0.0)
+    again = compile_captured(program.captured, program.config, keep, capture_seconds=seconds)
+    if program.has_maps:
+        again.make_maps(Instruments(keep))
     return Stages(stages)
 
 

@@ -24,7 +24,7 @@ from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.ir import SizeBuilder, ValueSpec, spec_of
 from fisedit_compiler.layout import Layout, packed_spec
 
-SlotKind = Literal["canvas", "dense", "statistics", "site_sums"]
+SlotKind = Literal["canvas", "dense", "statistics", "site_sums", "map"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Slot:
         name: place in the user's model, such as ``down_blocks.0.resnets.1.conv1.input``.
         origin: name of the dense node that produces the value.
         kind: ``canvas`` is the packed form of all sites (a map becomes ``[B, S, C]``), ``dense`` the value as it is,
-            ``statistics`` a GroupNorm's mean and variance ``[B, G, 2]``, ``site_sums`` its sums per site.
+            ``statistics`` a GroupNorm's mean and variance ``[B, G, 2]``, ``site_sums`` its sums per site, ``map`` how
+            much every site attends to every token ``[B, heads, S, T]`` (``cross_attention_maps.py``).
         layout: layout of the dense value.
         groups: number of groups, for the two GroupNorm kinds.
         of: name of the statistics slot that ``site_sums`` are centred on.
