@@ -42,6 +42,8 @@ class SparsifyConfig:
             what it comes ``after`` and ``before``.
         check_inputs: compare the input outside the mask with the recorded one at every call and refuse a
             mismatch (another seed, scheduler or guidance scale). Switch off only for synthetic calls.
+        skip_recorded: dense calls of an edit that has no mask yet take the recorded output of every sample whose inputs
+            are the recorded ones bit for bit, and compute the others only.
         spatial_inputs: names of the tensor arguments that hold images or latents; ``None`` asks the registry of
             known model classes, then takes every 4-D floating point tensor of the example call.
         multiple: the divisor of height and width (the model's total downsampling); ``None`` asks the registry,
@@ -61,6 +63,7 @@ class SparsifyConfig:
     disabled_passes: frozenset[str] = field(default_factory=frozenset)
     extra_passes: tuple[type[Pass], ...] = ()
     check_inputs: bool = True
+    skip_recorded: bool = True
     spatial_inputs: tuple[str, ...] | None = None
     multiple: int | None = None
     cache: bool = True

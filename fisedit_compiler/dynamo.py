@@ -76,11 +76,12 @@ def fisedit(
 
 
 @contextmanager
-def record(compiled: nn.Module) -> Iterator[Recording]:
+def record(compiled: nn.Module, maps: int = 0) -> Iterator[Recording]:
     """Record every call made inside the block: ``with record(compiled) as recording: pipe(...)``.
 
     Args:
         compiled: what ``torch.compile(module, backend="fisedit")`` returned; it need not have been called yet.
+        maps: calls whose cross-attention maps are kept, as in :meth:`SparseModule.record`.
 
     Raises:
         ConfigError: the options given to torch.compile are wrong.
@@ -88,7 +89,7 @@ def record(compiled: nn.Module) -> Iterator[Recording]:
             not get to the backend.
         CaptureError: the module cannot be captured.
     """
-    with _mode(compiled, "record") as sparse, sparse.record() as recording:
+    with _mode(compiled, "record") as sparse, sparse.record(maps) as recording:
         yield recording
 
 

@@ -1,4 +1,4 @@
-"""``fisedit::attention_map``: how much every site attends to every token of a text, some tokens' share from elsewhere."""
+"""``fisedit::attention_map``: how much sites attend to the tokens of a text, some tokens' share from elsewhere."""
 
 from __future__ import annotations
 
@@ -51,14 +51,22 @@ def mixed_map(
 
 
 def _reference(
-    query: Tensor, key: Tensor, scale: float | None = None, recorded: Tensor | None = None, columns: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    scale: float | None = None,
+    recorded: Tensor | None = None,
+    columns: Tensor | None = None,
 ) -> Tensor:
     check_map(_NAME, query, key, recorded, columns)
     return mixed_map(query, key, scale, recorded, columns).to(query.dtype)
 
 
 def _fake(
-    query: Tensor, key: Tensor, scale: float | None = None, recorded: Tensor | None = None, columns: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    scale: float | None = None,
+    recorded: Tensor | None = None,
+    columns: Tensor | None = None,
 ) -> Tensor:
     check_map(_NAME, query, key, recorded, columns)
     return query.new_empty(*query.shape[:3], key.shape[2])
@@ -72,7 +80,11 @@ _OP = define_op(
 
 
 def attention_map(
-    query: Tensor, key: Tensor, scale: float | None = None, recorded: Tensor | None = None, columns: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    scale: float | None = None,
+    recorded: Tensor | None = None,
+    columns: Tensor | None = None,
 ) -> Tensor:
     """``softmax(query @ key^T * scale)``, with some columns from a recorded map.
 
@@ -81,8 +93,8 @@ def attention_map(
         key: ``[B, h, T, d]``, one row a token.
         scale: factor of the logits, ``1 / sqrt(d)`` if ``None``.
         recorded: a map ``[B, h, S, T']`` of another text, or ``None``.
-        columns: int64 ``[B, T]``: the recorded column that stands for each token, -1 for the token's own. Rows no longer
-            add up to one where it is used, as in prompt-to-prompt (Hertz et al., 2022, ``AttentionRefine``).
+        columns: int64 ``[B, T]``: the recorded column that stands for each token, -1 for the token's own. Rows no
+            longer add up to one where it is used, as in prompt-to-prompt (Hertz et al., 2022, ``AttentionRefine``).
 
     Returns:
         ``[B, h, S, T]`` in the query's dtype; the softmax of half precision is computed in float32.

@@ -74,12 +74,15 @@ class BoundCall:
         canonical: the arguments by name, in the form that is captured.
         run: runs the module on the arguments, with outputs as the program gives them; or a compiled form of the module
             that it is given, on the arguments in canonical form, so that there is one form to compile for.
+        run_part: runs the module on some samples of the arguments (int64 ``[n]``, on their device); ``None`` if an
+            argument may hide tensors, so that they cannot all be cut.
     """
 
     form: CallForm
     tensors: CallTensors
     canonical: Callable[[], dict[str, Any]]
     run: Callable[..., Any]
+    run_part: Callable[[Tensor], Any] | None
 
 
 class Binder:
@@ -115,7 +118,11 @@ class Binder:
         def run(compiled: Callable[..., Any] | None = None) -> Any:
             return self._run(args, kwargs, compiled)
 
-        return BoundCall(form, CallTensors((args, kwargs), form, tensors), canonical, run)
+        def run_part(index: Tensor) -> Any:
+            return self.module(**_samples(self._arguments(args, kwargs), form.signature, index))
+
+        part = None if key is None else run_part
+        return BoundCall(form, CallTensors((args, kwargs), form, tensors), canonical, run, part)
 
     def sign(self, arguments: Mapping[str, Any]) -> tuple[CallSignature, dict[str, Any]]:
         """Signature and canonical form of arguments given by name."""
@@ -144,6 +151,23 @@ class Binder:
         paths = {identifier(name): passed.get(id(tensor)) for name, tensor in tensors.items()}
         wanted = bind(self.module, args, kwargs, {}).get("return_dict", True)
         return CallForm(signature, paths, bool(wanted))
+
+
+def _samples(arguments: Mapping[str, Any], signature: CallSignature, index: Tensor) -> dict[str, Any]:
+    """Arguments by name with some samples of every tensor that has a batch axis."""
+    batched = {spec.name for spec in signature.tensors if spec.axes and spec.axes[0] == "b"}
+
+    def chosen(name: str, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.index_select(0, index) if name in batched else value
+        if isinstance(value, Mapping):
+            return {key: chosen(f"{name}.{key}", item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            items = [chosen(f"{name}.{number}", item) for number, item in enumerate(value)]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return value
+
+    return {name: chosen(name, value) for name, value in arguments.items()}
 
 
 def _follow(value: Any, path: Path) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from operator import attrgetter
 from typing import Any
 
@@ -23,6 +24,7 @@ from fisedit_compiler.runtime.block_sizes import BlockSizes
 from fisedit_compiler.runtime.cuda_graphs import GraphPool, HoistedNames, PreparedPlan
 from fisedit_compiler.runtime.fallback import DenseModule
 from fisedit_compiler.runtime.hoisting import HoistCache
+from fisedit_compiler.runtime.samples import are_independent
 from fisedit_compiler.runtime.site_plan import SitePlan
 from fisedit_compiler.runtime.slot_table import SlotTable
 
@@ -79,7 +81,7 @@ class Executable:
 
     def _graph(self, name: str) -> fx.GraphModule:
         if name not in self._graphs:
-            self._graphs[name] = self._bind(getattr(self.program, name))
+            self._graphs[name] = self._bind(attrgetter(name)(self.program))
         return self._graphs[name]
 
     def _bundle_modules(self) -> list[tuple[Bundle, fx.GraphModule]]:
@@ -89,10 +91,33 @@ class Executable:
 
     # -- runs ------------------------------------------------------------------------------------
 
-    def record(self, tensors: Mapping[str, Tensor]) -> tuple[list[Any], dict[str, Tensor]]:
-        """The dense call: the model's flat outputs, and every slot."""
+    def record(self, tensors: Mapping[str, Tensor], *, maps: bool = False) -> tuple[list[Any], dict[str, Tensor]]:
+        """The dense call: the model's flat outputs, and every slot; with ``maps`` also the cross-attention maps."""
         arguments = [tensors[spec.identifier()] for spec in self.program.signature.tensors]
-        flat = self._graph("recording")(*arguments)
+        flat = self._graph("maps.recording" if maps else "recording")(*arguments)
+        return self._stored(flat, arguments)
+
+    def reuse(
+        self, tensors: Mapping[str, Tensor], maps: Mapping[str, Tensor], columns: Tensor, *, record: bool
+    ) -> tuple[list[Any], dict[str, Tensor]]:
+        """The dense call with columns of recorded cross-attention maps.
+
+        Args:
+            tensors: of the call, by placeholder name.
+            maps: the recorded maps by slot name, of the same samples.
+            columns: int64 ``[B, T]``: for every token the recorded column, or -1 for its own.
+            record: also return every slot, and the maps as they were used.
+        """
+        name = "maps.reuse_recording" if record else "maps.reuse"
+        graph = self._graph(name)
+        arguments: list[Any] = []
+        for node in graph.graph.nodes:
+            if node.op == "placeholder":
+                kind, *rest = node.meta["input"]
+                arguments.append(columns if kind == "columns" else (maps if kind == "slot" else tensors)[rest[0]])
+        return self._stored(graph(*arguments), arguments)
+
+    def _stored(self, flat: Sequence[Any], arguments: Sequence[Any]) -> tuple[list[Any], dict[str, Tensor]]:
         outputs, stored = self._divide(flat)
         borrowed = [*arguments, *(value for value in outputs if isinstance(value, Tensor))]
         return outputs, {name: _own(value, borrowed) for name, value in stored.items()}
@@ -159,11 +184,32 @@ class Executable:
 
     def _divide(self, flat: Sequence[Any]) -> tuple[list[Any], dict[str, Tensor]]:
         count = len(self.program.outputs)
-        return list(flat[:count]), dict(zip(self.slot_names, flat[count:], strict=False))
+        names = self.slot_names
+        if len(flat) > count + len(names):
+            names = (*names, *self.map_names)
+        return list(flat[:count]), dict(zip(names, flat[count:], strict=False))
 
     def assemble(self, outputs: list[Any]) -> Any:
         """The model's own output structure from flat outputs."""
         return pytree.tree_unflatten(outputs, self.program.treespec)
+
+    @property
+    def map_names(self) -> tuple[str, ...]:
+        """The slots of cross-attention maps."""
+        return tuple(slot.name for slot in self.program.maps.slots)
+
+    @cached_property
+    def independent_samples(self) -> bool:
+        """Whether a call may be made with some samples of its batch only."""
+        return are_independent(self.program.captured.graph)
+
+    def text_length(self, tensors: Mapping[str, Tensor]) -> int:
+        """How many tokens a call's text has: columns of its cross-attention maps."""
+        tokens = self.program.maps.tokens
+        if tokens.is_Integer:
+            return int(tokens)
+        spec = next(spec for spec in self.program.signature.tensors if "t" in spec.axes)
+        return int(tensors[spec.identifier()].shape[spec.axes.index("t")])
 
     # -- plans -----------------------------------------------------------------------------------
 

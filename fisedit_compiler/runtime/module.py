@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fisedit_compiler.config import SparsifyConfig
-from fisedit_compiler.errors import MaskError, ModeError, RecordingError
+from fisedit_compiler.errors import ConfigError, MaskError, ModeError, RecordingError
 from fisedit_compiler.inspect.explain import TEXT_TOKENS, default_size, explain_program
 from fisedit_compiler.inspect.explanation import Explanation, Measured, Setting
 from fisedit_compiler.inspect.stages import Stages, choose_program, stages_of
@@ -78,18 +78,26 @@ class SparseModule(nn.Module):
     # -- modes -----------------------------------------------------------------------------------
 
     @contextmanager
-    def record(self) -> Iterator[Recording]:
+    def record(self, maps: int = 0) -> Iterator[Recording]:
         """Record every call made inside the block: ``with compiled.record() as recording: pipe(...)``.
 
         Outputs are exactly those of the original module. A recording whose run raised stays ``complete=False``.
 
+        Args:
+            maps: of how many calls, from the first on, cross-attention maps are kept too, for
+                :meth:`EditSession.reuse_maps`; each has ``heads * sites * tokens`` values per layer and sample.
+
         Raises:
+            ConfigError: ``maps`` is no number of calls.
             ModeError: another mode is active, or the module is in training mode.
+            RecordingError: maps are asked for and the module has no cross-attention that has one.
         """
+        if isinstance(maps, bool) or not isinstance(maps, int) or maps < 0:
+            raise ConfigError(f"record(maps={maps!r}) must be a number of calls, 0 or more.")
         with self._entered("record"):
             self._check_evaluating()
             recording = Recording(self._refresh(), self.sparsify_config.program_key())
-            self._session = RecordSession(recording)
+            self._session = RecordSession(recording, maps)
             yield recording
             recording.complete = True
             self._recorded_calls = recording.num_calls

@@ -61,7 +61,7 @@ class ProgramStore:
             _check_divisible(call.sample, executable.program.multiple)
             return executable
 
-        call = Call(find, signature, bound.tensors, bound.run)
+        call = Call(find, signature, bound.tensors, bound.run, bound.run_part)
         wrap = self.known.wrap if self.known is not None and bound.form.return_dict else _as_it_is
         return call, wrap
 

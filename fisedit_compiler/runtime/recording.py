@@ -23,6 +23,9 @@ class CallRecord:
         width: columns of the spatial input.
         timestep: the timestep as a float, ``None`` for models without one (or with one per sample).
         slots: recorded tensors by slot name.
+        inputs: copies of the call's inputs without sites by placeholder name (``recorded_inputs.py``); calls with equal
+            inputs share them.
+        maps: names of the slots that are cross-attention maps, of the first calls only (``record(maps=...)``).
     """
 
     signature: CallSignature
@@ -31,6 +34,8 @@ class CallRecord:
     width: int
     timestep: float | None
     slots: Mapping[str, Tensor]
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    maps: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -67,6 +72,12 @@ class Recording:
     def bytes_per_call(self) -> list[int]:
         """Bytes of every call, exactly the sum of its slots."""
         return [call.nbytes for call in self.calls]
+
+    @property
+    def input_nbytes(self) -> int:
+        """Bytes of the inputs that are kept beside the slots, each tensor counted once however many calls share it."""
+        tensors = {id(value): value for call in self.calls for value in call.inputs.values()}
+        return sum(value.nbytes for value in tensors.values())
 
     @property
     def height(self) -> int:

@@ -25,8 +25,10 @@ from fisedit_compiler.inspect.explain import TEXT_TOKENS, explain_program
 from fisedit_compiler.inspect.explanation import Explanation, Measured, Setting
 from fisedit_compiler.masks import grown, to_site_mask
 from fisedit_compiler.runtime.deferred import DeferredChecks
+from fisedit_compiler.runtime.dense_calls import DenseCalls
 from fisedit_compiler.runtime.executable import Executable
 from fisedit_compiler.runtime.fallback import dense_reason, pinning_plan, run_densely
+from fisedit_compiler.runtime.recorded_inputs import InputCopies
 from fisedit_compiler.runtime.recording import CallRecord, Recording
 from fisedit_compiler.runtime.site_plan import SitePlan
 from fisedit_compiler.runtime.slot_table import SlotTable
@@ -47,12 +49,14 @@ class Call:
         signature: what the program is compiled for.
         tensors: tensor arguments by placeholder name.
         run_original: runs the user's own module on the call's arguments, or a compiled form of it that it is given.
+        run_part: runs the user's own module on some samples of the arguments; ``None`` if they cannot be cut.
     """
 
     find_executable: Callable[[], Executable]
     signature: CallSignature
     tensors: Mapping[str, Tensor]
     run_original: Callable[..., Any]
+    run_part: Callable[[Tensor], Any] | None = None
 
     @cached_property
     def executable(self) -> Executable:
@@ -73,9 +77,10 @@ class Call:
         """Whether there is a timestep and it is one number."""
         return any(spec.name == "timestep" and not spec.axes for spec in self.signature.tensors)
 
-    def store(self, slots: Mapping[str, Tensor], timestep: float | None) -> CallRecord:
+    def store(self, slots: Mapping[str, Tensor], timestep: float | None, inputs: Mapping[str, Tensor]) -> CallRecord:
         batch, _, height, width = self.sample.shape
-        return CallRecord(self.signature, batch, height, width, timestep, SlotTable.of(slots))
+        maps = () if len(slots) == len(self.executable.slot_names) else self.executable.map_names
+        return CallRecord(self.signature, batch, height, width, timestep, SlotTable.of(slots), inputs, maps)
 
 
 class Session(Protocol):
@@ -85,15 +90,24 @@ class Session(Protocol):
 
 
 class RecordSession:
-    """Runs calls densely and stores their slots."""
+    """Runs calls densely and stores their slots; of the first ``maps`` calls also the cross-attention maps."""
 
-    def __init__(self, recording: Recording) -> None:
-        self.recording = recording
+    def __init__(self, recording: Recording, maps: int = 0) -> None:
+        self.recording, self.maps = recording, maps
+        self._inputs = InputCopies()
 
     def handle(self, call: Call) -> Any:
-        outputs, slots = call.executable.record(call.tensors)
-        self.recording.calls.append(call.store(slots, call.timestep))
-        return call.executable.assemble(outputs)
+        executable, number = call.executable, self.recording.num_calls
+        maps = number < self.maps
+        if maps and not executable.map_names:
+            raise RecordingError(
+                f"record(maps={self.maps}): the module has no attention from sites to a text whose map could be "
+                f"recorded{_why_no_maps(executable)}. Record without maps."
+            )
+        inputs = self._inputs.of(number, call.signature, call.tensors, executable.sample_slot)
+        outputs, slots = executable.record(call.tensors, maps=maps)
+        self.recording.calls.append(call.store(slots, call.timestep, inputs))
+        return executable.assemble(outputs)
 
 
 class EditSession:
@@ -106,6 +120,9 @@ class EditSession:
         fallback: why calls with the mask run densely, as a sentence; ``None`` if they run sparsely.
         result: with ``record=True``, the edited run as a recording of its own.
         timings: kind and wall seconds of every call (on CUDA: of its launch).
+        computed_samples: how many samples of the batch every call computed: fewer than the batch where a dense call
+            found some recorded already, none if it was skipped.
+        reused_maps: for every call, whether columns of recorded cross-attention maps took part.
     """
 
     def __init__(self, recording: Recording, config: SparsifyConfig, mask: Any = None, record: bool = False) -> None:
@@ -116,6 +133,11 @@ class EditSession:
         self.fallback: str | None = None
         self.result = Recording(recording.model, recording.config) if record else None
         self.timings: list[tuple[CallKind, float]] = []
+        self.computed_samples: list[int] = []
+        self.reused_maps: list[bool] = []
+        self._computed, self._reused = 0, False
+        self._dense = DenseCalls(recording, config.skip_recorded)
+        self._inputs = InputCopies()
         self._checks = DeferredChecks()
         self._empty = False
         self._mask_set_at = 0
@@ -142,6 +164,24 @@ class EditSession:
         if self.fallback is not None and told is None:
             logger.info(self.fallback)
 
+    def reuse_maps(self, columns: Tensor | None) -> None:
+        """Take columns of the base's cross-attention maps in dense calls while no mask is set (prompt-to-prompt).
+
+        Attention to a word that both prompts have then stays where it was in the base, so that the latents move less
+        where nothing is to change. Calls that the recording has no maps of run as they would without.
+
+        Args:
+            columns: int64 ``[T]``, or ``[B, T]`` with a row for each sample of the batch (with guidance, a row of -1
+                for the unconditional half): for every token of the edited prompt, padding included, the token of the
+                base's prompt whose column it takes, or -1 for its own. See
+                :func:`fisedit_compiler.pipelines.words.token_columns`. ``None`` switches it off.
+
+        Raises:
+            ConfigError: another dtype or shape, or a token that the base's text does not have.
+            RecordingError: the recording has no maps: record with ``compiled.record(maps=...)``.
+        """
+        self._dense.reuse(columns)
+
     def handle(self, call: Call) -> Any:
         self._checks.poll()
         base = self._base_of(call)
@@ -152,8 +192,11 @@ class EditSession:
             self._check(call, base)
             self._checks.wait()
         start = time.perf_counter()
+        self._computed, self._reused = base.batch, False
         kind, result = self._run(call, base)
         self.timings.append((kind, time.perf_counter() - start))
+        self.computed_samples.append(self._computed)
+        self.reused_maps.append(self._reused)
         if not at_once:
             self._check(call, base)
         self.call += 1
@@ -202,8 +245,12 @@ class EditSession:
         area = 0.0 if self.mask is None else masks.area(grown(self.mask, self.config.dilation))
         found = []
         for kind in ("dense", "sparse", "skipped"):
-            timings = self.timings if kind == "dense" else self.timings[self._mask_set_at :]
-            seconds = [took for ran_as, took in timings if ran_as == kind]
+            timings = list(zip(self.timings, self.computed_samples, strict=True))
+            if kind != "dense":
+                timings = timings[self._mask_set_at :]
+            # A dense call that computed a part of the batch says nothing about what a dense call costs.
+            whole = 0 if kind == "skipped" else recorded.batch
+            seconds = [took for (ran_as, took), samples in timings if ran_as == kind and samples == whole]
             if seconds:
                 share = 1.0 if kind == "dense" else area
                 found.append(Measured(kind, len(seconds), median(seconds), *size, share, self.recording.device))
@@ -212,14 +259,14 @@ class EditSession:
     def _run(self, call: Call, base: CallRecord) -> tuple[CallKind, Any]:
         executable = call.executable
         if self.mask is None:
-            if self.result is None:
-                return "dense", call.run_original()
-            outputs, slots = executable.record(call.tensors)
-            self._store(call, slots, base)
-            return "dense", executable.assemble(outputs)
+            ran = self._dense.run(call, base, record=self.result is not None)
+            self._computed, self._reused = ran.samples, ran.reused
+            self._store(call, ran.slots, base)
+            return ran.kind, ran.result
         if self._empty:
             recorded = executable.base_outputs(base.slots)
             if recorded is not None:
+                self._computed = 0
                 self._store(call, base.slots, base)
                 return "skipped", executable.assemble(recorded)
         if self.fallback is not None:
@@ -239,8 +286,13 @@ class EditSession:
         return "sparse", executable.assemble(outputs)
 
     def _store(self, call: Call, slots: Mapping[str, Tensor], base: CallRecord) -> None:
-        if self.result is not None:
-            self.result.calls.append(call.store(slots, base.timestep))
+        if self.result is None:
+            return
+        # The timestep is the recorded one, and reading it again could wait for the device.
+        known = {name: base.inputs[name] for name in ("timestep",) if base.timestep is not None and name in base.inputs}
+        number, slot = self.result.num_calls, call.executable.sample_slot
+        inputs = self._inputs.of(number, call.signature, call.tensors, slot, known)
+        self.result.calls.append(call.store(slots, base.timestep, inputs))
 
     def _base_of(self, call: Call) -> CallRecord:
         """The recorded call this one corresponds to.
@@ -311,6 +363,11 @@ class EditSession:
             assert self.mask is not None
             self._outside = ~grown(self.mask, self.config.dilation).flatten()[:, None].to(device)
         return self._outside
+
+
+def _why_no_maps(executable: Executable) -> str:
+    refusals = executable.program.maps.refusals
+    return "" if not refusals else f" ({refusals[0][1] or 'its attention'}: {refusals[0][2]})"
 
 
 def _difference(now: CallSignature, then: CallSignature) -> str:
