@@ -12,7 +12,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from benchmarks import compile_time, product_parts, step_latency, wrapper_overhead
+from benchmarks import compile_time, dense_calls, product_parts, step_latency, wrapper_overhead
 from benchmarks.harness import Report, Stopwatch, Timing, alternate, machine, versions
 from benchmarks.subjects import make_call, square_mask
 
@@ -97,6 +97,14 @@ def test_wrapper_overhead_compares_with_the_bare_module(tmp_path):
     report = wrapper_overhead.main(["--height", "32", "--width", "32", "--repeats", "2", "--warmup", "1"])
     assert [row["mode"] for row in report.rows] == list(wrapper_overhead.MODES)
     assert report.rows[0]["ratio"] == 1.0
+
+
+def test_dense_calls_are_what_their_rows_say():
+    report = dense_calls.main(["--height", "16", "--width", "16", "--repeats", "1", "--warmup", "1"])
+    assert [row["call"] for row in report.rows] == list(dense_calls.CALLS)
+    sites = 3 * 8 * 8 + 3 * 4 * 4 + 4 * 2 * 2  # of ten cross-attentions at three levels
+    batch, heads, tokens, element_size = 2, 4, 32, 4
+    assert [row["map_bytes"] for row in report.rows] == [0, 0, batch * heads * sites * tokens * element_size, 0, 0]
 
 
 @pytest.mark.slow

@@ -316,7 +316,7 @@ def test_another_mask_is_judged_anew() -> None:
             compiled(**inputs)
     with compiled.edit(recording) as session:
         assert session.fallback is None
-        compiled(**inputs)
+        compiled(**other_text(inputs))
         session.set_mask(LARGE)
         assert session.fallback is not None
         compiled(**inputs)
