@@ -1,7 +1,8 @@
 """What do the dense calls cost in which an edit looks for its mask: with maps, or with half the batch recorded?
 
 The bare module is timed in turn with a recording call, a recording call that keeps its cross-attention maps, a call of
-an edit that reuses their columns, and a call of an edit of which half the batch is recorded. Ratios are to the bare module.
+an edit that reuses their columns, and a call of an edit of which half the batch is recorded. Ratios are to the bare
+module.
 """
 
 from __future__ import annotations

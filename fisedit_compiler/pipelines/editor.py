@@ -27,7 +27,9 @@ from fisedit_compiler.pipelines.plan import EditPlan, detection_steps, mask_argu
 from fisedit_compiler.pipelines.region import region_argument
 from fisedit_compiler.pipelines.runs import DenseRun, Edit, Generation, RunSettings
 from fisedit_compiler.pipelines.steps import EmptyMaskFound, FollowBase, KeepLatents
+from fisedit_compiler.pipelines.words import edit_columns
 from fisedit_compiler.runtime.module import SparseModule
+from fisedit_compiler.runtime.sessions import EditSession
 
 
 class Editor:
@@ -110,6 +112,7 @@ class Editor:
         guidance_scale: float = 5.0,
         height: int | None = None,
         width: int | None = None,
+        maps: int = 0,
     ) -> Generation:
         """Make an image densely and record what its edits will need.
 
@@ -121,6 +124,8 @@ class Editor:
             guidance_scale: weight of classifier-free guidance; 1 or less turns it off.
             height: of the image in pixels; the model's own size if left out.
             width: likewise.
+            maps: of how many UNet calls, from the first on, cross-attention maps are kept too: while an edit's mask
+                is looked for, its unchanged words then attend as they did here.
 
         Raises:
             PromptError: a prompt is no string, or longer than the text encoder reads.
@@ -138,7 +143,7 @@ class Editor:
             scheduler=checks.scheduler_fingerprint(self.pipe.scheduler),
         )
         keep = KeepLatents()
-        with compiled.record() as recording:
+        with compiled.record(maps=maps) as recording:
             image = self._run(prompt, negative_prompt, settings, keep, "generate")
         return Generation(
             prompt=prompt,
@@ -256,6 +261,7 @@ class Editor:
         try:
             mask = plan.mask if isinstance(plan.mask, torch.Tensor) else None
             with compiled.edit(base.recording, mask=mask, record=plan.record) as session:
+                self._reuse_maps(plan, session)
                 growth = compiled.sparsify_config.dilation
                 follow = FollowBase(
                     base.latents,
@@ -271,6 +277,13 @@ class Editor:
         except EmptyMaskFound as found:
             return plan.unchanged(found.note, calls=found.calls, detection=found.detection)
         return plan.edited(image, follow, session, seconds)
+
+    def _reuse_maps(self, plan: EditPlan, session: EditSession) -> None:
+        """While the mask is looked for, words that both prompts have attend as in the base, where it was recorded."""
+        recording = plan.base.recording
+        if isinstance(plan.mask, MaskDetector) and recording is not None and recording.num_maps:
+            batch = recording.calls[0].batch
+            session.reuse_maps(edit_columns(self.pipe, plan.base.prompt, plan.prompt, batch))
 
     def _run(
         self,

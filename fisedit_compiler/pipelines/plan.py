@@ -78,10 +78,13 @@ class EditPlan:
         everywhere = found is not None and found.everywhere
         # The session's own times leave out what a GPU is still doing when a call returns.
         kinds = [kind for kind, _ in session.timings]
+        whole = max(session.computed_samples, default=0)
+        dense = [n for kind, n in zip(kinds, session.computed_samples, strict=True) if kind == "dense"]
         report = EditReport(
             mask_source=self.source,
             area=masks.area(mask),
             detection=follow.detection,
+            partial_calls=sum(1 for samples in dense if samples < whole),
             calls=tuple(zip(kinds, seconds, strict=True)),
             wall_seconds=time.perf_counter() - self.started,
             recording_bytes=_nbytes(self.base),

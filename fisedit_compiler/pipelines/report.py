@@ -49,6 +49,7 @@ class EditReport:
         area: share of the sites that the mask makes active, in [0, 1].
         detection: how an automatic mask was found; ``None`` if it was given.
         calls: ``(kind, seconds)`` of every UNet call, kind ``"dense"``, ``"sparse"`` or ``"skipped"``.
+        partial_calls: dense calls of which a part was recorded already, such as the unconditional half of the first.
         wall_seconds: duration of the whole edit, text encoder and decoder included.
         recording_bytes: size of the recording the edit read from.
         restored_steps: steps after which latents outside the mask had to be set back to the base's: the end of
@@ -63,6 +64,7 @@ class EditReport:
     area: float
     detection: Detection | None = None
     calls: Sequence[tuple[str, float]] = field(default=(), repr=False)
+    partial_calls: int = 0
     wall_seconds: float = 0.0
     recording_bytes: int = 0
     restored_steps: int = 0
@@ -112,7 +114,8 @@ class EditReport:
             ("sparse", self.sparse_calls, self.sparse_ms),
         ):
             if median is not None:
-                lines.append(f"{kind:<9} {count} calls, {median:.1f} ms each (median)")
+                part = f", {self.partial_calls} of them in part" if kind == "dense" and self.partial_calls else ""
+                lines.append(f"{kind:<9} {count} calls{part}, {median:.1f} ms each (median)")
         if self.skipped_calls:
             lines.append(f"skipped   {self.skipped_calls} calls")
         lines.append(f"recording {self.recording_bytes / 2**20:.1f} MiB")

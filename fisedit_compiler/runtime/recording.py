@@ -64,6 +64,11 @@ class Recording:
         return len(self.calls)
 
     @property
+    def num_maps(self) -> int:
+        """Calls, from the first on, that have cross-attention maps (``record(maps=...)``)."""
+        return sum(1 for call in self.calls if call.maps)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all slots of all calls (tensors shared with another recording are counted here too)."""
         return sum(call.nbytes for call in self.calls)

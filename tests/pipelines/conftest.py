@@ -34,6 +34,8 @@ class PinnedRecording:
     def num_calls(self) -> int:
         return len(self.samples)
 
+    num_maps = 0
+
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.predictions)
@@ -57,6 +59,10 @@ class PinnedSession:
     @property
     def call(self) -> int:
         return len(self.timings)
+
+    @property
+    def computed_samples(self) -> list[int]:
+        return [2] * self.call
 
     def set_mask(self, mask: torch.Tensor) -> None:
         self.mask = mask
@@ -86,7 +92,7 @@ class PinnedUNet(torch.nn.Module):
             return getattr(super().__getattr__("original"), name)
 
     @contextmanager
-    def record(self) -> Iterator[PinnedRecording]:
+    def record(self, maps: int = 0) -> Iterator[PinnedRecording]:
         recording = PinnedRecording()
         with self._mode(recording):
             yield recording
