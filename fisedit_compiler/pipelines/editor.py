@@ -181,9 +181,9 @@ class Editor:
             base: a generation, or an earlier edit made with ``record=True``.
             prompt: the new text.
             mask: what to change, in any form :func:`fisedit_compiler.masks.to_site_mask` takes, at the latent's
-                or the image's size. ``None`` finds it: the first steps run densely, and the mask is where the latents
-                leave the base's; if that is everywhere, the whole run is dense. The name of a detector
-                (:func:`~fisedit_compiler.pipelines.detectors.mask_detectors`) or a
+                or the image's size. ``None``, without ``box`` and ``polygon``, finds it: the first steps run densely,
+                and the mask is where the latents leave the base's; if that is everywhere, the whole run is dense. The
+                name of a detector (:func:`~fisedit_compiler.pipelines.detectors.mask_detectors`) or a
                 :class:`~fisedit_compiler.pipelines.detectors.MaskDetector` finds it by another rule.
             box: ``(top, left, bottom, right)`` as fractions of the picture, or several of them. Without ``mask`` the
                 boxes and polygons are the mask; a drawn mask counts inside them only, and so does one that is

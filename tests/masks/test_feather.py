@@ -56,9 +56,9 @@ def test_per_step_the_ramp_is_steeper_and_its_ends_stay(mask: torch.Tensor, site
     weights = masks.feather_weights(mask, sites)
     each = masks.weights_per_step(weights, steps)
     assert ((each == 0) == (weights == 0)).all() and ((each == 1) == (weights == 1)).all()
-    assert (each >= weights).all() and (masks.weights_per_step(weights, steps + 1) >= each).all()
-    order = weights.ravel().argsort()
-    assert (each.ravel()[order].diff() >= 0).all()
+    # Powers of equal numbers differ by a rounding, according to where in a tensor they stand.
+    assert (each >= weights - 1e-6).all() and (masks.weights_per_step(weights, steps + 1) >= each - 1e-6).all()
+    assert (each.ravel()[weights.ravel().argsort()].diff() >= -1e-6).all()
     assert torch.equal(masks.weights_per_step(weights, 1), weights)
 
 
