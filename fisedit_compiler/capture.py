@@ -7,10 +7,9 @@ it, never copied), and whose nodes carry sympy shapes, module path and source li
 
 from __future__ import annotations
 
+import contextlib
 import re
-import traceback
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import sympy
@@ -19,6 +18,7 @@ from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
+from fisedit_compiler.blame import TORCH_DIRECTORY, place_in_traceback, watch_guards
 from fisedit_compiler.errors import CaptureError
 from fisedit_compiler.inputs import CallSignature, TensorSpec
 from fisedit_compiler.ir import BATCH, HEIGHT, TEXT, WIDTH, ValueSpec, describe
@@ -26,8 +26,9 @@ from fisedit_compiler.ir import BATCH, HEIGHT, TEXT, WIDTH, ValueSpec, describe
 MAX_BATCH = 63  # diffusers' upsampler branches at a batch of 64
 MAX_SIZE = 1024  # of h and w, in units of the model's total downsampling
 MAX_TEXT = 4096
-_TORCH = str(Path(torch.__file__).parent)
 MULTIPLES = (1, 2, 4, 8, 16, 32, 64)
+_EXAMPLE = {"b": 2, "h": 3, "w": 5, "t": 7}
+"""Sizes that are exported with, in units of what they are multiples of; distinct, so that sizes can be told apart."""
 
 
 @dataclass
@@ -67,22 +68,66 @@ def capture(
         CaptureError: torch.export refused the module; the message carries its reason and what to try.
     """
     if multiple is not None:
-        return _translate(module, _export(module, arguments, signature, multiple), signature, multiple)
-    problem: Exception | None = None
+        try:
+            return _translate(module, _export(module, arguments, signature, multiple), signature, multiple)
+        except _ExportError as error:
+            raise _refused(error, module, arguments, signature, multiple) from error.cause
+    problem: CaptureError | None = None
+    tried = MULTIPLES[0]
     for candidate in MULTIPLES:
         try:
             captured = _translate(module, _export(module, arguments, signature, candidate), signature, candidate)
         except CaptureError as error:
-            problem = problem or error
+            if problem is None:
+                problem, tried = error, candidate
             continue
-        if not _has_rounded_sizes(captured.graph):
+        rounded = _rounded_size(captured.graph)
+        if rounded is None:
             return captured
+        shape = ", ".join(map(str, rounded.meta["spec"].shape))
         problem = problem or CaptureError(
-            f"{type(module).__name__} rounds its sizes for every divisor of height and width up to {candidate}; "
-            "pass SparsifyConfig(multiple=k) with the model's total downsampling."
+            f"{type(module).__name__} rounds its sizes for every divisor of height and width up to {MULTIPLES[-1]}: "
+            f"{describe(rounded)} has shape [{shape}]. Pass SparsifyConfig(multiple=k) with the model's total "
+            "downsampling."
         )
     assert problem is not None
+    if isinstance(problem, _ExportError):
+        raise _refused(problem, module, arguments, signature, tried) from problem.cause
     raise problem
+
+
+class _ExportError(CaptureError):
+    """torch.export refused; the message is written by :func:`_refused`, once no other divisor is left to try."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+def _refused(
+    error: _ExportError, module: nn.Module, arguments: dict[str, Any], signature: CallSignature, multiple: int
+) -> CaptureError:
+    place = place_in_traceback(error.cause, module)
+    if not place:
+        # Constraints on sizes are judged when the export is over; which line made them is only seen while it runs.
+        with watch_guards(module) as guards, contextlib.suppress(CaptureError):
+            _export(module, arguments, signature, multiple)
+        place = guards.place_of_violation(_units(signature, multiple))
+    return CaptureError(
+        f"torch.export could not capture {type(module).__name__} with symbolic batch, height and width "
+        f"(divisor {multiple}){place}: {_first_lines(error.cause)}\n"
+        "Remedy: make the forward free of data-dependent Python control flow, or sparsify the submodule that is; "
+        "pass SparsifyConfig(multiple=k) if sizes must be divisible by k."
+    )
+
+
+def _units(signature: CallSignature, multiple: int) -> dict[int, int]:
+    """What sizes are multiples of, by the example sizes that :func:`_export` uses."""
+    units = {_EXAMPLE["b"]: 1, _EXAMPLE["t"]: 1}
+    for spec in signature.tensors:
+        scale = _scale(multiple, spec)
+        units.update({scale * _EXAMPLE["h"]: scale, scale * _EXAMPLE["w"]: scale})
+    return units
 
 
 def _export(module: nn.Module, arguments: dict[str, Any], signature: CallSignature, multiple: int) -> ExportedProgram:
@@ -101,7 +146,12 @@ def _export(module: nn.Module, arguments: dict[str, Any], signature: CallSignatu
         """
         spec = specs[name]
         scale = _scale(multiple, spec)
-        known = {"b": (2, batch), "h": (scale * 3, scale * height), "w": (scale * 5, scale * width), "t": (7, text)}
+        known = {
+            "b": (_EXAMPLE["b"], batch),
+            "h": (scale * _EXAMPLE["h"], scale * height),
+            "w": (scale * _EXAMPLE["w"], scale * width),
+            "t": (_EXAMPLE["t"], text),
+        }
         return [known[axis] if isinstance(axis, str) else None for axis in spec.axes]
 
     def example(name: str, value: Any) -> Any:
@@ -125,12 +175,7 @@ def _export(module: nn.Module, arguments: dict[str, Any], signature: CallSignatu
                 # Functionalize; skipped otherwise because it costs as much as the capture itself.
                 exported = exported.run_decompositions({})
     except Exception as error:
-        raise CaptureError(
-            f"torch.export could not capture {type(module).__name__} with symbolic batch, height and width "
-            f"(divisor {multiple}){_place_in_traceback(error, module)}: {_first_lines(error)}\n"
-            "Remedy: make the forward free of data-dependent Python control flow, or sparsify the submodule that is; "
-            "pass SparsifyConfig(multiple=k) if sizes must be divisible by k."
-        ) from error
+        raise _ExportError(error) from error
     return exported
 
 
@@ -162,31 +207,19 @@ def _first_lines(error: Exception) -> str:
     return "\n".join(lines[:8])
 
 
-def _place_in_traceback(error: BaseException, module: nn.Module) -> str:
-    """`` in <module path> (file.py:12: code)`` of the innermost line of the user's model; empty if it has no part."""
-    paths = {id(part): path for path, part in module.named_modules()}
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    summaries = traceback.extract_tb(error.__traceback__)
-    for frame, summary in zip(reversed(frames), reversed(summaries), strict=True):
-        part = paths.get(id(frame.f_locals.get("self")))
-        if part is None or summary.filename.startswith(_TORCH):
-            continue
-        return f" in {part or 'the top module'} ({Path(summary.filename).name}:{summary.lineno}: {summary.line})"
-    return ""
-
-
 def _is_mutable(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
-def _has_rounded_sizes(graph: fx.Graph) -> bool:
+def _rounded_size(graph: fx.Graph) -> fx.Node | None:
+    """The first node with a size that is no polynomial of ``b, h, w``."""
     whole = (sympy.Add, sympy.Mul, sympy.Pow, sympy.Symbol, sympy.Number)
-    return any(
-        not all(isinstance(part, whole) for part in sympy.preorder_traversal(size))
-        for node in graph.nodes
-        if isinstance(node.meta.get("spec"), ValueSpec)
-        for size in node.meta["spec"].shape
-    )
+    for node in graph.nodes:
+        if isinstance(spec := node.meta.get("spec"), ValueSpec) and not all(
+            isinstance(part, whole) for size in spec.shape for part in sympy.preorder_traversal(size)
+        ):
+            return node  # type: ignore[no-any-return]
+    return None
 
 
 def _translate(module: nn.Module, exported: ExportedProgram, signature: CallSignature, multiple: int) -> CapturedGraph:
@@ -312,7 +345,9 @@ def _source_line(stack_trace: str | None) -> str | None:
     if not frames:
         return None
     # A line of torch says less than the line of the model that called it.
-    file, line, code = next((frame for frame in reversed(frames) if not frame[0].startswith((_TORCH, "<"))), frames[-1])
+    file, line, code = next(
+        (frame for frame in reversed(frames) if not frame[0].startswith((TORCH_DIRECTORY, "<"))), frames[-1]
+    )
     return f"{file.rsplit('/', 1)[-1]}:{line}: {code.strip()}"
 
 

@@ -26,6 +26,10 @@ class VerificationError(FiseditError):
     """A graph left by a pass breaks an invariant; always a defect of the pass, never of the user's model."""
 
 
+class LoweringError(FiseditError, RuntimeError):
+    """A right program could not be turned into code for its device: Inductor, Triton or a CUDA graph refused it."""
+
+
 class PlanError(FiseditError, ValueError):
     """A site plan was asked for with levels or sets that contradict each other."""
 

@@ -60,6 +60,12 @@ class Thirds(nn.Module):
         return F.interpolate(F.avg_pool2d(sample, 3, 3), size=sample.shape[2:])
 
 
+class Rounded(nn.Module):
+    def forward(self, sample: Tensor) -> Tensor:
+        small = F.max_pool2d(F.pad(sample, (2, 2, 2, 2)), 3, 3)
+        return sample + F.interpolate(small, size=sample.shape[2:])
+
+
 class Tokens(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         return tokens * 2
@@ -119,7 +125,14 @@ MISTAKES: dict[str, tuple[nn.Module, dict[str, Tensor], dict[str, Any], str]] = 
     ),
     "sizes that do not divide": (
         Model(Thirds()), SAMPLE, {},
-        "torch.export could not capture Model with symbolic batch, height and width (divisor 1): ...\n" + REMEDY,
+        "torch.export could not capture Model with symbolic batch, height and width (divisor 1) in block.0 "
+        f"({FILE}:LINE: return F.interpolate(F.avg_pool2d(sample, 3, 3), size=sample.shape[2:])): ...\n{REMEDY}",
+    ),
+    "sizes that are rounded": (
+        Model(Rounded()), SAMPLE, {},
+        f"Model rounds its sizes for every divisor of height and width up to 64: max_pool2d = aten.max_pool2d in block.0 "
+        f"({FILE}:LINE: small = F.max_pool2d(F.pad(sample, (2, 2, 2, 2)), 3, 3)) has shape [b, 4, (((h + 1)//3)) + 1, (((w + 1)//3)) + 1]. Pass SparsifyConfig(multiple=k) "
+        "with the model's total downsampling.",
     ),
     "no image among the inputs": (
         Tokens(), {"tokens": torch.zeros(2, 3, 4)}, {},

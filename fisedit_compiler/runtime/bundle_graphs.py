@@ -17,6 +17,7 @@ from fisedit_compiler.kernels.addresses import is_plain
 from fisedit_compiler.passes.hoist import Bundle
 from fisedit_compiler.runtime.bundle_values import BundleValues, FlatLayout, FlatValues, SeparateValues
 from fisedit_compiler.runtime.contents import version
+from fisedit_compiler.runtime.lowering_errors import lowering_error
 
 KEPT = 16
 """Graphs that are kept: one per bundle and form of its inputs."""
@@ -76,7 +77,7 @@ class BundleRunner:
         if graph is None:
             values = _dense(bundle, module(*arguments))
             seen = key in self._captured
-            self._captured[key] = _BundleGraph(module, arguments, values) if seen and values else None
+            self._captured[key] = _capture(module, arguments, values) if seen and values else None
             while len(self._captured) > KEPT:
                 self._captured.popitem(last=False)
             return values
@@ -86,6 +87,13 @@ class BundleRunner:
     def _capturable(self, arguments: Sequence[Any]) -> bool:
         tensors = [value for value in arguments if isinstance(value, Tensor)]
         return bool(tensors) and all(value.is_cuda for value in tensors)
+
+
+def _capture(module: fx.GraphModule, arguments: Sequence[Any], values: Mapping[str, Tensor]) -> _BundleGraph:
+    try:
+        return _BundleGraph(module, arguments, values)
+    except Exception as error:
+        raise lowering_error(error, module, arguments, None) from error
 
 
 def _form(value: Any) -> Any:

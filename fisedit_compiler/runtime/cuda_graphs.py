@@ -22,6 +22,7 @@ from fisedit_compiler.kernels.addresses import is_plain
 from fisedit_compiler.runtime.conv_tables import ConvKey
 from fisedit_compiler.runtime.hoisting import Hoisted, HoistedGroup
 from fisedit_compiler.runtime.lowering import compile_step
+from fisedit_compiler.runtime.lowering_errors import lowering_error
 from fisedit_compiler.runtime.site_plan import SitePlan
 from fisedit_compiler.runtime.slot_table import SlotLayout, SlotTable, slot_layout
 
@@ -112,6 +113,7 @@ class GraphPool:
         theirs.
         """
         self.identities, self.slot_names, self.bundles = list(identities), tuple(slot_names), tuple(bundles)
+        self.step = step
         self.compiled: Callable[..., Any] = compile_step(step)
         self._calls = [identity[1] for identity in self.identities if identity[0] == "call"]
         self._graphs: OrderedDict[tuple[Any, ...], _Graph] = OrderedDict()
@@ -139,7 +141,12 @@ class GraphPool:
         return PreparedPlan(number, padded, tables)
 
     def run(self, prepared: PreparedPlan, tensors: Values, slots: SlotTable, hoisted: Hoisted) -> list[Tensor]:
-        """Replay (or first capture) the step; returned tensors are the caller's own."""
+        """Replay (or first capture) the step; returned tensors are the caller's own.
+
+        Raises:
+            LoweringError: the step cannot be compiled or captured. It is never run eagerly instead: that would be slow
+                without anybody knowing why.
+        """
         shapes = tuple(tensors[name].shape for name in self._calls)
         key = (prepared.bucket, shapes, *(group.form for group in hoisted.groups))
         graph = self._graphs.get(key)
@@ -171,6 +178,13 @@ class GraphPool:
                 stager.run(graph.table)
             return list(self.compiled(*arguments))
 
+        try:
+            self._capture_into(graph, body)
+        except Exception as error:
+            raise lowering_error(error, self.step, arguments, compile_step) from error
+        return graph
+
+    def _capture_into(self, graph: _Graph, body: Callable[[], list[Tensor]]) -> None:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -181,7 +195,6 @@ class GraphPool:
             self._memory = torch.cuda.graph_pool_handle()
         with torch.cuda.graph(graph.graph, pool=self._memory):
             graph.outputs.extend(body())
-        return graph
 
 
 def _fill(graph: _Graph, prepared: PreparedPlan, slots: SlotTable, hoisted: Hoisted) -> None:
