@@ -27,7 +27,12 @@ class VerificationError(FiseditError):
 
 
 class LoweringError(FiseditError, RuntimeError):
-    """A right program could not be turned into code for its device: Inductor, Triton or a CUDA graph refused it."""
+    """A right program could not be turned into code for its device: Inductor, Triton or a CUDA graph refused it.
+
+    ``node`` is the node of the captured graph it happened at, empty if none was found.
+    """
+
+    node: str = ""
 
 
 class PlanError(FiseditError, ValueError):

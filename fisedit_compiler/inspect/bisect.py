@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from fisedit_compiler.errors import FiseditError
-from fisedit_compiler.inspect.check import CheckReport, Subject, check_subject
+from fisedit_compiler.errors import ConfigError, FiseditError
+from fisedit_compiler.inspect.check import CheckReport, check_subject
+from fisedit_compiler.inspect.subject import Subject
 from fisedit_compiler.passes.order import REQUIRED, ordered
 from fisedit_compiler.program import compile_captured
 from fisedit_compiler.runtime.executable import Executable
@@ -84,6 +85,10 @@ class BisectReport:
 
 def bisect_subject(subject: Subject) -> BisectReport:
     """Find the pass at fault; see :meth:`SparseModule.bisect`."""
+    if subject.options.lowered:
+        raise ConfigError(
+            "bisect() looks for a pass, which compiled code has no part in; use check(mask, lowered=True)."
+        )
     own = check_subject(subject, subject.executable.hoisted.fork())
     if own.ok:
         return BisectReport(None, own, (), f"nothing to find: {own}")

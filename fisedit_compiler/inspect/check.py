@@ -1,23 +1,22 @@
 """``compiled.check(mask)``: the pinned and the packed program side by side, and the first node at which they part.
 
 Judged are, in this order: what a recording holds, hoisted values as the module's own cache gives them, every node of
-the sparse step, its outputs, and at last the step as the module runs it. The step's graph is interpreted, so what
-Inductor makes of it on a GPU is not part of a check. Finding the pass at fault is ``bisect.py``'s business.
+the sparse step, its outputs, and at last the step as the module runs it, also as an edit that records itself. The
+step's graph is interpreted; what Inductor and CUDA graphs make of it is compared if asked for (``lowered.py``). Finding
+the pass at fault is ``bisect.py``'s business.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from fractions import Fraction
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 
-from fisedit_compiler.errors import ConfigError, MaskError, RecordingError
+from fisedit_compiler.errors import LoweringError
 from fisedit_compiler.inspect.judge import (
     Difference,
     Expectations,
@@ -26,21 +25,17 @@ from fisedit_compiler.inspect.judge import (
     Stopped,
     origins_of_inputs,
 )
+from fisedit_compiler.inspect.lowered import NOT_COMPILATION, judge_lowered_nodes
 from fisedit_compiler.inspect.pinned import PinnedInterpreter, PinnedValue, inputs_of
-from fisedit_compiler.inspect.samples import call_before, edited_inputs, sample_inputs, scalars_of
-from fisedit_compiler.inspect.stages import choose_program
-from fisedit_compiler.layout import Layout
-from fisedit_compiler.masks import to_site_mask
+from fisedit_compiler.inspect.samples import call_before, scalars_of
+from fisedit_compiler.inspect.subject import Subject
 from fisedit_compiler.program import CompiledProgram
 from fisedit_compiler.runtime.hoisting import HoistCache
-from fisedit_compiler.runtime.recording import Recording
-from fisedit_compiler.runtime.site_plan import SitePlan
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from fisedit_compiler.runtime.executable import Executable
-    from fisedit_compiler.runtime.module import SparseModule
 
 ROWS_SHOWN = 20
 
@@ -96,89 +91,6 @@ class CheckReport:
         return f"first difference: {self.first}\n{self.subject}\n{captured.get()}"
 
 
-@dataclass(frozen=True)
-class Subject:
-    """Two calls to check one program with.
-
-    Attributes:
-        executable: the program.
-        mask: bool ``[H, W]``, not yet grown by the configuration's dilation.
-        plan: the site plan of the mask.
-        base: the base call's tensors by placeholder name.
-        edited: the edit's.
-        recorded: slots of a recording to check instead of a fresh one.
-        tolerance: relative to a value's largest element; ``None`` for that of its precision.
-        seed: of everything random.
-    """
-
-    executable: Executable
-    mask: Tensor
-    plan: SitePlan
-    base: Mapping[str, Tensor]
-    edited: Mapping[str, Tensor]
-    recorded: Mapping[str, Tensor] | None
-    tolerance: float | None
-    seed: int
-
-    def of(self, executable: Executable) -> Subject:
-        """The same calls for another program of the same captured graph, on a fresh recording."""
-        plan = _plan(executable, self.mask, self.base[executable.program.spatial[0]])
-        return replace(self, executable=executable, plan=plan, recorded=None)
-
-    def __str__(self) -> str:
-        config, sites = self.executable.program.config, self.plan.height * self.plan.width
-        return (
-            f"{self.plan.rows(Fraction(1))} of {sites} sites active, norm={config.norm!r}, "
-            f"attention={config.attention!r}"
-        )
-
-
-def make_subject(
-    module: SparseModule,
-    mask: Any,
-    *,
-    inputs: Mapping[str, Any] | None = None,
-    edited: Mapping[str, Any] | None = None,
-    recording: Recording | None = None,
-    call: int = 0,
-    program: int = 0,
-    tolerance: float | None = None,
-    seed: int = 0,
-) -> Subject:
-    """The calls and the plan of a check; see :meth:`SparseModule.check` for arguments and errors."""
-    if inputs is None and (edited is not None or recording is not None):
-        given = "edited" if edited is not None else "recording"
-        raise ConfigError(
-            f"check() was given {given}= without inputs=; pass the keyword arguments of the base call as inputs=, so "
-            "that there is something to compare with."
-        )
-    if tolerance is not None and not tolerance >= 0.0:
-        raise ConfigError(f"tolerance={tolerance!r} must be a relative error, 0 or more, or None.")
-    generator = torch.Generator().manual_seed(seed)
-    if inputs is None:
-        choose_program(module.programs, program)
-        executable = module._programs.executables()[program]
-        sites = _own_size(mask, executable.program.multiple)
-        height, width = sites.shape
-        base = sample_inputs(executable.program, height, width, generator)
-    else:
-        bound, _ = module._programs.bind((), inputs)
-        executable, base = bound.executable, dict(bound.tensors)
-        sites = to_site_mask(mask, *bound.sample.shape[2:])
-    sites = sites.cpu()
-    if not bool(sites.any()):
-        raise MaskError("The mask is empty: an edit gives the recorded outputs back, and there is nothing to check.")
-    plan = _plan(executable, sites, base[executable.program.spatial[0]])
-    if edited is None:
-        changed = edited_inputs(executable.program, base, plan, generator)
-    else:
-        other, _ = module._programs.bind((), edited)
-        changed = dict(other.tensors)
-        _check_alike(executable.program, base, changed, same_program=other.executable is executable)
-    recorded = None if recording is None else _recorded(recording, call, executable, base)
-    return Subject(executable, sites, plan, base, changed, recorded, tolerance, seed)
-
-
 def check_subject(subject: Subject, hoisted: HoistCache) -> CheckReport:
     """Run both programs.
 
@@ -188,7 +100,7 @@ def check_subject(subject: Subject, hoisted: HoistCache) -> CheckReport:
     """
     executable, plan = subject.executable, subject.plan
     program = executable.program
-    judge = Judge(program, plan, subject.tolerance)
+    judge = Judge(program, plan, subject.options.tolerance)
     expected = Expectations(program, plan)
     with torch.no_grad():
         pinned = PinnedInterpreter(program, executable.module, plan, expected.observe)
@@ -200,11 +112,19 @@ def check_subject(subject: Subject, hoisted: HoistCache) -> CheckReport:
             step = JudgedInterpreter(program.step, program, executable.module, judge, expected)
             found = list(step.run(*arguments))[: len(program.outputs)]
             _judge_outputs(program, judge, "output", found, outputs)
-            device_type = subject.base[program.spatial[0]].device.type
-            if not judge.differences and executable.config.backend_on(device_type) == "eager":
-                _judge_outputs(program, judge, "output of the running step", _run(subject, slots, hoisted), outputs)
+            if judge.differences:
+                raise Stopped
+            if not executable.is_lowered(subject.edited):
+                found, _ = _run(subject, slots, hoisted)
+                _judge_outputs(program, judge, "output of the running step", found, outputs)
+            elif subject.options.lowered:
+                _judge_lowered(subject, judge, arguments, slots, hoisted, outputs)
+            if not judge.differences and subject.runs_updates:
+                found, after = _run(subject, slots, hoisted, update=True)
+                _judge_outputs(program, judge, "output of an edit that records", found, outputs)
+                _judge_edited_slots(program, judge, expected, after)
         except Stopped:
-            pass  # the judge has noted where
+            pass  # the judge has noted where, and what follows would only echo it
     return CheckReport(judge.sorted(), judge.compared, str(subject))
 
 
@@ -247,7 +167,7 @@ def _judge_hoisted(subject: Subject, judge: Judge, expected: Expectations, hoist
             for kind, *rest in (node.meta["input"] for node in _placeholders(bundle.graph))
         ]
         right.update(zip(bundle.values, interpreter.run(*arguments), strict=True))
-    before = call_before(program, subject.edited, torch.Generator().manual_seed(subject.seed + 1))
+    before = call_before(program, subject.edited, torch.Generator().manual_seed(subject.options.seed + 1))
     cached: Mapping[str, Tensor] = {}
     for tensors in (before, subject.edited):
         cached = hoisted.evaluate(executable._bundle_modules(), tensors, batch, scalars_of(program, tensors))
@@ -275,12 +195,50 @@ def _output_nodes(program: CompiledProgram) -> tuple[Any, ...]:
     return tuple(flat) if isinstance(flat, (list, tuple)) else (flat,)
 
 
-def _run(subject: Subject, slots: Mapping[str, Tensor], hoisted: HoistCache) -> list[Any]:
-    """The step as an edit runs it."""
+def _judge_lowered(
+    subject: Subject,
+    judge: Judge,
+    arguments: list[Any],
+    slots: Mapping[str, Tensor],
+    hoisted: HoistCache,
+    outputs: tuple[PinnedValue, ...],
+) -> None:
+    """The step as Inductor and CUDA graphs run it; of one that differs, the first node that does."""
+    program = subject.executable.program
+    try:
+        found, _ = _run(subject, slots, hoisted)
+    except LoweringError as error:
+        judge.note(error.node or "the step", "lowering", problem=str(error).splitlines()[0])
+        return
+    trial = Judge(program, subject.plan, subject.options.tolerance)
+    _judge_outputs(program, trial, "output", found, outputs)
+    if not trial.differences:
+        judge.compared += trial.compared
+        return
+    known = judge_lowered_nodes(subject.executable.interpreted_step(), arguments, judge)
+    _judge_outputs(program, judge, f"lowered step{'' if known else f' ({NOT_COMPILATION})'}, output", found, outputs)
+
+
+def _judge_edited_slots(
+    program: CompiledProgram, judge: Judge, expected: Expectations, after: Mapping[str, Tensor]
+) -> None:
+    """What an edit that records itself leaves for an edit of the edit: every slot, as the pinned program has it."""
+    readers = origins_of_inputs(program.step)
+    for slot in program.slots:
+        origin = readers.get(("slot", slot.name), slot.origin)
+        layout = slot.layout if slot.kind == "dense" else None
+        what = f"slot {slot.name} after the edit"
+        judge.close(origin, what, after.get(slot.name), expected.edited_slots[slot.name], layout)
+
+
+def _run(
+    subject: Subject, slots: Mapping[str, Tensor], hoisted: HoistCache, *, update: bool = False
+) -> tuple[list[Any], dict[str, Tensor]]:
+    """The step as an edit runs it: its outputs, and with ``update`` every slot after the edit."""
     executable = subject.executable
     scalars = scalars_of(executable.program, subject.edited)
     with _hoisting_by(executable, hoisted):
-        return executable.step(subject.edited, slots, subject.plan, update=False, scalars=scalars)[0]
+        return executable.step(subject.edited, slots, subject.plan, update=update, scalars=scalars)
 
 
 @contextmanager
@@ -302,70 +260,3 @@ def _argument(node: fx.Node, subject: Subject, slots: Mapping[str, Tensor], hois
 
 def _placeholders(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if node.op == "placeholder"]
-
-
-def _plan(executable: Executable, mask: Tensor, sample: Tensor) -> SitePlan:
-    """As the executable makes it, without being kept there, and with the levels of values that stay dense."""
-    program = executable.program
-    layouts = [node.meta.get("layout") for node in program.captured.graph.nodes]
-    dense = {layout.level for layout in layouts if isinstance(layout, Layout) and layout.is_rows}
-    levels = program.levels | {level for level in dense if level is not None}
-    plan = SitePlan.build(mask, levels, program.convs, dilation=executable.config.dilation)
-    return executable.divided(plan, sample.shape[0], sample.element_size(), sample.device.type).to(sample.device)
-
-
-def _own_size(mask: Any, multiple: int) -> Tensor:
-    """The mask at its own size, which is the size of the call that is made up."""
-    if isinstance(mask, (str, Path)):
-        raise MaskError("A mask that is a file has no size of its own here; open it, or pass inputs= as well.")
-    size = getattr(mask, "shape", None)
-    height, width = size[-2:] if size is not None and len(size) >= 2 else reversed(getattr(mask, "size", (1, 1)))
-    sites = to_site_mask(mask, int(height), int(width))
-    if height % multiple or width % multiple:
-        raise MaskError(
-            f"The mask is {height}x{width}, but the model scales its maps down to 1/{multiple}: both sizes must be "
-            f"multiples of {multiple}."
-        )
-    return sites
-
-
-def _check_alike(
-    program: CompiledProgram, base: Mapping[str, Tensor], edited: Mapping[str, Tensor], *, same_program: bool
-) -> None:
-    """Two calls that no edit could pair are refused.
-
-    Raises:
-        RecordingError: arguments or shapes differ.
-    """
-    shapes = {name: (tuple(base[name].shape), tuple(edited[name].shape)) for name in base if name in edited}
-    spatial = {name: pair for name, pair in shapes.items() if name in program.spatial and pair[0] != pair[1]}
-    if not same_program or spatial:
-        found = "; ".join(f"{name}: {list(then)} and {list(now)}" for name, (then, now) in spatial.items())
-        raise RecordingError(
-            f"inputs= and edited= are calls of other shapes or arguments ({found or 'other arguments'}). Pass the two "
-            "calls of one edit."
-        )
-
-
-def _recorded(
-    recording: Recording, call: int, executable: Executable, base: Mapping[str, Tensor]
-) -> Mapping[str, Tensor]:
-    """The slots of the recorded call to check.
-
-    Whether they are of these weights and inputs is what the check finds out.
-
-    Raises:
-        RecordingError: there is no such call, or it is of another program, size or batch.
-    """
-    if not 0 <= call < recording.num_calls:
-        raise RecordingError(f"The recording has {recording.num_calls} calls; there is no call {call}.")
-    record = recording.calls[call]
-    sample = base[executable.program.spatial[0]]
-    recorded = (record.batch, record.height, record.width)
-    given = (sample.shape[0], *sample.shape[2:])
-    if record.signature != executable.program.signature or recorded != given:
-        raise RecordingError(
-            f"Call {call} of the recording has batch, height and width {recorded}, inputs= has {given}, or other "
-            "arguments. Pass the arguments of that call."
-        )
-    return record.slots

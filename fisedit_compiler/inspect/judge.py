@@ -74,6 +74,7 @@ class Expectations:
         dense: values of operations that stay dense, by captured node.
         pinned: whole dense values with inactive sites from the base run, by captured node.
         slots: what a recording of the base inputs must hold.
+        edited_slots: what a recording of the edit must hold.
     """
 
     def __init__(self, program: CompiledProgram, plan: SitePlan) -> None:
@@ -82,6 +83,8 @@ class Expectations:
         self.dense: dict[str, Any] = {}
         self.pinned: dict[str, Tensor] = {}
         self.slots: dict[str, Tensor] = {}
+        self.edited_slots: dict[str, Tensor] = {}
+        self._norm = program.config.norm
         self._slots: dict[str, list[Slot]] = {}
         for slot in program.slots:
             self._slots.setdefault(slot.origin, []).append(slot)
@@ -100,6 +103,9 @@ class Expectations:
             self.pinned[node.name] = value.pinned
         for slot in self._slots.get(node.name, ()):
             self.slots[slot.name] = _slot_value(slot, value.base)
+            # With recorded statistics an edit of the edit goes on normalising by the base run's.
+            kept = slot.kind == "statistics" and self._norm == "recorded"
+            self.edited_slots[slot.name] = self.slots[slot.name] if kept else _slot_value(slot, value.pinned)
 
 
 def _slot_value(slot: Slot, base: Tensor) -> Tensor:
@@ -151,17 +157,22 @@ class Judge:
             return False
         if not expected.numel():
             return True
-        difference = (actual.double() - expected.double()).abs()
-        relative, absolute = TOLERANCES.get(expected.dtype, (0.0, 0.0))
-        relative = relative if self.tolerance is None else self.tolerance
-        allowed = absolute + relative * float(expected.double().abs().max())
-        error = float(difference.max())
-        # Written so that NaN fails.
+        error, allowed = self.measure(actual, expected)
         if error <= allowed:
             return True
-        sites = self._sites(~(difference <= allowed), layout, rows)
-        self.note(origin, what, error=math.inf if math.isnan(error) else error, allowed=allowed, sites=sites)
+        difference = (actual.double() - expected.double()).abs()
+        self.note(origin, what, error=error, allowed=allowed, sites=self._sites(~(difference <= allowed), layout, rows))
         return False
+
+    def measure(self, actual: Tensor, expected: Tensor) -> tuple[float, float]:
+        """The largest absolute difference of two values of one shape (infinite for NaN), and what is allowed."""
+        if not expected.numel():
+            return 0.0, 0.0
+        right = expected.double()
+        relative, absolute = TOLERANCES.get(expected.dtype, (0.0, 0.0))
+        relative = relative if self.tolerance is None else self.tolerance
+        error = float((actual.double() - right).abs().max())
+        return math.inf if math.isnan(error) else error, absolute + relative * float(right.abs().max())
 
     def same(self, origin: str, what: str, actual: Tensor, expected: Tensor, layout: Layout) -> bool:
         """Whether two dense values agree bit for bit."""

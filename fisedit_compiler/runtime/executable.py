@@ -154,8 +154,16 @@ class Executable:
         # The caller gets the outputs and may write to them; what is recorded must not follow.
         return outputs, {name: _own(value, outputs) for name, value in stored.items()}
 
+    def is_lowered(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether a call with these tensors runs as Inductor and CUDA graphs make it, not interpreted."""
+        return self._uses_cuda_graphs(tensors)
+
     def _uses_cuda_graphs(self, tensors: Mapping[str, Tensor]) -> bool:
         return self.config.backend_on(tensors[self.program.spatial[0]].device.type) == "inductor"
+
+    def interpreted_step(self) -> fx.GraphModule:
+        """The step's graph on the module's weights, as nothing has compiled or staged it."""
+        return self._graph("step")
 
     def _graph_pool(self) -> GraphPool:
         if self._pool is None:

@@ -51,11 +51,13 @@ def lowering_error(
         if node is None and compile_with is not None:
             node = first_failing(step, lambda prefix: _fails(compile_with, prefix, arguments))
     place = "the whole step" if node is None else described(node)
-    return LoweringError(
+    raised = LoweringError(
         f"The sparse step could not be made into code for this device, at {place}: {_first_lines(error)}\n"
         'Remedy: SparsifyConfig(backend="eager") runs the same program without compiling it. If the operation is of '
         "another package, give it a fake implementation (torch.library.register_fake) that is right for symbolic sizes."
     )
+    raised.node = "" if node is None else str(node.meta.get("origin", node.name))
+    return raised
 
 
 def described(node: fx.Node) -> str:

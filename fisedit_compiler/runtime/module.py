@@ -31,6 +31,7 @@ from fisedit_compiler.runtime.site_plan import SitePlan
 if TYPE_CHECKING:
     from fisedit_compiler.inspect.bisect import BisectReport
     from fisedit_compiler.inspect.check import CheckReport
+    from fisedit_compiler.inspect.subject import CheckOptions, Subject
 
 
 class SparseModule(nn.Module):
@@ -210,6 +211,7 @@ class SparseModule(nn.Module):
         program: int = 0,
         tolerance: float | None = None,
         seed: int = 0,
+        lowered: bool = False,
     ) -> CheckReport:
         """Run the packed program beside the pinned one and name the first node that differs.
 
@@ -226,29 +228,20 @@ class SparseModule(nn.Module):
             program: which of :attr:`programs`, without ``inputs``.
             tolerance: error relative to a value's largest element; ``None`` for that of its precision.
             seed: of everything random.
+            lowered: also compare the step as Inductor and CUDA graphs run it, and narrow a difference down to a node.
+                Compiles the step if no edit has, and keeps it; narrowing compiles parts of it, which takes minutes.
 
         Raises:
             ModeError: a mode is active, or the module is in training mode.
             MaskError: the mask is empty or does not fit.
-            ConfigError: nothing is compiled yet, or arguments are missing.
+            ConfigError: nothing is compiled yet, arguments are missing, or nothing is lowered on this device.
             RecordingError: the calls or the recording do not belong together.
         """
-        from fisedit_compiler.inspect.check import check_subject, make_subject
+        from fisedit_compiler.inspect.check import check_subject
+        from fisedit_compiler.inspect.subject import CheckOptions
 
-        with self._entered("check"):
-            self._check_evaluating()
-            self._refresh()
-            subject = make_subject(
-                self,
-                mask,
-                inputs=inputs,
-                edited=edited,
-                recording=recording,
-                call=call,
-                program=program,
-                tolerance=tolerance,
-                seed=seed,
-            )
+        options = CheckOptions(inputs, edited, recording, call, program, tolerance, seed, lowered)
+        with self._checking("check", mask, options) as subject:
             return check_subject(subject, subject.executable.hoisted.fork())
 
     def bisect(self, mask: Any, **options: Any) -> BisectReport:
@@ -256,18 +249,25 @@ class SparseModule(nn.Module):
 
         Args:
             mask: as for :meth:`check`.
-            options: as for :meth:`check`.
+            options: as for :meth:`check`, without ``lowered``: no pass is at fault where only compiled code differs.
 
         Raises:
             FiseditError: as :meth:`check` does.
         """
         from fisedit_compiler.inspect.bisect import bisect_subject
-        from fisedit_compiler.inspect.check import make_subject
+        from fisedit_compiler.inspect.subject import CheckOptions
 
-        with self._entered("bisect"):
+        with self._checking("bisect", mask, CheckOptions(**options)) as subject:
+            return bisect_subject(subject)
+
+    @contextmanager
+    def _checking(self, mode: str, mask: Any, options: CheckOptions) -> Iterator[Subject]:
+        from fisedit_compiler.inspect.subject import make_subject
+
+        with self._entered(mode):
             self._check_evaluating()
             self._refresh()
-            return bisect_subject(make_subject(self, mask, **options))
+            yield make_subject(self, mask, options)
 
     @property
     def programs(self) -> list[CompiledProgram]:

@@ -25,8 +25,9 @@ from zoo import ZOO
 
 from fisedit_compiler import Recording, SparseModule, SparsifyConfig, sparsify
 from fisedit_compiler.errors import ConfigError, MaskError, ModeError, RecordingError
-from fisedit_compiler.inspect.check import CheckReport, make_subject
+from fisedit_compiler.inspect.check import CheckReport
 from fisedit_compiler.inspect.pinned import PinnedInterpreter, inputs_of
+from fisedit_compiler.inspect.subject import CheckOptions, make_subject
 from fisedit_compiler.kernels.tolerances import assert_close
 from fisedit_compiler.passes import recording as recording_pass
 from fisedit_compiler.passes.extensions import RULES
@@ -94,7 +95,7 @@ def test_the_pinned_program_is_the_oracle_of_the_tests(name: str, norm: Norm, at
     compiled = compiled_model(name, norm, attention)
     inputs = call(name)
     edited = edit_inputs(name, 2, SIZE, MASK)
-    subject = make_subject(compiled, MASK, inputs=inputs, edited=edited)
+    subject = make_subject(compiled, MASK, CheckOptions(inputs=inputs, edited=edited))
     program, plan = subject.executable.program, subject.plan
     pinned = PinnedInterpreter(program, compiled.original, plan, lambda node, value: None)
     with torch.no_grad():
