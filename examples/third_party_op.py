@@ -1,16 +1,29 @@
 """Teach the compiler an operation that it has never seen, from outside the package.
 
 ``mylib::gate`` scales every token by a learned gate: an operation of some other package. Without a rule it runs densely
-(right, but slow, and ``explain()`` says so); the two rules below make it sparse. Run it with
+(right, but slow, and ``explain()`` says so); the rules below make it sparse, and tell ``explain()`` what it
+costs. Run it with
 ``python examples/third_party_op.py``.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import fisedit_compiler
 from fisedit_compiler import SparsifyConfig
-from fisedit_compiler.extend import Layout, Rewriter, copy_on_rows, layout_rule, opaque, rewrite_rule
+from fisedit_compiler.extend import (
+    Layout,
+    Rewriter,
+    ValueSpec,
+    copy_on_rows,
+    cost_rule,
+    elements,
+    layout_rule,
+    opaque,
+    rewrite_rule,
+)
 from fisedit_compiler.masks import ellipse_mask
 
 
@@ -39,6 +52,12 @@ def gate_rows(node: torch.fx.Node, rewriter: Rewriter) -> str | None:
         return "the gate's weight differs from site to site"
     copy_on_rows(node, {tokens: rewriter.rows(tokens)}, rewriter)
     return None
+
+
+@cost_rule(torch.ops.mylib.gate.default)
+def gate_costs(arguments: list[Any], result: ValueSpec) -> Any:
+    """FLOPs: a product with the weight, and a multiplication by the gate, for every element."""
+    return 3 * elements(result.shape)
 
 
 class GatedConv(nn.Module):

@@ -11,7 +11,12 @@ are registered once, by decorator, when the module that brings the operation is 
     def scale_rows(node, rewriter):
         copy_on_rows(node, {node.args[0]: rewriter.rows(node.args[0])}, rewriter)
 
-An operation without a rule runs densely, and ``explain()`` says so; ``examples/third_party_op.py`` gives one a rule.
+    @cost_rule(torch.ops.mylib.scale_tokens.default)
+    def scale_costs(arguments, result):
+        return elements(result.shape)
+
+An operation without a rewrite rule runs densely, and ``explain()`` says so; ``examples/third_party_op.py`` gives one
+its rules.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from typing import Any, TypeVar
 import torch
 
 from fisedit_compiler.errors import ConfigError
+from fisedit_compiler.inspect.costs import COSTS, CostRule, elements
 from fisedit_compiler.ir import ValueSpec, has_spec, spec_of
 from fisedit_compiler.layout import LAYOUT_RULES, Layout, LayoutRule, opaque
 from fisedit_compiler.passes.base import Pass, Program, Rewriter, Slot, slot_name
@@ -36,6 +42,8 @@ __all__ = [
     "Slot",
     "ValueSpec",
     "copy_on_rows",
+    "cost_rule",
+    "elements",
     "has_spec",
     "layout_rule",
     "opaque",
@@ -76,6 +84,25 @@ def rewrite_rule(operation: Any) -> Callable[[RewriteRule], RewriteRule]:
         ConfigError: it is no such operation, or has a rule already.
     """
     return _register(operation, RULES, "rewrite rule")
+
+
+def cost_rule(operation: Any) -> Callable[[CostRule], CostRule]:
+    """Register what an operation costs, for ``explain()`` and the page of ``fisedit inspect``.
+
+    The rule gets the operation's arguments, with a :class:`ValueSpec` (sympy shape, dtype) in place of every tensor,
+    and the spec of its result (a tuple of them for several). It returns FLOPs, two for a multiplication with its
+    addition, as a number or a sympy expression in these shapes; :func:`elements` multiplies a shape out. The same rule
+    serves the dense operation and the one on rows, whose shapes have ``n_s`` in them. Bytes are those of all operands
+    and results once, unless the rule returns ``(FLOPs, bytes)``. Without a rule only bytes are counted, and
+    ``explain()`` says so.
+
+    Args:
+        operation: ``torch.ops.<namespace>.<name>.<overload>``.
+
+    Raises:
+        ConfigError: it is no such operation, or has a rule already.
+    """
+    return _register(operation, COSTS, "cost rule")
 
 
 def _register(operation: Any, rules: dict[Any, Any], what: str) -> Callable[[_Rule], _Rule]:

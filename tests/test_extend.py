@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -15,7 +16,19 @@ from torch import Tensor, fx, nn
 
 from fisedit_compiler import SparsifyConfig
 from fisedit_compiler.errors import ConfigError, LayoutError, VerificationError
-from fisedit_compiler.extend import Layout, Pass, Program, Rewriter, layout_rule, opaque, rewrite_rule
+from fisedit_compiler.extend import (
+    Layout,
+    Pass,
+    Program,
+    Rewriter,
+    cost_rule,
+    elements,
+    layout_rule,
+    opaque,
+    rewrite_rule,
+)
+from fisedit_compiler.inspect.costs import COSTS, node_cost
+from fisedit_compiler.ir import BATCH, HEIGHT, WIDTH, row_symbol
 from fisedit_compiler.layout import LAYOUT_RULES
 from fisedit_compiler.passes.extensions import RULES
 from fisedit_compiler.passes.order import REWRITES, ordered
@@ -39,7 +52,7 @@ OPERATION = torch.ops.fisedit_tests.halve.default
 @pytest.fixture(autouse=True)
 def registries() -> Iterator[None]:
     """Rules registered by a test are forgotten after it."""
-    known = [(rules, dict(rules)) for rules in (RULES, LAYOUT_RULES)]
+    known = [(rules, dict(rules)) for rules in (RULES, LAYOUT_RULES, COSTS)]
     yield
     for rules, before in known:
         rules.clear()
@@ -229,3 +242,54 @@ def test_the_example_adds_an_operation_from_outside(capsys: pytest.CaptureFixtur
     printed = capsys.readouterr().out
     assert "outside the mask the same bits: True" in printed
     assert "mylib.gate(" in printed and "no rule" not in printed
+
+
+# -- costs -----------------------------------------------------------------------------------------------
+
+
+def costs_of_halving() -> list[Any]:
+    """What the operation costs in the dense graph, and on rows."""
+    rewrite_rule(OPERATION)(on_rows)
+    program = program_of(compile_small(module()))
+    graphs = (program.captured.graph, program.step)
+    return [node_cost(node) for graph in graphs for node in graph.nodes if node.target is OPERATION]
+
+
+def test_a_cost_rule_serves_the_operation_dense_and_on_rows() -> None:
+    cost_rule(OPERATION)(lambda arguments, result: 7 * elements(arguments[0].shape))
+    dense, rows = costs_of_halving()
+    sites, active = BATCH * CHANNELS * HEIGHT * WIDTH, BATCH * CHANNELS * row_symbol(Fraction(1))
+    assert (dense.flops, dense.nbytes, dense.uncounted) == (7 * sites, 8 * sites, ()), "bytes: read once, written once"
+    assert (rows.flops, rows.nbytes, rows.uncounted) == (7 * active, 8 * active, ())
+
+
+def test_a_cost_rule_may_give_bytes_too() -> None:
+    cost_rule(OPERATION)(lambda arguments, result: (0, 100))
+    assert all((cost.flops, cost.nbytes) == (0, 100) for cost in costs_of_halving())
+
+
+def test_explain_counts_what_has_a_rule_and_names_what_has_none() -> None:
+    rewrite_rule(OPERATION)(on_rows)
+    compiled = compile_small(module())
+    mask = torch.ones(12, 20, dtype=torch.bool)
+
+    def explained() -> tuple[set[str], list[int]]:
+        (program,) = compiled.explain(mask).programs
+        uncounted = {name for work in program.work for name in work.cost.uncounted}
+        return uncounted, [
+            work.cost.flops.subs({BATCH: 1, HEIGHT: 2, WIDTH: 3, row_symbol(Fraction(1)): 6}) for work in program.work
+        ]
+
+    names, flops = explained()
+    assert names == {"fisedit_tests.halve"}
+    cost_rule(OPERATION)(lambda arguments, result: 10**6 * elements(result.shape))
+    names_now, flops_now = explained()
+    assert not names_now
+    added = {now - then for now, then in zip(flops_now, flops, strict=True)}
+    assert added == {0, 10**6 * CHANNELS * 6}, "dense and step got it, bundles of hoisted values did not"
+
+
+def test_a_cost_rule_that_gives_no_cost_is_named() -> None:
+    cost_rule(OPERATION)(lambda arguments, result: "many")
+    with pytest.raises(ConfigError, match=r"The cost rule .*lambda.* gave 'many' for halve.*must give FLOPs"):
+        costs_of_halving()

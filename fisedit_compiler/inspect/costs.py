@@ -24,6 +24,7 @@ import torch
 from torch import fx
 
 from fisedit_compiler import ir
+from fisedit_compiler.errors import ConfigError
 from fisedit_compiler.ir import BATCH, HEIGHT, TEXT, WIDTH, ValueSpec
 from fisedit_compiler.runtime.site_plan import SitePlan
 
@@ -114,6 +115,12 @@ FLOPS: dict[Any, Formula] = {
 }
 """Operations made of products. What is in neither table, nor pointwise or a view, counts bytes only, and says so."""
 
+CostRule = Callable[[list[Any], Any], Any]
+"""As :data:`Formula`, for operations of other packages: gives FLOPs, or FLOPs and bytes (see ``extend.py``)."""
+
+COSTS: dict[Any, CostRule] = {}
+"""Registered rules by operation."""
+
 NO_PRODUCTS = frozenset(
     {
         operator.getitem,
@@ -163,7 +170,7 @@ _MAY_COPY = frozenset({aten.contiguous.default, aten.to.dtype, aten.to.dtype_lay
 
 def has_formula(target: Any) -> bool:
     """Whether the FLOPs of an operation are known (most have none)."""
-    if target in FLOPS or target in NO_PRODUCTS or target in _MAY_COPY or _is_view(target):
+    if target in COSTS or target in FLOPS or target in NO_PRODUCTS or target in _MAY_COPY or _is_view(target):
         return True
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
 
@@ -182,6 +189,8 @@ def node_cost(node: fx.Node, specs: Specs | None = None) -> Cost:
     out = node.meta.get("spec")
     if node.op != "call_function" or "expr" in node.meta or out is None:
         return Cost()
+    if node.target in COSTS:
+        return _by_rule(node, out, known)
     uncounted = () if has_formula(node.target) else (ir.target_name(node.target),)
     if node.target is operator.getitem or (_is_view(node.target) and node.target not in _MAY_COPY):
         return Cost(uncounted=uncounted)
@@ -190,6 +199,22 @@ def node_cost(node: fx.Node, specs: Specs | None = None) -> Cost:
         flops = formula(list(fx.map_arg(node.args, lambda argument: _spec(argument, known))), out)
     results = out if isinstance(out, tuple) else (out,)
     return Cost(flops, _read(node, known) + sum((nbytes(result) for result in results), ZERO), uncounted)
+
+
+def _by_rule(node: fx.Node, out: Any, known: Specs) -> Cost:
+    rule = COSTS[node.target]
+    found = rule(list(fx.map_arg(node.args, lambda argument: _spec(argument, known))), out)
+    flops, moved = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
+    try:
+        if moved is None:
+            results = out if isinstance(out, tuple) else (out,)
+            moved = _read(node, known) + sum((nbytes(result) for result in results), ZERO)
+        return Cost(sympy.sympify(flops, strict=True), sympy.sympify(moved, strict=True))
+    except sympy.SympifyError:
+        raise ConfigError(
+            f"The cost rule {rule.__module__}.{rule.__qualname__} gave {found!r} for {ir.describe(node)}; it must give "
+            "FLOPs, or FLOPs and bytes, as numbers or sympy expressions in the shapes of its arguments."
+        ) from None
 
 
 def total(costs: Iterable[Cost]) -> Cost:
