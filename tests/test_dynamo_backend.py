@@ -13,13 +13,22 @@ from compiled_zoo import base_inputs, compiled_model, edit_inputs, edited, make_
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
+from torch.utils._pytree import tree_map_only
+from zoo import ZOO
 
-from fisedit_compiler import dynamo, sparsify
+from fisedit_compiler import SparsifyConfig, dynamo, sparsify
 from fisedit_compiler.errors import CaptureError, ConfigError, ModeError, RecordingError
+from fisedit_compiler.inspect.page.build import build_page
+from fisedit_compiler.inspect.page.command import profile_edit
+from fisedit_compiler.kernels.tolerances import assert_close
 
 NEVER_DENSE = {"dense_above": 1.0}
 SAMPLE = torch.linspace(-1, 1, 2 * 4 * 8 * 8).reshape(2, 4, 8, 8)
 MASK = make_mask("block", (8, 8))
+
+
+def on_cuda(value: Any) -> Any:
+    return tree_map_only(Tensor, Tensor.cuda, value)
 
 
 @pytest.fixture(autouse=True)
@@ -187,6 +196,38 @@ def test_a_pipeline_takes_it():
     assert torch.equal(base, expected_base)
     assert torch.equal(result, expected)
     assert torch.equal(result[..., ~mask], base[..., ~mask])
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_sparse_calls_are_lowered_and_all_of_inspection_works():
+    """The options of the backend reach Inductor and CUDA graphs; check, explain and the page's time line see them."""
+    module = ZOO["sd15"]().module.to("cuda", torch.float32)
+    size, mask = (16, 24), make_mask("block", (16, 24))
+    options = NEVER_DENSE | {"backend": "inductor"}
+    compiled: Any = torch.compile(module, backend="fisedit", options=options)
+    inputs = on_cuda(base_inputs("sd15", 2, size))
+    changed = on_cuda(edit_inputs("sd15", 2, size, mask))
+    reference = sparsify(module, SparsifyConfig(dense_above=1.0))
+    base = record_run(reference, inputs)
+    expected, _ = edited(reference, base, changed, mask)
+    with dynamo.record(compiled) as recording:
+        recorded = output_of(compiled(**inputs))
+    with dynamo.edit(compiled, recording, mask) as session:
+        result = output_of(compiled(**changed))
+    assert [kind for kind, _ in session.timings] == ["sparse"]
+    assert_close(result, expected, torch.float32)
+    kept = ~mask.cuda()
+    assert torch.equal(result[..., kept], recorded[..., kept])
+
+    sparse = dynamo.sparse_module(compiled)
+    (executable,) = sparse._programs.executables()
+    assert executable._pool is not None and executable._pool._graphs, "nothing was lowered"
+    report = sparse.check(mask, lowered=True)
+    assert report, str(report)
+    assert "numbers are for 16x24 sites" in str(sparse.explain(mask)) and "on cuda" in str(sparse.explain(mask))
+    events = profile_edit(sparse, mask)
+    assert events and all(event.duration >= 0 for event in events), "kernels of one call"
+    assert '<section id="time">' in build_page(sparse, mask, events=events)
 
 
 # -- modules that the compiler does not know -----------------------------------------------------

@@ -1,6 +1,9 @@
 """Which call of a module a graph of Dynamo's is: its flat inputs as arguments, a result as its flat outputs.
 
-Everything here that asks Dynamo asks it while it traces, from inside a backend. What the call is used for is written
+Everything here that asks Dynamo asks it while it traces, from inside a backend. There is no public way to ask what it
+traces, so that names of Dynamo's own are used (``wrap_inline``, ``get_local_source_name``, ``current_tx``,
+``compile_subgraph_reason``, ``meta["grapharg"]``). They are the same in the sources of torch 2.11, 2.12 and 2.13; the
+tests of the backend are what notices if another release has others. What the call is used for is written
 in ``fisedit_compiler/dynamo.py``.
 """
 
@@ -147,7 +150,7 @@ def _inputs(
     others: list[tuple[str, int | None]] = []  # what is read besides: of which argument, and of which leaf's size
     for position, node in enumerate(graph_module.graph.find_nodes(op="placeholder")):
         source = node.meta["grapharg"].source
-        name = source.name() if callable(source.name) else source.name  # a method in older releases
+        name = source.name() if callable(source.name) else source.name  # a property in 2.11 to 2.13, once a method
         if name in leaves:
             # Dynamo makes one input of a tensor that is passed twice, and guards that it is.
             same = [other for other, leaf in leaves.items() if leaf is leaves[name] and isinstance(leaf, Tensor)]

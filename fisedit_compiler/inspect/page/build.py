@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fisedit_compiler.inspect import costs
 from fisedit_compiler.inspect.explain import TEXT_TOKENS
-from fisedit_compiler.inspect.page.drawing import draw_program, node_facts
+from fisedit_compiler.inspect.page.drawing import KINDS, draw_program, node_facts
 from fisedit_compiler.inspect.page.pyramid import draw_pyramid
 from fisedit_compiler.inspect.page.timeline import Event, draw_timeline
 from fisedit_compiler.inspect.stages import Stages, choose_program, stages_of
@@ -58,6 +58,10 @@ def build_page(
     template = Template((resources.files(__package__) / "template.html").read_text(encoding="utf-8"))
     return template.substitute(
         title=escape(title or type(compiled.original).__name__),
+        legend="".join(
+            f'<span><i style="background:{colour}"></i>{escape(name)}: {escape(meaning)}</span>'
+            for name, (colour, meaning) in KINDS.items()
+        ),
         drawing=draw_program(chosen),
         summary=escape(str(compiled.explain(mask, batch=batch))),
         pyramid=draw_pyramid(plan),
