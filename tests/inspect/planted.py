@@ -9,12 +9,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from compiled_zoo import zoo_model
+from diffusers import UNet2DConditionModel
 from passes.pass_tools import CHANNELS, Forward, compile_small
 from torch import Tensor, fx, nn
 
@@ -60,6 +62,28 @@ def rule() -> Iterator[None]:
 
 def unet(name: str = "sd21", **options: Any) -> SparseModule:
     return sparsify(zoo_model(name).module, SparsifyConfig(**options))
+
+
+@cache
+def _one_level_module() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = UNet2DConditionModel(
+            down_block_types=("CrossAttnDownBlock2D",),
+            up_block_types=("CrossAttnUpBlock2D",),
+            block_out_channels=(16,),
+            layers_per_block=1,
+            norm_num_groups=4,
+            attention_head_dim=2,
+            cross_attention_dim=24,
+            use_linear_projection=True,
+        )
+    return module.eval().requires_grad_(False)
+
+
+def one_level() -> SparseModule:
+    """A UNet with every kind of operation, of one level only: a third of the nodes, compiled again in every trial."""
+    return sparsify(_one_level_module(), SparsifyConfig())
 
 
 def small(function: Callable[..., Tensor], multiple: int = 1, **options: Any) -> SparseModule:
@@ -191,18 +215,18 @@ class Plant:
 
 PLANTS = [
     Plant("extensions", with_extension, THIRD, other_function(aten.relu.default)),
-    Plant("convolution", unet, fisedit.conv2d_sites.default, set_argument(6, None), nth=3),
+    Plant("convolution", one_level, fisedit.conv2d_sites.default, set_argument(6, None), nth=3),
     Plant("upsample", with_upsampling, fisedit.gather_sites.default, reversed_argument(1, 0)),
-    Plant("group_norm", unet, fisedit.group_norm_sites.default, reversed_argument(1, 2), nth=2),
-    Plant("self_attention", unet, fisedit.attention_sites.default, set_argument(6, 0.1), nth=1),
-    Plant("cross_attention", unet, fisedit.cross_attention.default, set_argument(3, 0.1), nth=1),
+    Plant("group_norm", one_level, fisedit.group_norm_sites.default, reversed_argument(1, 2), nth=2),
+    Plant("self_attention", one_level, fisedit.attention_sites.default, set_argument(6, 0.1), nth=1),
+    Plant("cross_attention", one_level, fisedit.cross_attention.default, set_argument(3, 0.1), nth=1),
     Plant("concatenation", with_slice, aten.cat.default, swapped_inputs),
-    Plant("split", unet, operator.getitem, other_part, part_of=aten.chunk.default, nth=1),
+    Plant("split", one_level, operator.getitem, other_part, part_of=aten.chunk.default, nth=1),
     Plant("channel_axis", with_slice, aten.slice.Tensor, next_channels),
-    Plant("rowwise", unet, aten.layer_norm.default, set_argument(4, 0.5), nth=2),
-    Plant("pointwise", unet, aten.silu.default, other_function(aten.relu.default), nth=4),
-    Plant("view", unet, aten.reshape.default, reversed_result(2), nth=3),
-    Plant("permute", unet, aten.permute.default, reversed_result(1), nth=3),
+    Plant("rowwise", one_level, aten.layer_norm.default, set_argument(4, 0.5), nth=2),
+    Plant("pointwise", one_level, aten.silu.default, other_function(aten.relu.default), nth=4),
+    Plant("view", one_level, aten.reshape.default, reversed_result(2), nth=3),
+    Plant("permute", one_level, aten.permute.default, reversed_result(1), nth=3),
     Plant("rank_change", with_new_axis, aten.unsqueeze.default, reversed_result(-1)),
-    Plant("merge_linears", unet, operator.getitem, other_part, part_of=aten.split_with_sizes.default, nth=1),
+    Plant("merge_linears", one_level, operator.getitem, other_part, part_of=aten.split_with_sizes.default, nth=1),
 ]
