@@ -220,7 +220,7 @@ def verify_maps(graphs: MapGraphs) -> None:
         for slot in graphs.slots:
             if slot.origin not in mixed:
                 raise _broken(title, slot, "is read by nothing")
-            read = [node.meta.get("input") for node in mixed[slot.origin].all_input_nodes[3:5]]
+            read = [node.meta.get("input") for node in mixed[slot.origin].args[3:5] if isinstance(node, fx.Node)]
             if read != [("slot", slot.name), ("columns",)]:
                 raise _broken(title, slot, f"is not what {ir.describe(mixed[slot.origin])} reads")
 

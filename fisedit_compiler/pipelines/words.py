@@ -56,7 +56,7 @@ class Words:
         ids = [int(token) for token in encoded["input_ids"]]
         start = getattr(tokenizer, "bos_token_id", None)
         first = int(bool(ids) and start is not None and ids[0] == start)
-        groups = _fast_groups(encoded, prompt) if fast else _slow_groups(tokenizer, ids, first)
+        groups = _fast_groups(encoded, prompt) if fast else _slow_groups(tokenizer, ids)
         words = tuple(Word(text, tuple(ids[place] for place in places), places[0]) for text, places in groups)
         return cls(words, first, len(ids))
 
@@ -227,7 +227,7 @@ def _fast_groups(encoded: Any, prompt: str) -> list[tuple[str, list[int]]]:
     return groups
 
 
-def _slow_groups(tokenizer: Any, ids: list[int], first: int) -> list[tuple[str, list[int]]]:
+def _slow_groups(tokenizer: Any, ids: list[int]) -> list[tuple[str, list[int]]]:
     """The same from the tokens' own marks of where words end or begin."""
     special = set(getattr(tokenizer, "all_special_ids", ()))
     groups: list[tuple[str, list[int]]] = []

@@ -267,7 +267,9 @@ class EditSession:
             recorded = executable.base_outputs(base.slots)
             if recorded is not None:
                 self._computed = 0
-                self._store(call, base.slots, base)
+                # Maps are of the base's text, which need not be this call's.
+                slots = {name: base.slots[name] for name in executable.slot_names} if base.maps else base.slots
+                self._store(call, slots, base)
                 return "skipped", executable.assemble(recorded)
         if self.fallback is not None:
             if self.plan is None:

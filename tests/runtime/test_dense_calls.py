@@ -371,6 +371,9 @@ def test_the_first_calls_store_their_maps() -> None:
     with run.compiled.edit(run.recording, MASK, record=True) as session:  # sparse calls have no maps
         edited = guided(run.compiled, other_text(run.inputs))
     assert session.result is not None and not any(call.maps for call in session.result)
+    with run.compiled.edit(run.recording, torch.zeros_like(MASK), record=True) as session:
+        guided(run.compiled, other_text(run.inputs))
+    assert session.result is not None and not any(call.maps for call in session.result), "they are of another text"
     with run.compiled.edit(without.recording, MASK):
         assert torch.equal(guided(run.compiled, other_text(run.inputs)), edited)
 
