@@ -294,9 +294,7 @@ def test_nothing_keeps_the_module_alive():
 
 def test_unknown_options_are_refused_with_the_valid_ones():
     compiled: Any = torch.compile(Plain().eval(), backend="fisedit", options={"nrom": "recorded", "dilation": 1})
-    message = (
-        r"'nrom', unknown to backend='fisedit'; valid options .*: attention, .*skip_recorded, spatial_inputs"
-    )
+    message = r"'nrom', unknown to backend='fisedit'; valid options .*: attention, .*skip_recorded, spatial_inputs"
     with pytest.raises(BackendCompilerFailed, match=message) as raised:
         compiled(SAMPLE)
     assert isinstance(raised.value.inner_exception, ConfigError)

@@ -15,9 +15,20 @@ from torch import Tensor, nn
 from fisedit_compiler import Recording, SparseModule, SparsifyConfig, sparsify
 from fisedit_compiler.errors import ConfigError, RecordingError
 from fisedit_compiler.kernels.tolerances import assert_close
+from fisedit_compiler.pipelines.words import guided_columns, token_columns
 from fisedit_compiler.runtime import dense_calls
 from fisedit_compiler.runtime.recorded_inputs import FIRST_CALLS
-from tests.runtime.compiled import HEIGHT, STEPS, WIDTH, box, compiled_model, denoise, other_text
+from tests.runtime.compiled import (
+    HEIGHT,
+    STEPS,
+    WIDTH,
+    box,
+    compiled_model,
+    compiled_pipeline,
+    denoise,
+    other_text,
+    run_pipeline,
+)
 from tests.zoo import TEXT_LENGTH, Inputs
 
 COLUMNS = torch.tensor([0, 1, -1, 2, 3, -1, 6])
@@ -466,6 +477,21 @@ def test_texts_of_different_lengths() -> None:
         session.reuse_maps(torch.arange(TEXT_LENGTH))
         guided(run.compiled, run.inputs)
     assert session.reused_maps[0]
+
+
+@pytest.mark.parametrize("guidance", [5.0, 1.0])
+def test_in_a_stock_pipeline(guidance: float) -> None:
+    pipe = compiled_pipeline()
+    prompts, samples = ("a cat on the left", "a red dog on the left"), 2 if guidance > 1 else 1
+    with pipe.unet.record(maps=2) as recording:
+        run_pipeline(pipe, prompts[0], guidance_scale=guidance)
+    length = recording.calls[0].inputs["encoder_hidden_states"].shape[1]
+    columns = token_columns(pipe.tokenizer, *prompts, length=length)
+    with pipe.unet.edit(recording, record=True) as session:
+        session.reuse_maps(guided_columns(columns) if samples == 2 else columns)
+        run_pipeline(pipe, prompts[1], guidance_scale=guidance)
+    assert session.computed_samples == [1, samples, samples, samples]
+    assert session.reused_maps == [True, True, False, False]
 
 
 @pytest.mark.parametrize("batch", [1, 3])
