@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 USER_ERROR = 2
 """Exit code of a mistake the user can mend; the message says how."""
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
 app = typer.Typer(
     name="fisedit",
     help="Edit images with diffusion models, computing only the pixels that change.",
@@ -110,6 +113,97 @@ def inspect(
 
         for path in inspect_model(model, mask, html=html, svg=svg, profile=profile):
             Console().print(f"wrote {path}", soft_wrap=True, highlight=False)
+
+
+@app.command(name="eval")
+def evaluate(
+    pairs: Annotated[
+        Path | None, typer.Argument(help="jsonl file with the fields input, edit, output and, if you like, seed.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the results; a run goes on where it was interrupted.")] = Path(
+        "fisedit-eval"
+    ),
+    make_pairs: Annotated[
+        int | None, typer.Option(min=1, help="Write so many pairs of the embedded model's grammar to PAIRS instead.")
+    ] = None,
+    model: Annotated[Path | None, typer.Option(help="Directory of a pipeline; else the embedded one.")] = None,
+    clip: Annotated[Path | None, typer.Option(help="Directory of the CLIP that judges; else the embedded one.")] = None,
+    features: Annotated[
+        Path | None, typer.Option(help="Extractor of FID's features: TorchScript or .pt2 file, or a CLIP directory.")
+    ] = None,
+    methods: Annotated[
+        list[str] | None, typer.Option(help="Methods to run (repeat, or separate by commas): sdedit, sdedit@0.4, ...")
+    ] = None,
+    suite: Annotated[
+        str, typer.Option(help="Methods to run if none are named: methods or approximations.")
+    ] = "methods",
+    steps: Annotated[int, typer.Option(min=6, max=1000, help="Steps of the scheduler.")] = 25,
+    guidance: Annotated[float, typer.Option(min=0.0, help="Weight of classifier-free guidance.")] = 5.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of --make-pairs; else of pairs without a seed.")] = 0,
+    device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1 ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    backend: Annotated[str, typer.Option(help="How sparse calls run: eager or inductor.")] = "eager",
+    shard: Annotated[
+        str, typer.Option(help="i/n: run every n-th pair from the i-th on, beside other processes.")
+    ] = "1/1",
+    limit: Annotated[int | None, typer.Option(min=1, help="Run only so many pairs.")] = None,
+    images: Annotated[bool, typer.Option(help="Keep all pictures, not only those of the contact sheet.")] = True,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Delete what an earlier evaluation left in the folder.")
+    ] = False,
+    report_only: Annotated[bool, typer.Option("--report-only", help="Write the report of what is there.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's own choice.")] = None,
+    progress: Annotated[bool, typer.Option(help="Show progress bars.")] = True,
+) -> None:
+    """Run pairs of captions through several ways to edit, and report what each keeps, changes and costs."""
+    console = Console()
+    with _clean_errors():
+        from fisedit_compiler.evaluation import command
+
+        if report_only:
+            results = command.write_report(output)
+        elif pairs is None:
+            raise FiseditError("name the file of pairs: `fisedit eval PAIRS.jsonl`, or make one with --make-pairs N")
+        elif make_pairs is not None:
+            console.print(command.make_pairs_file(pairs, make_pairs, seed), soft_wrap=True, highlight=False)
+            return
+        else:
+            import torch
+
+            if threads is not None:
+                torch.set_num_threads(threads)
+            _check_device(device)
+            evaluation = command.Evaluation(
+                pairs=pairs,
+                output=output,
+                model=model,
+                clip=clip,
+                features=features,
+                methods=tuple(name for names in methods or () for name in names.split(",")),
+                suite=suite,
+                steps=steps,
+                guidance=guidance,
+                seed=seed,
+                device=device,
+                dtype=dtype,
+                backend=backend,
+                shard=command.parse_shard(shard),
+                limit=limit,
+                images=images,
+            )
+            try:
+                ending = command.run_evaluation(evaluation, console, fresh=fresh, progress=progress)
+            except KeyboardInterrupt:
+                console.print("interrupted; the same command goes on where it stopped", soft_wrap=True)
+                raise typer.Exit(INTERRUPTED) from None
+            results = ending.results
+    console.print(command.summary_table(results))
+    for line in command.check_lines(results):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"results.json, report.html and quality.md in {output}", soft_wrap=True, highlight=False)
+    if not results["counts"]["done"]:
+        console.print("no pair could be run", style="bold red")
+        raise typer.Exit(1)
 
 
 def _demo_table(comparisons: Sequence[Comparison], steps: int) -> Table:

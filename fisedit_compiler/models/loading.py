@@ -141,7 +141,7 @@ def make_scheduler(name: str, like: SchedulerMixin) -> SchedulerMixin:
 
 @dataclass(frozen=True)
 class Clip:
-    """The embedded evaluation model: how well an image of ``emoji-scenes`` fits a caption, no other image."""
+    """A model that judges how well an image fits a caption; the embedded one knows images of ``emoji-scenes`` only."""
 
     model: CLIPModel
     tokenizer: Any
@@ -161,22 +161,38 @@ class Clip:
         return (output.image_embeds @ output.text_embeds.T).float().cpu()
 
 
-def load_clip(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Clip:
-    """Load the embedded ``emoji-clip``.
+def load_clip(
+    device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, model: str | Path | None = None
+) -> Clip:
+    """Load the embedded ``emoji-clip``, or a CLIP from a local directory.
+
+    Args:
+        device: where the model is put.
+        dtype: floating-point type of its weights.
+        model: directory of a ``CLIPModel`` with its tokenizer and image processor, as ``save_pretrained`` writes them;
+            ``None`` for the embedded one.
 
     Raises:
-        ModelNotFoundError: the installation lacks its files.
+        ModelNotFoundError: the directory does not exist or lacks files, or the installation lacks the embedded ones.
     """
-    path = str(embedded_model_path("emoji-clip"))
+    path = embedded_model_path("emoji-clip") if model is None else Path(model)
+    if not (path / "config.json").is_file():
+        raise ModelNotFoundError(
+            f"{path} is not a CLIP model: it has no config.json. Pass a directory written by "
+            "CLIPModel.save_pretrained() with its tokenizer and image processor, or leave it out for the embedded one."
+        )
     with _quiet(advice=True):
         from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
-    with _quiet(advice=False):
-        model = CLIPModel.from_pretrained(path, dtype=dtype, local_files_only=True).to(device).eval()
-        return Clip(
-            model=model,
-            tokenizer=CLIPTokenizer.from_pretrained(path, local_files_only=True),
-            image_processor=CLIPImageProcessor.from_pretrained(path, local_files_only=True),
-        )
+    try:
+        with _quiet(advice=False):
+            clip = CLIPModel.from_pretrained(str(path), dtype=dtype, local_files_only=True).to(device).eval()
+            return Clip(
+                model=clip,
+                tokenizer=CLIPTokenizer.from_pretrained(str(path), local_files_only=True),
+                image_processor=CLIPImageProcessor.from_pretrained(str(path), local_files_only=True),
+            )
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(f"the CLIP model in {path} could not be loaded: {error}") from error
 
 
 @contextmanager

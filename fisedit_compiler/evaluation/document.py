@@ -1,0 +1,150 @@
+"""``docs/quality.md`` from results: ``python -m fisedit_compiler.evaluation.document RESULTS.json > docs/quality.md``.
+
+No figure of that document is typed by hand. The first results are those of the methods, further ones (of the
+approximations) get their own section. ``--figure FILE.svg`` also writes the curve that the document shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fisedit_compiler.errors import FiseditError
+from fisedit_compiler.evaluation import tables
+from fisedit_compiler.evaluation.curve import as_svg, trade_off
+from fisedit_compiler.evaluation.report import grids
+from fisedit_compiler.evaluation.tables import Grid
+
+INTRODUCTION = """# How good sparse edits are
+
+What `fisedit eval` measured. Every figure and table here is written by
+
+```console
+$ {command}
+```
+
+Pairs of captions are run through several methods from the same noise. The *base* is the picture of the first caption.
+*Dense, same seed* is the second caption from the base's noise by the unmodified model: all of the edit, nothing of the
+base kept on purpose. *Directional similarity* says how well the change of the picture, base to edit, points where the
+change of the caption points (CLIP embeddings, Gal et al. 2022); *image similarity* how much of the base is left in the
+eyes of CLIP. "Outside the mask" is the same set of pixels for all methods of a pair: those that the automatic mask of
+the sparse edit leaves alone. The distance is LPIPS-style, not LPIPS: unit-length features of all layers of the CLIP's
+vision tower. FID compares sets of CLIP features unless the run names another extractor, so it is comparable within a
+table only.
+
+Where the changed object is, is found by looking. On a plain background it is what differs from a smooth backdrop, in
+the base and in the dense regeneration, shadows left out. In a scene the largest parts in which the two pictures differ
+stand for it, an approximation that is given apart.
+"""
+
+_APPROXIMATIONS = """Every row edits inside the same mask, the one that the default edit found, from the first call on, so
+nothing but the approximation differs. *Pinned program* is the meaning of the default: the dense model whose inactive sites are
+overwritten by the base's at every step of the graph. *Dense with blending* approximates nothing inside the mask.
+"""
+
+
+def document(results: Sequence[Mapping[str, Any]], command: str, figure: str | None = None) -> str:
+    """The document as Markdown.
+
+    Args:
+        results: contents of ``results.json`` files, those of the methods first.
+        command: the command line that writes it.
+        figure: path of the curve as seen from the document; left out without one.
+    """
+    parts = [INTRODUCTION.format(command=command)]
+    for number, item in enumerate(results):
+        approximations = any(method["name"] == "pinned" for method in item["methods"])
+        parts.append("## " + ("What each approximation costs" if approximations else "Methods compared"))
+        parts.append(_run(item))
+        if approximations:
+            parts.append(_APPROXIMATIONS)
+        else:
+            parts.append(markdown(tables.check_table(item)))
+        if figure is not None and number == 0:
+            parts.append(f"![Directional similarity against image similarity, a point or a curve per method]({figure})")
+        parts += [markdown(grid) for grid in grids(item)]
+        parts.append(_left_out(item))
+    return "\n".join(part.rstrip() + "\n" for part in parts if part)
+
+
+def markdown(grid: Grid) -> str:
+    """A table in Markdown."""
+    head = "| " + " | ".join(map(_escaped, grid.header)) + " |"
+    rule = "|---" + "|---:" * (len(grid.header) - 1) + "|"
+    rows = ["| " + " | ".join(map(_escaped, row)) + " |" for row in grid.rows]
+    return "\n".join([f"### {grid.title}", "", head, rule, *rows, *(["", grid.note] if grid.note else [])])
+
+
+def _run(results: Mapping[str, Any]) -> str:
+    config, run, counts = results["configuration"], results["run"], results["counts"]
+    machine = ", ".join(f"{name} {value}" for name, value in run.get("machine", {}).items())
+    versions = ", ".join(f"{name} {value}" for name, value in run.get("versions", {}).items())
+    shards = run.get("shards", 1)
+    shared = (
+        f" {shards} processes shared the device, so seconds an edit are longer than alone: compare rows only."
+        if shards > 1
+        else ""
+    )
+    commands = [command for command in (run.get("pairs_command"), run.get("command")) if command]
+    console = "\n".join(f"$ {command}" for command in commands)
+    return (
+        f"{counts['done']} pairs, {counts['failed']} failed, {counts['rejected']} lines rejected; model "
+        f"{config['model']}, CLIP {config['clip']}, FID features {config['features']}, {config['steps']} steps, guidance "
+        f"{config['guidance']:g}, {config['dtype']}, backend {config['backend']}. Machine: {machine}. Versions: "
+        f"{versions}.{shared}\n\n```console\n{console}\n```\n"
+    )
+
+
+def _left_out(results: Mapping[str, Any]) -> str:
+    lines = [
+        f"- `{method['name']}` had nothing to do for {count} pairs: {reason}."
+        for method in results["methods"]
+        for reason, count in method["skipped"].items()
+    ]
+    lines += [f"- line {item['line']} failed: {item['error']}" for item in results["failed"]]
+    return "\n".join(lines)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The contents of a ``results.json``.
+
+    Raises:
+        FiseditError: it cannot be read, or is none.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["format"] != 1:
+            raise FiseditError(f"{path} has format {found['format']}, this version reads 1; evaluate again")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FiseditError(f"{path} is no results.json of `fisedit eval` ({error!r})") from error
+    return dict(found)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read results, print the document."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("results", nargs="+", type=Path, help="results.json of the methods, then of the approximations")
+    parser.add_argument("--figure", type=Path, help="write the curve here; give the path from the repository's root")
+    parser.add_argument("--document", type=Path, default=Path("docs/quality.md"), help="where the document will be")
+    options = parser.parse_args(arguments)
+    results = [read_results(path) for path in options.results]
+    words = [str(path) for path in options.results]
+    figure = None
+    if options.figure is not None:
+        options.figure.write_text(as_svg(trade_off(results[0])), encoding="utf-8")
+        figure = Path(os.path.relpath(options.figure, options.document.parent)).as_posix()
+        words += ["--figure", str(options.figure)]
+    command = f"python -m fisedit_compiler.evaluation.document {' '.join(words)} > {options.document}"
+    print(document(results, command, figure), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Fréchet distances (FID) between sets of pictures, by torchmetrics, from features that were kept with every pair.
+
+The features are the CLIP's image embeddings, or those of an extractor the user names. So figures of different
+extractors cannot be compared, nor with FIDs from Inception features unless that is the extractor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from fisedit_compiler.errors import ModelNotFoundError
+
+Extractor = Callable[[Image.Image], Tensor]
+"""From a picture to its features ``[D]``, float32, on the CPU."""
+
+
+def load_extractor(path: str | Path, device: str | torch.device = "cpu") -> Extractor:
+    """A feature extractor from a file or a directory.
+
+    Args:
+        path: a TorchScript file (``.pt``, ``.pth``, ``.ts``) or an exported program (``.pt2``) that takes uint8
+            ``[1, 3, H, W]`` and returns ``[1, D]``, such as StyleGAN's ``inception-2015-12-05.pt`` (whose
+            ``return_features`` is set); or the directory of a CLIP model with safetensors weights.
+        device: where it runs.
+
+    Raises:
+        ModelNotFoundError: there is no such file, or it is none of these.
+    """
+    path = Path(path)
+    if path.is_dir():
+        from fisedit_compiler.evaluation.judge import Judge
+        from fisedit_compiler.models import load_clip
+
+        judge = Judge(load_clip(device, model=path))
+        return lambda image: judge.look(image).features
+    if not path.is_file():
+        raise ModelNotFoundError(
+            f"there is no feature extractor {str(path)!r}; name a TorchScript file, a .pt2 file or a CLIP directory"
+        )
+    call = _load_program(path, torch.device(device))
+
+    @torch.no_grad()
+    def extract(image: Image.Image) -> Tensor:
+        pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].contiguous()
+        return call(pixels.to(device)).flatten().float().cpu()
+
+    return extract
+
+
+def frechet_distance(first: Sequence[Tensor], second: Sequence[Tensor]) -> float | None:
+    """FID between two sets of features, each ``[D]``; ``None`` with fewer than two in a set."""
+    if min(len(first), len(second)) < 2:
+        return None
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    metric = FrechetInceptionDistance(feature=_Features(len(first[0])), normalize=True)
+    metric.set_dtype(torch.float64)
+    metric.update(torch.stack(list(first)).double(), real=True)
+    metric.update(torch.stack(list(second)).double(), real=False)
+    # Rounding may take equal sets a hair below 0.
+    return max(float(metric.compute()), 0.0)
+
+
+class _Features(nn.Module):
+    """Stands where torchmetrics expects a network: the features were computed before."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def _load_program(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
+    try:
+        if path.suffix == ".pt2":
+            return torch.export.load(path).module().to(device)
+        script: Any = torch.jit.load(str(path), map_location=device).eval()  # type: ignore[no-untyped-call]
+    except Exception as error:
+        raise ModelNotFoundError(
+            f"the feature extractor {str(path)!r} could not be loaded ({str(error).splitlines()[0]}); it must be a "
+            "TorchScript file, or a .pt2 file of torch.export"
+        ) from error
+    names = {argument.name for argument in script.forward.schema.arguments}
+    options = {"return_features": True} if "return_features" in names else {}
+    return lambda pixels: script(pixels, **options)
