@@ -32,7 +32,9 @@ def replace_attention(bench: Bench, case: Case, share: float) -> Outcome:
     calls = max(round(share * settings.num_inference_steps), 1)
     with compiled.record(maps=calls) as recording:  # type: ignore[call-arg]
         bench.run(case.pair.input, settings, unet=compiled)
-    columns = token_columns(bench.pipe.tokenizer, case.pair.input, case.pair.output)
+    # As the paper's AttentionReplace: a new word and the padding take over what the old ones attended to.
+    captions = (case.pair.input, case.pair.output)
+    columns = token_columns(bench.pipe.tokenizer, *captions, align_padding=True, align_replaced=True)
     if columns.dim() == 1 and settings.guidance_scale > 1.0:
         # Guidance batches the empty caption before the edit's: nothing of it is taken from the base.
         columns = torch.stack([torch.full_like(columns, -1), columns])

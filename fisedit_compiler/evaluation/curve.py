@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -60,8 +61,8 @@ def trade_off(results: Mapping[str, Any], group: str = "all") -> Figure:
     return figure
 
 
-def as_svg(figure: Figure) -> str:
-    """A figure as an SVG element without XML declaration, so that it can stand in a page."""
+def as_svg(figure: Figure, *, inline: bool = False) -> str:
+    """A figure as an SVG element, for a file or, ``inline``, for an HTML page, where names of XML mean nothing."""
     import matplotlib
 
     buffer = io.StringIO()
@@ -69,7 +70,8 @@ def as_svg(figure: Figure) -> str:
     with matplotlib.rc_context({"svg.hashsalt": "fisedit", "svg.fonttype": "path"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    return re.sub(r' xmlns(:\w+)?="[^"]*"', "", text) if inline else text
 
 
 def _axis(

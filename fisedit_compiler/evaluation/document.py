@@ -41,9 +41,10 @@ the base and in the dense regeneration, shadows left out. In a scene the largest
 stand for it, an approximation that is given apart.
 """
 
-_APPROXIMATIONS = """Every row edits inside the same mask, the one that the default edit found, from the first call on, so
-nothing but the approximation differs. *Pinned program* is the meaning of the default: the dense model whose inactive sites are
-overwritten by the base's at every step of the graph. *Dense with blending* approximates nothing inside the mask.
+_APPROXIMATIONS = """Every row edits inside the same mask, the one that the default edit found, from the first call on,
+so nothing but the approximation differs. *Pinned program* is the meaning of the default: the dense model whose inactive
+sites are overwritten by the base's at every step of the graph. *Dense with blending* approximates nothing inside the
+mask.
 """
 
 
@@ -93,9 +94,9 @@ def _run(results: Mapping[str, Any]) -> str:
     console = "\n".join(f"$ {command}" for command in commands)
     return (
         f"{counts['done']} pairs, {counts['failed']} failed, {counts['rejected']} lines rejected; model "
-        f"{config['model']}, CLIP {config['clip']}, FID features {config['features']}, {config['steps']} steps, guidance "
-        f"{config['guidance']:g}, {config['dtype']}, backend {config['backend']}. Machine: {machine}. Versions: "
-        f"{versions}.{shared}\n\n```console\n{console}\n```\n"
+        f"{config['model']}, CLIP {config['clip']}, FID features {config['features']}, {config['steps']} steps, "
+        f"guidance {config['guidance']:g}, {config['dtype']}, backend {config['backend']}. "
+        f"Machine: {machine}. Versions: {versions}.{shared}\n\n```console\n{console}\n```\n"
     )
 
 

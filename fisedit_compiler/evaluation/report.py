@@ -63,7 +63,7 @@ def grids(results: Mapping[str, Any]) -> list[Grid]:
 
 def _curves(results: Mapping[str, Any]) -> list[str]:
     groups = [group for group in ("all", "local") if results["counts"][group]]
-    return [f"<h3>{_TITLES[group]}</h3>{as_svg(trade_off(results, group))}" for group in groups]
+    return [f"<h3>{_TITLES[group]}</h3>{as_svg(trade_off(results, group), inline=True)}" for group in groups]
 
 
 def _table(grid: Grid, text: bool = False) -> str:

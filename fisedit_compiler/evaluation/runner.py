@@ -6,11 +6,12 @@ with its error and the rest runs. Several processes may share the pairs (``shard
 
 from __future__ import annotations
 
+import json
 import logging
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fisedit_compiler.errors import ConfigError, FiseditError
 from fisedit_compiler.evaluation.bench import Bench, Case, NotApplicable
 from fisedit_compiler.evaluation.environment import machine, versions
 from fisedit_compiler.evaluation.features import Extractor, load_extractor
+from fisedit_compiler.evaluation.grammar import make_pairs
 from fisedit_compiler.evaluation.judge import Judge
 from fisedit_compiler.evaluation.measure import Reference
 from fisedit_compiler.evaluation.objects import ground_truth
@@ -281,11 +283,18 @@ def _check_usable(file: PairFile) -> None:
         raise FiseditError(f"there is no pair to run in {str(file.path)!r}:\n{problems}")
 
 
-def _run_facts(evaluation: Evaluation, file: PairFile, wanted: int) -> str:
-    import json
+def _pairs_command(file: PairFile) -> str | None:
+    """The command that made the pairs, if they are those it makes."""
+    found = [replace(pair, line=0) for pair in file.pairs]
+    if file.rejected or found != make_pairs(len(found)):
+        return None
+    return shlex.join(["fisedit", "eval", "--make-pairs", str(len(found)), file.path.name])
 
+
+def _run_facts(evaluation: Evaluation, file: PairFile, wanted: int) -> str:
     return json.dumps(
         {
+            "pairs_command": _pairs_command(file),
             "command": evaluation.command(),
             "shards": evaluation.shard[1],
             "machine": machine(evaluation.device),

@@ -1,0 +1,91 @@
+"""A tiny pipeline on the bench, and evaluations of it in a folder of their own."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import fisedit_compiler
+from fisedit_compiler.evaluation.bench import Bench
+from fisedit_compiler.evaluation.judge import Judge
+from fisedit_compiler.evaluation.runner import Evaluation, Runner
+from fisedit_compiler.models import load_clip
+
+STEPS = 6
+
+PAIRS = [
+    {"input": "a cat, red background", "edit": "dog", "output": "a dog, red background", "region": [0, 0, 1, 1]},
+    {"input": "a cat", "edit": "fox", "output": "a fox", "seed": 5, "kind": "object", "region": [0.0, 0.0, 1.0, 0.5]},
+    {"input": "a cat, desert", "edit": "ocean", "output": "a cat, ocean", "kind": "background"},
+]
+
+
+def _tiny_pipelines() -> ModuleType:
+    """The pipelines' tests have a tiny pipeline and a stand-in for the compiled UNet already."""
+    path = Path(__file__).resolve().parents[1] / "pipelines" / "conftest.py"
+    spec = importlib.util.spec_from_file_location("tiny_pipelines", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tiny_pipelines = _tiny_pipelines()
+
+
+@pytest.fixture(scope="session")
+def judge() -> Judge:
+    return Judge(load_clip())
+
+
+@pytest.fixture
+def tiny_pipe() -> Any:
+    return tiny_pipelines.make_tiny_pipeline()
+
+
+@pytest.fixture
+def bench(tiny_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """A bench whose compiled UNets are stand-ins."""
+    monkeypatch.setattr(fisedit_compiler, "sparsify", lambda unet, config=None: tiny_pipelines.PinnedUNet(unet))
+    return Bench(tiny_pipe)
+
+
+@pytest.fixture
+def evaluation(tmp_path: Path, bench: Bench, judge: Judge, monkeypatch: pytest.MonkeyPatch) -> Iterator[Evaluation]:
+    """An evaluation of three pairs on the tiny pipeline, by few methods."""
+
+    def load(cls: type[Runner], *arguments: Any) -> Runner:
+        return cls(*arguments, bench, judge)
+
+    monkeypatch.setattr(Runner, "load", classmethod(load))
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
+    methods = ("dense", "sparse", "sdedit@0.5")
+    yield Evaluation(pairs, tmp_path / "out", methods=methods, steps=STEPS)
+
+
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, BaseException], Callable[[], None]]:
+    """Let the n-th pair's base raise; returns a function that mends it."""
+
+    def arrange(number: int, error: BaseException) -> Callable[[], None]:
+        original = Runner._case
+        runs = 0
+
+        def failing(self: Runner, *arguments: Any) -> Any:
+            nonlocal runs
+            runs += 1
+            if runs == number:
+                raise error
+            return original(self, *arguments)
+
+        monkeypatch.setattr(Runner, "_case", failing)
+        return lambda: monkeypatch.setattr(Runner, "_case", original)
+
+    return arrange
