@@ -32,7 +32,7 @@ def trade_off(results: Mapping[str, Any], group: str = "all") -> Figure:
         if "image_similarity" in method["groups"].get(group, {}):
             families.setdefault(method["family"], []).append(method)
     for index, (family, methods) in enumerate(families.items()):
-        style = {"color": _COLOURS[index % len(_COLOURS)], "marker": _MARKERS[index % len(_MARKERS)]}
+        style: dict[str, Any] = {"color": _COLOURS[index % len(_COLOURS)], "marker": _MARKERS[index % len(_MARKERS)]}
         title = methods[0]["title"] if methods[0]["parameter"] is None else methods[0]["title"].rsplit(" ", 1)[0]
         x, x_error = _axis(methods, group, "image_similarity")
         y, y_error = _axis(methods, group, "directional_similarity")

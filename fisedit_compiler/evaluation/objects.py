@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
-from skimage import measure, morphology
+from skimage.measure import label
+from skimage.morphology import closing, disk, opening
 
 from fisedit_compiler.evaluation.grammar import has_plain_background
 from fisedit_compiler.evaluation.pairs import LOCAL_KINDS, Box, EditPair
@@ -106,8 +107,8 @@ def changed_object(base: Image.Image, other: Image.Image, region: Box) -> Pixels
     first, second = _floats(base), _floats(other)
     shaded = _is_shadow(first, second) | _is_shadow(second, first)
     changed = (np.abs(first - second).max(axis=2) > _CHANGED) & ~shaded
-    changed = morphology.closing(changed & box_pixels(region, changed.shape), morphology.disk(2))
-    solid = morphology.opening(ndimage.binary_fill_holes(changed), morphology.disk(max(min(changed.shape) // 64, 1)))
+    changed = closing(changed & box_pixels(region, changed.shape), disk(2))
+    solid = opening(ndimage.binary_fill_holes(changed), disk(max(min(changed.shape) // 64, 1)))
     labels, count = ndimage.label(solid)
     sizes = np.bincount(labels.ravel(), minlength=count + 1)
     sizes[0] = 0
@@ -161,8 +162,8 @@ def _is_shadow(pixels: NDArray[np.float64], backdrop: NDArray[np.float64]) -> Pi
 def _tidy(pixels: Pixels) -> Pixels:
     """Without thin specks, with holes filled."""
     radius = max(round(min(pixels.shape) / 256), 1)
-    cleaned = morphology.opening(pixels, morphology.disk(radius))
-    filled = ndimage.binary_fill_holes(morphology.closing(cleaned, morphology.disk(2 * radius)))
+    cleaned = opening(pixels, disk(radius))
+    filled = ndimage.binary_fill_holes(closing(cleaned, disk(2 * radius)))
     labels, _ = ndimage.label(filled)
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
@@ -172,10 +173,10 @@ def _tidy(pixels: Pixels) -> Pixels:
 def _components_in(pixels: Pixels, region: Box) -> Pixels:
     """Components of which more than half lies in the region, and of the others the part that does if it is large."""
     inside = box_pixels(region, pixels.shape)
-    labels, count = measure.label(pixels, return_num=True)
+    labels, count = label(pixels, return_num=True)
     found = np.zeros_like(pixels)
-    for label in range(1, count + 1):
-        component = labels == label
+    for number in range(1, count + 1):
+        component = labels == number
         share = float(inside[component].mean())
         if share > 0.5:
             found |= component
