@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from fisedit_compiler.errors import ConfigError
 from fisedit_compiler.evaluation.bench import Bench, Case, Outcome
 
 REFERENCES = ("dense", "sparse")
 """Methods that always run: the others are measured against their pictures and their mask."""
+
+_MODULES = ("fisedit_compiler.evaluation.methods", "fisedit_compiler.evaluation.variants")
 
 Suite = str
 SUITES: tuple[Suite, ...] = ("methods", "approximations")
@@ -128,7 +130,6 @@ def _parse(name: str) -> list[Method]:
 
 
 def _load() -> None:
-    """Import the modules that register the methods."""
-    from fisedit_compiler.evaluation import methods, variants
-
-    _: Any = (methods, variants)
+    """Import the modules that register the methods; they import this one."""
+    for module in _MODULES:
+        importlib.import_module(module)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import STEPS, tiny_pipelines
+from evaluation_tools import STEPS, tiny_pipelines
 
 from fisedit_compiler import SparsifyConfig
 from fisedit_compiler.errors import ConfigError
