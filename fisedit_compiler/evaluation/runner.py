@@ -137,8 +137,11 @@ def evaluate(evaluation: Evaluation, progress: Progress | None = None) -> PairFi
     methods = choose_methods(evaluation.methods, evaluation.suite)
     _check_usable(file)
     store = Store(evaluation.output)
-    store.open(evaluation.configuration(methods, file))
+    configuration = evaluation.configuration(methods, file)
+    store.prepare(configuration)
     runner = Runner.load(evaluation, store, methods)
+    # Not before the models are there: a misspelt one must not stay in the folder as its configuration.
+    store.open(configuration)
     file = check_prompts(runner.bench.pipe, file)
     _check_usable(file)
     pairs = file.pairs[: evaluation.limit]

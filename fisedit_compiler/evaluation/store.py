@@ -58,8 +58,8 @@ class Store:
             ) from error
         return found
 
-    def open(self, config: Mapping[str, Any]) -> None:
-        """Make the folder, or go on in it.
+    def prepare(self, config: Mapping[str, Any]) -> None:
+        """Make the folder if need be, before anything expensive is done, and check what is in it.
 
         Raises:
             ConfigError: it holds results of another configuration; the message says what differs.
@@ -68,13 +68,23 @@ class Store:
         try:
             for name in _FOLDERS:
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
-            if not (self.folder / "config.json").is_file():
-                self.write_text("config.json", json.dumps(dict(config), indent=1))
         except OSError as error:
-            raise FiseditError(
-                f"cannot write to {str(self.folder)!r} ({error.strerror}); choose another --output"
-            ) from error
+            raise self._unwritable(error) from error
+        if (self.folder / "config.json").is_file():
+            self._check(config)
+
+    def open(self, config: Mapping[str, Any]) -> None:
+        """From now on the folder's results are of this configuration. Same errors as :meth:`prepare`."""
+        self.prepare(config)
+        if not (self.folder / "config.json").is_file():
+            try:
+                self.write_text("config.json", json.dumps(dict(config), indent=1))
+            except OSError as error:
+                raise self._unwritable(error) from error
         # Read back: another process may have been first, with another configuration.
+        self._check(config)
+
+    def _check(self, config: Mapping[str, Any]) -> None:
         found, wanted = self.config, json.loads(json.dumps(dict(config)))
         if found == wanted:
             return
@@ -87,6 +97,9 @@ class Store:
             f"{str(self.folder)!r} holds results of another configuration ({differences}). Repeat its options to go on "
             "with it, choose another --output, or start over with --fresh, which deletes them"
         )
+
+    def _unwritable(self, error: OSError) -> FiseditError:
+        return FiseditError(f"cannot write to {str(self.folder)!r} ({error.strerror}); choose another --output")
 
     def clear(self) -> None:
         """Delete what an evaluation wrote, nothing else."""

@@ -18,8 +18,9 @@ from fisedit_compiler.errors import ConfigError
 from fisedit_compiler.evaluation.command import parse_shard, run_evaluation
 from fisedit_compiler.evaluation.grammar import make_pairs
 from fisedit_compiler.evaluation.pairs import read_pairs
-from fisedit_compiler.evaluation.runner import Evaluation
+from fisedit_compiler.evaluation.runner import Evaluation, Runner
 
+ORIGINAL_LOAD = Runner.__dict__["load"]
 METHODS = ("--methods", "dense,sparse", "--methods", "sdedit@0.5")
 
 
@@ -97,6 +98,16 @@ def test_the_bars_name_pairs_and_methods(evaluation: Evaluation) -> None:
     run_evaluation(replace(evaluation, limit=1), console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "pairs" in text and "1/1" in text
+
+
+def test_a_misspelt_model_can_be_mended(
+    evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    arguments = (evaluation.pairs, "--output", evaluation.output, *METHODS, "--limit", "1", "--steps", "6")
+    with monkeypatch.context() as unpatched:
+        unpatched.setattr("fisedit_compiler.evaluation.runner.Runner.load", ORIGINAL_LOAD)
+        assert_clean(run(*arguments, "--model", tmp_path / "none"), "ModelNotFoundError")
+    assert run(*arguments).exit_code == 0
 
 
 def test_fresh_is_refused_for_later_shards(evaluation: Evaluation) -> None:
