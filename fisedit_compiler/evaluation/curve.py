@@ -31,9 +31,12 @@ def trade_off(results: Mapping[str, Any], group: str = "all") -> Figure:
     for method in results["methods"]:
         if "image_similarity" in method["groups"].get(group, {}):
             families.setdefault(method["family"], []).append(method)
+    most = max((method["groups"][group]["pairs"] for members in families.values() for method in members), default=0)
     for index, (family, methods) in enumerate(families.items()):
         style: dict[str, Any] = {"color": _COLOURS[index % len(_COLOURS)], "marker": _MARKERS[index % len(_MARKERS)]}
         title = methods[0]["title"] if methods[0]["parameter"] is None else methods[0]["title"].rsplit(" ", 1)[0]
+        pairs = min(method["groups"][group]["pairs"] for method in methods)
+        missing = f" ({pairs} of {most} pairs)" if pairs < most else ""
         x, x_error = _axis(methods, group, "image_similarity")
         y, y_error = _axis(methods, group, "directional_similarity")
         line = "-" if len(methods) > 1 else "none"
@@ -45,7 +48,7 @@ def trade_off(results: Mapping[str, Any], group: str = "all") -> Figure:
             linestyle=line,
             capsize=2,
             elinewidth=0.8,
-            label=f"{family}: {title}",
+            label=f"{family}: {title}{missing}",
             **style,
         )
         for method, position in zip(methods, zip(x, y, strict=True), strict=True):

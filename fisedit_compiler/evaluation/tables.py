@@ -49,7 +49,10 @@ def method_table(results: Mapping[str, Any], group: str, columns: Sequence[str],
             cells = [cell(figures, column) for column in columns]
             rows.append((method["title"], str(figures["pairs"]), *cells))
     header = ("method", "pairs", *(heading(column) for column in columns))
-    return Grid(title, header, tuple(rows), "Means with 95 % bootstrap intervals; medians where the heading says so.")
+    note = "Means with 95 % bootstrap intervals; medians where the heading says so."
+    if len({row[1] for row in rows}) > 1:
+        note += " Methods with fewer pairs had nothing to do for the others: compare rows of as many pairs."
+    return Grid(title, header, tuple(rows), note)
 
 
 def mask_table(results: Mapping[str, Any]) -> Grid:

@@ -134,6 +134,17 @@ def test_the_curve_joins_a_methods_strengths(store: Store) -> None:
     assert "xmlns=" in as_svg(figure) and "xmlns" not in as_svg(figure, inline=True)
 
 
+def test_methods_that_left_pairs_out_are_marked(store: Store) -> None:
+    item = record(3, "background", None, mask_area=1.0, dense_calls=25)
+    item["methods"]["sdedit@0.7"] = {"skipped": "too strong"}
+    store.write(item, store.features(3))
+    results = aggregate(store)
+    (axes,) = trade_off(results).axes
+    assert "sdedit: SDEdit, strength (2 of 3 pairs)" in [container.get_label() for container in axes.containers]
+    assert "Methods with fewer pairs had nothing to do for the others" in documents.document([results], "")
+    assert "fewer pairs" not in documents.document([aggregate(store)], "").split("### Edits of one object")[1]
+
+
 def test_without_results_the_page_says_so(store: Store) -> None:
     store.clear()
     store.open({"model": "m", "clip": "c", "features": "f", "methods": METHODS, "steps": 25, "guidance": 5.0,
