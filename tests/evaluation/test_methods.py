@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,7 +11,6 @@ from evaluation_tools import STEPS, tiny_pipelines
 
 from fisedit_compiler import SparsifyConfig
 from fisedit_compiler.errors import ConfigError
-from fisedit_compiler.evaluation.attention_replacement import WORDS
 from fisedit_compiler.evaluation.bench import Bench, Case, KeepOutside, NotApplicable, Outcome
 from fisedit_compiler.evaluation.methods import drawn_mask, local_mask
 from fisedit_compiler.evaluation.objects import GroundTruth
@@ -143,36 +138,29 @@ def test_what_has_no_mask_of_its_own_says_so(bench: Bench) -> None:
         drawn_mask(everywhere)
 
 
-def test_attention_is_replaced_if_this_version_can(bench: Bench, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(NotApplicable, match="records no attention maps"):
-        run("p2p@0.5", bench, case)
-
+def test_attention_is_replaced_in_the_first_calls(bench: Bench, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
-    plain_record, plain_edit = tiny_pipelines.PinnedUNet.record, tiny_pipelines.PinnedUNet.edit
+    plain = tiny_pipelines.PinnedUNet.record
 
-    @contextmanager
-    def record(self: Any, maps: int = 0) -> Iterator[Any]:
+    def record(self: Any, maps: int = 0) -> Any:
         seen["maps"] = maps
-        with plain_record(self) as recording:
-            yield recording
+        return plain(self)
 
-    @contextmanager
-    def edit(self: Any, recording: Any, mask: Any = None, record: bool = False) -> Iterator[Any]:
-        with plain_edit(self, recording, mask, record) as session:
-            session.reuse_maps = lambda columns: seen.update(columns=columns, recording=recording)
-            yield session
-
-    words = ModuleType(WORDS)
-    words.token_columns = lambda tokenizer, source, target, **options: torch.tensor([0, 1, -1])  # type: ignore[attr-defined]
     monkeypatch.setattr(tiny_pipelines.PinnedUNet, "record", record)
-    monkeypatch.setattr(tiny_pipelines.PinnedUNet, "edit", edit)
-    monkeypatch.setitem(sys.modules, WORDS, words)
+    monkeypatch.setattr(
+        tiny_pipelines.PinnedSession,
+        "reuse_maps",
+        lambda self, columns: seen.update(columns=columns, recording=self.base),
+        raising=False,
+    )
     outcome = run("p2p@0.5", bench, case)
     assert seen["maps"] == STEPS // 2
     assert seen["recording"].num_calls == STEPS
-    assert seen["columns"].tolist() == [[-1, -1, -1], [0, 1, -1]]
+    unguided, guided = seen["columns"]
+    assert unguided.eq(-1).all()
+    # "cat" was replaced by one word of as many tokens, so every token has a counterpart.
+    assert guided.tolist() == list(range(len(guided)))
     assert outcome.count("dense") == STEPS
-    assert np.array_equal(pixels(outcome), pixels(case.dense))
 
 
 def test_variants_differ_by_their_approximation_only() -> None:
@@ -186,4 +174,6 @@ def test_variants_differ_by_their_approximation_only() -> None:
         assert np.abs(pixels(outcome) - pixels(default)).max() <= 1, name
         assert torch.equal(outcome.mask, case.sparse.mask)
     assert np.abs(pixels(run("incremental", bench, case)) - pixels(default)).max() > 0
+    replaced = [pixels(run(f"p2p@{share}", bench, case)) for share in ("0.2", "1")]
+    assert np.abs(replaced[0] - replaced[1]).max() > 0
     assert bench.pipe.unet is bench.original
