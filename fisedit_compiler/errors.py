@@ -57,3 +57,7 @@ class PromptError(FiseditError, ValueError):
 
 class ModelNotFoundError(FiseditError, FileNotFoundError):
     """A model directory is missing or is not in diffusers layout."""
+
+
+class PictureError(FiseditError, ValueError):
+    """A picture to load is unreadable, or of the wrong size, type or contents."""

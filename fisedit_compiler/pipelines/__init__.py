@@ -10,10 +10,12 @@ from fisedit_compiler.pipelines.detectors import (
     register_mask_detector,
 )
 from fisedit_compiler.pipelines.editor import Editor
+from fisedit_compiler.pipelines.inversion import DdimInversion, Inversion, Loaded
 from fisedit_compiler.pipelines.report import Detection, EditReport
 from fisedit_compiler.pipelines.runs import DenseRun, Edit, Generation, RunSettings
 
 __all__ = [
+    "DdimInversion",
     "DenseRun",
     "DetectedMask",
     "Detection",
@@ -23,7 +25,9 @@ __all__ = [
     "EditReport",
     "Editor",
     "Generation",
+    "Inversion",
     "LatentDifference",
+    "Loaded",
     "MaskDetector",
     "RunSettings",
     "mask_detectors",

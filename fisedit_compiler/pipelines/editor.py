@@ -23,6 +23,8 @@ from fisedit_compiler.masks.feather import check_feather
 from fisedit_compiler.pipelines import checks
 from fisedit_compiler.pipelines.detectors import DetectionContext, MaskDetector
 from fisedit_compiler.pipelines.instruments import status, timed_calls
+from fisedit_compiler.pipelines.inversion import DdimInversion, Loaded, Method, load
+from fisedit_compiler.pipelines.pictures import ImageLike
 from fisedit_compiler.pipelines.plan import EditPlan, detection_steps, mask_argument
 from fisedit_compiler.pipelines.region import region_argument
 from fisedit_compiler.pipelines.runs import DenseRun, Edit, Generation, RunSettings
@@ -153,6 +155,62 @@ class Editor:
             latents=tuple(keep.latents),
             initial_latents=self._initial_latents(keep.latents[0], settings),
             recording=recording,
+        )
+
+    def load(
+        self,
+        image: ImageLike,
+        prompt: str,
+        *,
+        seed: int = 0,
+        negative_prompt: str | None = None,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 5.0,
+        inversion: Method | DdimInversion = "auto",
+        resize: bool = False,
+        measure: bool = True,
+    ) -> Loaded:
+        """Take a picture that was not generated here, so that it can be edited like one that was.
+
+        The picture is encoded, a path from its latents to noise is made, and a run is led along the path back and
+        recorded. Edits follow the same corrections inside their mask; outside it the user's own pixels come back.
+        See docs/inversion.md.
+
+        Args:
+            image: a PIL image, the path of an image file, a numpy array ``[height, width, 3]`` or a torch tensor
+                ``[3, height, width]``, uint8 or float in [0, 1]; in full
+                :func:`fisedit_compiler.pipelines.pictures.read_picture`.
+            prompt: what the picture shows, in the model's words; the better it fits, the better edits are. It may be
+                empty.
+            seed: of edit-friendly noise, and of what the scheduler draws.
+            negative_prompt: what edits keep away from.
+            num_inference_steps: steps of the scheduler.
+            guidance_scale: weight of classifier-free guidance in the recorded run and in edits.
+            inversion: ``"ddim"``, ``"edit-friendly"``, DDIM with other settings as a
+                :class:`~fisedit_compiler.pipelines.inversion.DdimInversion`, or ``"auto"``: DDIM if the noise it finds
+                gives the picture back by itself, which is measured, otherwise edit-friendly noise.
+            resize: scale and crop a picture of another size to one that the model takes; off, such a picture is
+                refused.
+            measure: run once more without the corrections, to report how well the noise alone gives the picture back;
+                costs a UNet call a step. ``"auto"`` measures DDIM's in any case.
+
+        Raises:
+            PictureError: the picture is unreadable, of a wrong type, size or mode, transparent, or holds NaN.
+            PromptError: a prompt is no string, or longer than the text encoder reads.
+            ConfigError: the pipeline has no VAE encoder, ``inversion`` is unknown, or the scheduler cannot do it.
+        """
+        self._check_prompts(prompt, negative_prompt)
+        return load(
+            self,
+            image,
+            prompt,
+            negative_prompt=negative_prompt,
+            seed=seed,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            inversion=inversion,
+            resize=resize,
+            measure=measure,
         )
 
     def edit(
@@ -294,6 +352,7 @@ class Editor:
         description: str,
     ) -> Image.Image:
         """One run of the pipeline; ``callback`` sees the latents after every step."""
+        corrections = settings.corrections
         with self._progress_bar(description):
             output = self.pipe(
                 prompt=prompt,
@@ -303,7 +362,8 @@ class Editor:
                 height=settings.height,
                 width=settings.width,
                 generator=torch.Generator("cpu").manual_seed(settings.seed),
-                callback_on_step_end=callback,
+                latents=None if corrections is None else corrections.start,
+                callback_on_step_end=callback if corrections is None else corrections.before(callback),
                 callback_on_step_end_tensor_inputs=["latents"],
                 output_type="pil",
             )
@@ -337,10 +397,11 @@ class Editor:
         return height * self.pipe.vae_scale_factor, width * self.pipe.vae_scale_factor
 
     def _initial_latents(self, like: torch.Tensor, settings: RunSettings) -> torch.Tensor:
-        """The noise of the run that has just ended, drawn again while the scheduler is still set to it."""
+        """What the run that has just ended started from, made again while the scheduler is still set to it."""
         generator = torch.Generator("cpu").manual_seed(settings.seed)
+        start = None if settings.corrections is None else settings.corrections.start
         noise = self.pipe.prepare_latents(
-            1, like.shape[1], settings.height, settings.width, like.dtype, like.device, generator
+            1, like.shape[1], settings.height, settings.width, like.dtype, like.device, generator, start
         )
         assert isinstance(noise, torch.Tensor)
         return noise

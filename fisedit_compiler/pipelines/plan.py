@@ -19,6 +19,7 @@ from fisedit_compiler.pipelines.detectors import MaskDetector, is_detector_name,
 from fisedit_compiler.pipelines.region import cut
 from fisedit_compiler.pipelines.report import Detection, EditReport
 from fisedit_compiler.pipelines.runs import Edit, Generation
+from fisedit_compiler.pipelines.seam import pasted
 from fisedit_compiler.pipelines.steps import FollowBase
 from fisedit_compiler.runtime.sessions import EditSession
 
@@ -97,7 +98,7 @@ class EditPlan:
             prompt=self.prompt,
             negative_prompt=self.negative_prompt,
             settings=self.base.settings,
-            image=image,
+            image=image if self.base.settings.corrections is None else pasted(image, self.base.image, mask),
             latents=tuple(follow.latents),
             initial_latents=self.base.initial_latents,
             recording=session.result if self.record else None,

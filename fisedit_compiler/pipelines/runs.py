@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image
 
+from fisedit_compiler.pipelines.corrections import Corrections
 from fisedit_compiler.pipelines.report import EditReport
 from fisedit_compiler.runtime.recording import Recording
 
@@ -32,6 +33,7 @@ class RunSettings:
         width: of the image in pixels.
         scheduler: fingerprint of the scheduler, see
             :func:`~fisedit_compiler.pipelines.checks.scheduler_fingerprint`.
+        corrections: of a loaded picture and its edits: where their runs start and what is added after every step.
     """
 
     seed: int
@@ -40,6 +42,7 @@ class RunSettings:
     height: int
     width: int
     scheduler: str = field(repr=False)
+    corrections: Corrections | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, eq=False)
