@@ -169,6 +169,7 @@ class Editor:
         inversion: Method | DdimInversion = "auto",
         resize: bool = False,
         measure: bool = True,
+        maps: int = 0,
     ) -> Loaded:
         """Take a picture that was not generated here, so that it can be edited like one that was.
 
@@ -193,6 +194,7 @@ class Editor:
                 refused.
             measure: run once more without the corrections, to report how well the noise alone gives the picture back;
                 costs a UNet call a step. ``"auto"`` measures DDIM's in any case.
+            maps: as in :meth:`generate`.
 
         Raises:
             PictureError: the picture is unreadable, of a wrong type, size or mode, transparent, or holds NaN.
@@ -211,6 +213,7 @@ class Editor:
             inversion=inversion,
             resize=resize,
             measure=measure,
+            maps=maps,
         )
 
     def edit(

@@ -124,6 +124,7 @@ def load(
     inversion: Method | DdimInversion,
     resize: bool,
     measure: bool,
+    maps: int,
 ) -> Loaded:
     """See :meth:`fisedit_compiler.Editor.load`."""
     started = time.perf_counter()
@@ -154,7 +155,7 @@ def load(
     keep = KeepLatents()
     follow = FollowPath(schedule.along(way.points, clean), keep)
     settings = replace(settings, corrections=runs.start(way.points))
-    with compiled.record() as recording:
+    with compiled.record(maps=maps) as recording:
         reconstruction = editor._run(prompt, negative_prompt, settings, follow, "load")
     initial_latents = editor._initial_latents(keep.latents[0], settings)
     corrections = replace(runs.start(way.points), steps=tuple(follow.steps))
