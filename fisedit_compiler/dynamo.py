@@ -94,7 +94,9 @@ def record(compiled: nn.Module, maps: int = 0) -> Iterator[Recording]:
 
 
 @contextmanager
-def edit(compiled: nn.Module, recording: Recording, mask: Any = None, *, record: bool = False) -> Iterator[EditSession]:
+def edit(
+    compiled: nn.Module, recording: Recording, mask: Any = None, *, record: bool = False, copies: int = 1
+) -> Iterator[EditSession]:
     """Replay a recorded run under changed inputs: ``with edit(compiled, recording, mask): pipe(new_prompt)``.
 
     Args:
@@ -102,12 +104,13 @@ def edit(compiled: nn.Module, recording: Recording, mask: Any = None, *, record:
         recording: a complete recording of the same module and options, made here or through ``sparsify``.
         mask: what may change, as in :meth:`SparseModule.edit`.
         record: also make a recording of the edited run (``session.result``).
+        copies: make so many edits at once, as in :meth:`SparseModule.edit`.
 
     Raises:
         ConfigError, ModeError, CaptureError: as :func:`record`.
         RecordingError, MaskError: as :meth:`SparseModule.edit`.
     """
-    with _mode(compiled, "edit") as sparse, sparse.edit(recording, mask, record=record) as session:
+    with _mode(compiled, "edit") as sparse, sparse.edit(recording, mask, record=record, copies=copies) as session:
         yield session
 
 

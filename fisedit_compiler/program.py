@@ -25,7 +25,7 @@ from fisedit_compiler.passes.cross_attention_maps import MapGraphs, map_graphs
 from fisedit_compiler.passes.hoist import Bundle, hoist
 from fisedit_compiler.passes.instruments import Instruments, Observer, PassReport
 from fisedit_compiler.passes.instruments import operations as operations_of
-from fisedit_compiler.passes.recording import recording_graph, with_updates
+from fisedit_compiler.passes.recording import SlotUpdate, recording_graph, with_updates
 from fisedit_compiler.passes.simplify import simplify
 from fisedit_compiler.runtime.block_sizes import ConvLayer
 from fisedit_compiler.runtime.conv_tables import ConvKey
@@ -47,7 +47,8 @@ class CompiledProgram:
         multiple: divisor of height and width.
         recording: dense graph; returns the model's flat outputs, then every slot in order.
         step: sparse graph; returns the model's flat outputs.
-        update: sparse graph; returns the model's flat outputs, then every slot after the edit.
+        update: sparse graph; returns the model's flat outputs, then what an edit changes of its slots.
+        updates: what ``update`` returns behind the outputs, in order.
         bundles: hoisted values of ``step`` and ``update``, in order of computation.
         slots: what a recording stores per call, in order.
         outputs: one entry per flat output.
@@ -70,6 +71,7 @@ class CompiledProgram:
     recording: fx.Graph
     step: fx.Graph
     update: fx.Graph
+    updates: tuple[SlotUpdate, ...]
     bundles: list[Bundle]
     slots: tuple[Slot, ...]
     outputs: tuple[OutputSpec, ...]
@@ -166,7 +168,8 @@ def _assemble(captured: CapturedGraph, program: Program, instruments: Instrument
     with instruments.made("recording", captured.graph) as made:
         made.graph = recording = recording_graph(program)
     with instruments.made("update", program.graph) as made:
-        update, update_bundles = hoist(with_updates(program), spatial)
+        graph, updates = with_updates(program)
+        update, update_bundles = hoist(graph, spatial)
         made.graph = update
     with instruments.made("step", program.graph) as made:
         step, bundles = hoist(program.graph, spatial)
@@ -179,12 +182,14 @@ def _assemble(captured: CapturedGraph, program: Program, instruments: Instrument
     convs = frozenset(key for _, _, key in tables if isinstance(key, ConvKey))
     levels = frozenset(key for _, _, key in tables if isinstance(key, Fraction))
     levels |= {level for key in convs for level in (key.source, key.target)} | {Fraction(1)}
+    levels |= {level for update in updates if (level := program.slots[update.slot].layout.level) is not None}
     return CompiledProgram(
         signature=captured.signature,
         multiple=captured.multiple,
         recording=recording,
         step=step,
         update=update,
+        updates=updates,
         bundles=list(known.values()),
         slots=tuple(program.slots.values()),
         outputs=_outputs(program),

@@ -3,14 +3,15 @@
 Before: ``return y``
 After:  ``return y, canvas(x1), group_norm_statistics(x2), ...`` in the order of the program's slots
 
-Also the stores of an edit run (:func:`with_updates`): the step graph that also returns what each slot becomes, so
-that an edit is itself a recording.
+Also the stores of an edit run (:func:`with_updates`): the step graph that also returns the rows that the edit writes,
+so that an edit is itself a recording. What they are written over is shared with the recording of the base run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -72,67 +73,80 @@ def _store(
     return ir.call(graph, aten.flatten.using_ints, (copied, site, site + 1))
 
 
-def with_updates(program: Program) -> fx.Graph:
-    """The lowered step graph with one more output per slot: its value after the edit.
+@dataclass(frozen=True)
+class SlotUpdate:
+    """What the update graph returns of one slot; slots without one are unchanged by an edit.
 
-    ``canvas`` slots get their active rows written; ``statistics`` and ``site_sums`` follow the corrected statistics
-    (``norm="incremental"``) or stay as they are; ``dense`` slots are the values unpacked on the way.
+    Attributes:
+        slot: its name.
+        kind: ``rows`` of the active sites, the ``whole`` value, or the rows of site ``sums`` about the statistics
+            that the edit read.
+        dim: site axis of the rows.
+        channels: of the GroupNorm behind site sums.
+    """
+
+    slot: str
+    kind: Literal["rows", "whole", "sums"]
+    dim: int = 0
+    channels: int = 0
+
+
+def with_updates(program: Program) -> tuple[fx.Graph, tuple[SlotUpdate, ...]]:
+    """The lowered step graph with one more output per slot that an edit changes, and what these are, in order.
+
+    Of ``canvas`` and ``dense`` slots it returns the active rows. With ``norm="incremental"`` it returns the corrected
+    ``statistics``, and the active sites' ``site_sums``; otherwise both stay as they are.
     """
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     outputs = graph.graph_copy(program.graph, mapping)
-    inputs = {node.meta["input"]: node for node in graph.nodes if "input" in node.meta}
-    updated: dict[str, fx.Node] = {}
-
-    def active(slot: Slot) -> fx.Node:
-        identity = ("table", "active", slot.layout.level)
-        if identity not in inputs:
-            last = [node for node in graph.nodes if node.op == "placeholder"][-1]
-            with graph.inserting_after(last):
-                assert slot.layout.level is not None
-                inputs[identity] = graph.placeholder(f"active_{ir.level_name(slot.layout.level)}")
-            inputs[identity].meta["input"] = identity
-        return inputs[identity]
-
+    updated: dict[str, tuple[SlotUpdate, fx.Node]] = {}
     for node in list(graph.nodes):
-        for slot_name, update in _updates_of(node, program.slots):
-            if slot_name in updated:
-                continue
-            slot, kind, rows = program.slots[slot_name], *update
-            if kind == "value":
-                updated[slot_name] = rows
-            elif kind == "rows":
-                canvas = inputs["slot", slot_name]
-                args = (rows, canvas, active(slot), slot.layout.site_dim())
-                updated[slot_name] = ir.call(graph, fisedit.scatter_sites.default, args)
-            else:
-                updated[slot_name] = _updated_sums(graph, node, slot, active(slot))
-    stores = [updated.get(name, inputs["slot", name]) for name in program.slots]
+        for update, value in _updates_of(node, program.slots):
+            if update.slot not in updated:
+                updated[update.slot] = (update, value)
+    ordered = [updated[name] for name in program.slots if name in updated]
+    stores = [
+        _fresh_sums(graph, value, program.slots[update.slot].groups) if update.kind == "sums" else value
+        for update, value in ordered
+    ]
     graph.output((*_flat(outputs), *stores))
     graph.lint()
-    return graph
+    return graph, tuple(update for update, _ in ordered)
 
 
-Update = tuple[str, tuple[str, Any]]
-
-
-def _updates_of(node: fx.Node, slots: Mapping[str, Slot]) -> list[Update]:
-    """Which slots a node of the lowered graph brings up to date, and with what."""
+def _updates_of(node: fx.Node, slots: Mapping[str, Slot]) -> list[tuple[SlotUpdate, fx.Node]]:
+    """Which slots a node of the lowered graph brings up to date, and from which node their update is made."""
     if "updates" in node.meta:
-        return [(node.meta["updates"], ("value", node))]
+        return [_dense_update(node)]
     positions: dict[Any, list[tuple[int, int]]] = {
         fisedit.conv2d_sites.default: [(1, 0)],
         fisedit.attention_sites.default: [(3, 1), (4, 2)],
     }
-    found: list[Update] = []
-    for canvas, rows in positions.get(node.target, []):
-        name = _slot_name(node.args[canvas])
+    found: list[tuple[SlotUpdate, fx.Node]] = []
+    for canvas, position in positions.get(node.target, []):
+        name, rows = _slot_name(node.args[canvas]), node.args[position]
         if name in slots:
-            found.append((name, ("rows", node.args[rows])))
+            assert isinstance(rows, fx.Node)
+            found.append((SlotUpdate(name, "rows", slots[name].layout.site_dim()), rows))
     if node.target is fisedit.update_statistics.default:
-        found.append((_slot_name(node.args[1]), ("value", node)))
-        found.append((_slot_name(node.args[2]), ("sums", node)))
+        rows = node.args[0]
+        assert isinstance(rows, fx.Node)
+        channels = int(ir.spec_of(rows).shape[2])
+        found.append((SlotUpdate(_slot_name(node.args[1]), "whole"), node))
+        found.append((SlotUpdate(_slot_name(node.args[2]), "sums", 1, channels), node))
     return found
+
+
+def _dense_update(node: fx.Node) -> tuple[SlotUpdate, fx.Node]:
+    """The rows behind a value that was unpacked: those that are scattered, before the sites get two axes again."""
+    scatter = node
+    while scatter.target in (aten.reshape.default, aten.permute.default):
+        scatter = scatter.args[0]  # type: ignore[assignment]
+    assert scatter.target is fisedit.scatter_sites.default, ir.describe(node)
+    rows, _, _, dim = scatter.args
+    assert isinstance(rows, fx.Node) and isinstance(dim, int)
+    return SlotUpdate(node.meta["updates"], "rows", dim), rows
 
 
 def _slot_name(argument: Any) -> str:
@@ -140,11 +154,8 @@ def _slot_name(argument: Any) -> str:
     return str(name) if kind == "slot" else ""
 
 
-def _updated_sums(graph: fx.Graph, node: fx.Node, slot: Slot, active: fx.Node) -> fx.Node:
-    """Site sums after an edit: active rows measured again, everything re-centred on the corrected mean."""
-    rows, statistics, sums, _ = node.args
+def _fresh_sums(graph: fx.Graph, node: fx.Node, groups: int) -> fx.Node:
+    """Site sums of the active rows that ``update_statistics`` read, about the mean that it corrects."""
+    rows, statistics, *_ = node.args
     channels_first = ir.call(graph, aten.permute.default, (rows, [0, 2, 1]))
-    fresh = ir.call(graph, fisedit.group_norm_site_sums.default, (channels_first, statistics, slot.groups))
-    written = ir.call(graph, fisedit.scatter_sites.default, (fresh, sums, active, 1))
-    channels = ir.call(graph, aten.sym_size.int, (rows, 2))
-    return ir.call(graph, fisedit.recentre_site_sums.default, (written, statistics, node, channels))
+    return ir.call(graph, fisedit.group_norm_site_sums.default, (channels_first, statistics, groups))

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,11 +63,15 @@ class HoistedNames:
 
 @dataclass(frozen=True)
 class PreparedPlan:
-    """A padded plan on the device, the tables a graph needs of it, and the number of its bucket."""
+    """A padded plan on the device, the tables a graph needs of it, and the number of its bucket.
+
+    ``counts`` are the numbers of active sites before padding, per level.
+    """
 
     bucket: int
     plan: SitePlan
     tables: dict[Identity, Tensor]
+    counts: Mapping[Fraction, int]
 
 
 @dataclass(frozen=True)
@@ -106,12 +111,14 @@ class GraphPool:
         identities: Sequence[Identity],
         slot_names: Sequence[str],
         bundles: Sequence[HoistedNames],
+        rows: Mapping[int, tuple[int, Fraction]] = MappingProxyType({}),
     ) -> None:
         """``identities`` are ``meta["input"]`` of the staged step's placeholders, in order; see ``passes/stage.py``.
 
         ``slot_names`` gives the order of the table of addresses, ``bundles`` describes the groups of hoisted values in
-        theirs.
+        theirs. ``rows`` says which outputs are rows, by position: on which axis, and of which level's active sites.
         """
+        self.rows = rows
         self.identities, self.slot_names, self.bundles = list(identities), tuple(slot_names), tuple(bundles)
         self.step = step
         self.compiled: Callable[..., Any] = compile_step(step)
@@ -138,7 +145,8 @@ class GraphPool:
         sizes = sorted((level, plan.block_size(level), count) for level, count in blocks.items())
         key = (*sorted(rows.items()), *sorted(rings.items(), key=str), *sizes)
         number = self._buckets.setdefault(key, len(self._buckets))
-        return PreparedPlan(number, padded, tables)
+        counts = {level: table.shape[0] for level, table in plan.active.items()}
+        return PreparedPlan(number, padded, tables, counts)
 
     def run(self, prepared: PreparedPlan, tensors: Values, slots: SlotTable, hoisted: Hoisted) -> list[Tensor]:
         """Replay (or first capture) the step; returned tensors are the caller's own.
@@ -159,7 +167,14 @@ class GraphPool:
             buffer.copy_(tensors[name])
         _fill(graph, prepared, slots, hoisted)
         graph.graph.replay()
-        return [output.clone() for output in graph.outputs]
+        return [self._owned(position, output, prepared) for position, output in enumerate(graph.outputs)]
+
+    def _owned(self, position: int, output: Tensor, prepared: PreparedPlan) -> Tensor:
+        """A copy outside the graph's memory, without the rows that padding repeats."""
+        if position not in self.rows:
+            return output.clone()
+        axis, level = self.rows[position]
+        return output.narrow(axis, 0, prepared.counts[level]).clone(memory_format=torch.contiguous_format)
 
     def _capture(self, prepared: PreparedPlan, tensors: Values, slots: SlotTable, hoisted: Hoisted) -> _Graph:
         device = tensors[self._calls[0]].device

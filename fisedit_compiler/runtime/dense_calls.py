@@ -49,9 +49,9 @@ class DenseCalls:
         columns: int64 ``[T]`` or ``[B, T]`` on the CPU, or ``None`` while every token has its own column.
     """
 
-    def __init__(self, recording: Recording, skip: bool) -> None:
-        """``skip``: take recorded outputs where the inputs are the recorded ones."""
-        self.recording = recording
+    def __init__(self, recording: Recording, skip: bool, copies: int = 1) -> None:
+        """``skip``: take recorded outputs where the inputs are the recorded ones. ``copies``: edits made at once."""
+        self.recording, self.copies = recording, copies
         self.columns: Tensor | None = None
         # Latents that left the base's do not come back to it, so nothing is compared afterwards: on a GPU that would
         # wait for the device at every call.
@@ -60,7 +60,7 @@ class DenseCalls:
 
     def reuse(self, columns: Tensor | None) -> None:
         """See :meth:`EditSession.reuse_maps`."""
-        self.columns = None if columns is None else _checked(columns, self.recording)
+        self.columns = None if columns is None else _checked(columns, self.recording, self.copies)
         self._on_device = None
 
     def run(self, call: Call, base: CallRecord, *, record: bool) -> DenseCall:
@@ -146,7 +146,7 @@ class DenseCalls:
         return self._on_device
 
 
-def _checked(columns: Any, recording: Recording) -> Tensor:
+def _checked(columns: Any, recording: Recording, copies: int) -> Tensor:
     """Columns that fit a recording, as a tensor of their own on the CPU.
 
     Raises:
@@ -166,10 +166,10 @@ def _checked(columns: Any, recording: Recording) -> Tensor:
             f"reuse_maps() was given columns of {columns.dtype}: pass int64, for every token the place of its column "
             "in the base's map, or -1 for its own."
         )
-    if columns.dim() not in (1, 2) or (columns.dim() == 2 and columns.shape[0] != base.batch):
+    if columns.dim() not in (1, 2) or (columns.dim() == 2 and columns.shape[0] != base.batch * copies):
         raise ConfigError(
             f"reuse_maps() was given columns of shape {list(columns.shape)}: pass [T], the same for every sample, or "
-            f"[{base.batch}, T], a row for each sample of the recorded batch."
+            f"[{base.batch * copies}, T], a row for each sample of the batch."
         )
     tokens = base.slots[base.maps[0]].shape[-1]
     wrong = columns[(columns < -1) | (columns >= tokens)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from functools import cached_property
 from operator import attrgetter
 from typing import Any
@@ -21,6 +22,7 @@ from fisedit_compiler.passes.hoist import Bundle
 from fisedit_compiler.passes.stage import stage
 from fisedit_compiler.program import CompiledProgram
 from fisedit_compiler.runtime.block_sizes import BlockSizes
+from fisedit_compiler.runtime.copies import BatchAxes, batch_axes
 from fisedit_compiler.runtime.cuda_graphs import GraphPool, HoistedNames, PreparedPlan
 from fisedit_compiler.runtime.fallback import DenseModule
 from fisedit_compiler.runtime.hoisting import HoistCache
@@ -49,7 +51,8 @@ class Executable:
         self._bundles: list[tuple[Bundle, fx.GraphModule]] = []
         self._attributes: dict[str, Any] = {}
         self._pool: GraphPool | None = None
-        self._prepared: OrderedDict[int, tuple[SitePlan, PreparedPlan]] = OrderedDict()
+        self._update_pool: GraphPool | None = None
+        self._prepared: OrderedDict[tuple[bool, int], tuple[SitePlan, PreparedPlan]] = OrderedDict()
         self._plans: OrderedDict[tuple[Any, ...], SitePlan] = OrderedDict()
         self.block_sizes = BlockSizes(program.layers)
 
@@ -61,7 +64,7 @@ class Executable:
             if self._resolve(name) is not bound:
                 self._graphs.clear()
                 self._bundles.clear()
-                self._pool = None
+                self._pool = self._update_pool = None
                 self._prepared.clear()
                 self._attributes.clear()
                 self.hoisted.clear()
@@ -118,7 +121,13 @@ class Executable:
         return self._stored(graph(*arguments), arguments)
 
     def _stored(self, flat: Sequence[Any], arguments: Sequence[Any]) -> tuple[list[Any], dict[str, Tensor]]:
-        outputs, stored = self._divide(flat)
+        """The outputs of a dense call, and its slots, with its maps if there are any, as tensors of their own."""
+        names: tuple[str, ...] = self.slot_names
+        if len(flat) == len(self.program.outputs):
+            names = ()
+        elif len(flat) > len(self.program.outputs) + len(names):
+            names = (*names, *self.map_names)
+        outputs, stored = self._divide(flat, names)
         borrowed = [*arguments, *(value for value in outputs if isinstance(value, Tensor))]
         return outputs, {name: _own(value, borrowed) for name, value in stored.items()}
 
@@ -131,11 +140,13 @@ class Executable:
         update: bool,
         scalars: Mapping[str, float] | None = None,
     ) -> tuple[list[Any], dict[str, Tensor]]:
-        """The sparse call; with ``update`` also every slot after the edit."""
+        """The sparse call; with ``update`` also what it changes of its slots, by name (see ``program.updates``)."""
         batch = tensors[self.program.spatial[0]].shape[0]
         hoisted = self.hoisted.evaluate(self._bundle_modules(), tensors, batch, scalars or {})
-        if self._uses_cuda_graphs(tensors) and not update and not plan.is_empty:
-            return self._divide(self._graph_pool().run(self._prepare(plan), tensors, SlotTable.of(slots), hoisted))
+        names = [changed.slot for changed in self.program.updates] if update else []
+        if self._uses_cuda_graphs(tensors) and not plan.is_empty:
+            pool, prepared = self._graph_pool(update), self._prepare(plan, update)
+            return self._divide(pool.run(prepared, tensors, SlotTable.of(slots), hoisted), names)
         graph: fx.Graph = self.program.update if update else self.program.step
         arguments: list[Any] = []
         for node in graph.nodes:
@@ -150,7 +161,7 @@ class Executable:
                 arguments.append(hoisted[rest[0]])
             else:
                 arguments.append(getattr(plan, rest[0])[rest[1]])
-        outputs, stored = self._divide(self._graph("update" if update else "step")(*arguments))
+        outputs, stored = self._divide(self._graph("update" if update else "step")(*arguments), names)
         # The caller gets the outputs and may write to them; what is recorded must not follow.
         return outputs, {name: _own(value, outputs) for name, value in stored.items()}
 
@@ -165,23 +176,42 @@ class Executable:
         """The step's graph on the module's weights, as nothing has compiled or staged it."""
         return self._graph("step")
 
-    def _graph_pool(self) -> GraphPool:
-        if self._pool is None:
-            graph = stage(self.program.step, self.slot_names)
-            identities = [node.meta["input"] for node in graph.nodes if node.op == "placeholder"]
-            bundles = [
-                HoistedNames(bundle.values, bool(bundle.dependences & PER_CALL), not bundle.dependences)
-                for bundle in self.program.bundles
-            ]
-            self._pool = GraphPool(self._bind(graph), identities, self.slot_names, bundles)
-        return self._pool
+    def _graph_pool(self, update: bool = False) -> GraphPool:
+        """The pool of the step, or of the step that also returns updates; each is compiled on first use."""
+        pool = self._update_pool if update else self._pool
+        if pool is None:
+            pool = self._make_pool(update)
+            if update:
+                self._update_pool = pool
+            else:
+                self._pool = pool
+        return pool
 
-    def _prepare(self, plan: SitePlan, kept: int = 8) -> PreparedPlan:
-        if id(plan) not in self._prepared:
-            self._prepared[id(plan)] = (plan, self._graph_pool().prepare(plan))
+    def _make_pool(self, update: bool) -> GraphPool:
+        program = self.program
+        graph = stage(program.update if update else program.step, self.slot_names)
+        identities = [node.meta["input"] for node in graph.nodes if node.op == "placeholder"]
+        bundles = [
+            HoistedNames(bundle.values, bool(bundle.dependences & PER_CALL), not bundle.dependences)
+            for bundle in program.bundles
+        ]
+        rows: dict[int, tuple[int, Fraction]] = {}
+        if update:
+            levels = {slot.name: slot.layout.level for slot in program.slots}
+            for position, changed in enumerate(program.updates, start=len(program.outputs)):
+                level = levels[changed.slot]
+                if changed.kind != "whole" and level is not None:
+                    rows[position] = (changed.dim, level)
+        return GraphPool(self._bind(graph), identities, self.slot_names, bundles, rows)
+
+    def _prepare(self, plan: SitePlan, update: bool = False, kept: int = 8) -> PreparedPlan:
+        # Buckets are numbered by pool, so a plan is prepared for each by itself.
+        key = (update, id(plan))
+        if key not in self._prepared:
+            self._prepared[key] = (plan, self._graph_pool(update).prepare(plan))
             while len(self._prepared) > kept:
                 self._prepared.popitem(last=False)
-        return self._prepared[id(plan)][1]
+        return self._prepared[key][1]
 
     def base_outputs(self, slots: Mapping[str, Tensor]) -> list[Tensor] | None:
         """The recorded outputs, or ``None`` if an output is not spatial and so not recorded."""
@@ -190,12 +220,14 @@ class Executable:
             return None
         return [slots[str(name)].clone() for name in names]
 
-    def _divide(self, flat: Sequence[Any]) -> tuple[list[Any], dict[str, Tensor]]:
+    def _divide(self, flat: Sequence[Any], names: Sequence[str]) -> tuple[list[Any], dict[str, Tensor]]:
         count = len(self.program.outputs)
-        names = self.slot_names
-        if len(flat) > count + len(names):
-            names = (*names, *self.map_names)
-        return list(flat[:count]), dict(zip(names, flat[count:], strict=False))
+        return list(flat[:count]), dict(zip(names, flat[count:], strict=True))
+
+    @cached_property
+    def batch_axes(self) -> tuple[BatchAxes, BatchAxes]:
+        """The batch axis of every slot's value, and of its rows; see :func:`~.copies.batch_axes` for its errors."""
+        return batch_axes(self.program)
 
     def assemble(self, outputs: list[Any]) -> Any:
         """The model's own output structure from flat outputs."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from fisedit_compiler import masks
 from fisedit_compiler.config import SparsifyConfig
+from fisedit_compiler.layout import Layout
 from fisedit_compiler.program import CompiledProgram
 from fisedit_compiler.runtime.break_even import break_even
 from fisedit_compiler.runtime.site_plan import SitePlan
@@ -54,7 +55,16 @@ def pinning_plan(mask: Tensor, program: CompiledProgram, dilation: int, device: 
     return SitePlan.build(mask, program.levels, (), dilation=dilation, device=device)
 
 
-def run_densely(call: Call, base: CallRecord, plan: SitePlan, *, record: bool) -> tuple[Any, dict[str, Tensor]]:
+class Pinning(Protocol):
+    """The sites whose outputs an edit may change: a plan, or one for each of several copies."""
+
+    @property
+    def is_full(self) -> bool: ...
+
+    def selector(self, layout: Layout) -> Tensor: ...
+
+
+def run_densely(call: Call, base: CallRecord, plan: Pinning, *, record: bool) -> tuple[Any, dict[str, Tensor]]:
     """One dense call whose outputs outside the plan's sites are the recorded ones, bit for bit.
 
     Outputs that are not spatial are the dense call's.
@@ -72,7 +82,7 @@ def run_densely(call: Call, base: CallRecord, plan: SitePlan, *, record: bool) -
     program = executable.program
     if record:
         flat, slots = executable.record(call.tensors)
-        pinned = _pin(flat, program, base.slots, plan)
+        pinned = pin(flat, program, base.slots, plan)
         # The caller may write to what it gets, so the recording keeps a copy.
         for output, value in zip(program.outputs, pinned, strict=True):
             if output.slot is not None:
@@ -81,7 +91,7 @@ def run_densely(call: Call, base: CallRecord, plan: SitePlan, *, record: bool) -
     compiles = executable.config.backend_on(call.sample.device.type) == "inductor"
     result = call.run_original(executable.dense) if compiles else call.run_original()
     flat, structure = pytree.tree_flatten(result)
-    return pytree.tree_unflatten(_pin(flat, program, base.slots, plan), structure), {}
+    return pytree.tree_unflatten(pin(flat, program, base.slots, plan), structure), {}
 
 
 class DenseModule:
@@ -117,7 +127,8 @@ class DenseModule:
         return self.module(*args, **kwargs)
 
 
-def _pin(flat: Sequence[Any], program: CompiledProgram, recorded: Mapping[str, Tensor], plan: SitePlan) -> list[Any]:
+def pin(flat: Sequence[Any], program: CompiledProgram, recorded: Mapping[str, Tensor], plan: Pinning) -> list[Any]:
+    """Flat outputs with the recorded values at the sites that the plan leaves alone, bit for bit."""
     if plan.is_full:
         return list(flat)
     layouts = {slot.name: slot.layout for slot in program.slots}

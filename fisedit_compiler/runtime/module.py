@@ -104,7 +104,9 @@ class SparseModule(nn.Module):
             self._recorded_calls = recording.num_calls
 
     @contextmanager
-    def edit(self, recording: Recording, mask: Any = None, *, record: bool = False) -> Iterator[EditSession]:
+    def edit(
+        self, recording: Recording, mask: Any = None, *, record: bool = False, copies: int = 1
+    ) -> Iterator[EditSession]:
         """Replay a recorded run under changed inputs: ``with compiled.edit(recording, mask): pipe(new_prompt)``.
 
         Args:
@@ -113,9 +115,16 @@ class SparseModule(nn.Module):
                 mask gives the recorded outputs back without running the model; one above the break-even
                 (``SparsifyConfig.dense_above``) runs densely, too, and ``session.fallback`` says so.
             record: also make a recording of the edited run (``session.result``), so that it can be edited in turn.
+                It holds what the edit wrote and shares the rest with ``recording``.
+            copies: make so many edits at once. Calls have ``copies`` times the recorded batch, every recorded sample
+                repeated in place: ``[uncond] * copies + [cond] * copies``, as a pipeline lays out that many prompts.
+                ``mask`` is one for all, or a sequence or stack ``[copies, H, W]`` of one each: then every copy computes
+                the sites of all masks, and outside its own returns what was recorded. With ``record``,
+                ``session.results`` has a recording for each copy.
 
         Raises:
             ModeError: another mode is active, or the module is in training mode.
+            ConfigError: ``copies`` is not a positive whole number.
             RecordingError: the recording is missing, unfinished, of another model or configuration, or the run
                 differs from it (resolution, batch, timesteps, number of calls, input outside the mask).
             MaskError: the mask does not fit the recording.
@@ -123,7 +132,7 @@ class SparseModule(nn.Module):
         with self._entered("edit"):
             self._check_evaluating()
             self._check(recording)
-            session = EditSession(recording, self.sparsify_config, mask, record)
+            session = EditSession(recording, self.sparsify_config, mask, record, copies)
             self._session = session
             try:
                 yield session

@@ -1,4 +1,7 @@
-"""What one base run leaves behind: per call, every slot the sparse program loads. Held in memory."""
+"""What a run leaves behind: per call, every slot the sparse program loads. Held in memory.
+
+A base run holds tensors. An edit holds what it wrote and shares the rest with the recording it was made from.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from torch import Tensor
 
 from fisedit_compiler.errors import RecordingError
 from fisedit_compiler.inputs import CallSignature
+from fisedit_compiler.runtime.edited_slots import EditedSlots
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class CallRecord:
         height: rows of the spatial input.
         width: columns of the spatial input.
         timestep: the timestep as a float, ``None`` for models without one (or with one per sample).
-        slots: recorded tensors by slot name.
+        slots: recorded tensors by slot name; of an edited call a view that puts them together when they are read.
         inputs: copies of the call's inputs without sites by placeholder name (``recorded_inputs.py``); calls with equal
             inputs share them.
         maps: names of the slots that are cross-attention maps, of the first calls only (``record(maps=...)``).
@@ -39,8 +43,14 @@ class CallRecord:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the call's slots."""
-        return sum(tensor.nbytes for tensor in self.slots.values())
+        """Bytes that the call keeps in memory, those it shares with other recordings included."""
+        tensors = self.slots.tensors() if isinstance(self.slots, EditedSlots) else self.slots.values()
+        return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
+
+    @property
+    def own_nbytes(self) -> int:
+        """Bytes that this call added: of an edited call what the edit wrote, of a base call all of it."""
+        return self.slots.own_nbytes if isinstance(self.slots, EditedSlots) else self.nbytes
 
 
 @dataclass
@@ -70,12 +80,12 @@ class Recording:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all slots of all calls (tensors shared with another recording are counted here too)."""
-        return sum(call.nbytes for call in self.calls)
+        """Bytes that the recording keeps in memory, those it shares with other recordings included."""
+        return sum(self.bytes_per_call)
 
     @property
     def bytes_per_call(self) -> list[int]:
-        """Bytes of every call, exactly the sum of its slots."""
+        """The same of every call; of a base run exactly the sum of its slots."""
         return [call.nbytes for call in self.calls]
 
     @property
@@ -83,6 +93,19 @@ class Recording:
         """Bytes of the inputs that are kept beside the slots, each tensor counted once however many calls share it."""
         tensors = {id(value): value for call in self.calls for value in call.inputs.values()}
         return sum(value.nbytes for value in tensors.values())
+
+    def own_nbytes(self) -> int:
+        """Bytes that this recording added: of an edit what it wrote, of a base run all of it.
+
+        So the recordings of a base run and of all edits of it, and of their edits, take the sum of this. (A few
+        integers per active site, shared by all calls of a turn, are not counted.)
+        """
+        return sum(self.own_bytes_per_call)
+
+    @property
+    def own_bytes_per_call(self) -> list[int]:
+        """The same of every call."""
+        return [call.own_nbytes for call in self.calls]
 
     @property
     def height(self) -> int:
@@ -116,10 +139,11 @@ class Recording:
         if not self.calls:
             return "Recording(empty)"
         state = "" if self.complete else ", interrupted"
-        megabytes = self.nbytes / 2**20
+        own, total = self.own_nbytes / 2**20, self.nbytes / 2**20
+        size = f"{total:.1f} MiB" if own == total else f"{own:.1f} MiB of its own, {total:.1f} MiB with what it shares"
         return (
             f"Recording({self.num_calls} calls of batch {self._first().batch} at {self.height}x{self.width}, "
-            f"{len(self._first().slots)} slots, {megabytes:.1f} MiB{state})"
+            f"{len(self._first().slots)} slots, {size}{state})"
         )
 
     def _first(self) -> CallRecord:

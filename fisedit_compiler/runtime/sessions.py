@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import median
 from typing import Any, Literal, Protocol
@@ -19,15 +19,18 @@ from torch import Tensor
 
 from fisedit_compiler import masks
 from fisedit_compiler.config import SparsifyConfig
-from fisedit_compiler.errors import RecordingError
+from fisedit_compiler.errors import ConfigError, RecordingError
 from fisedit_compiler.inputs import CallSignature
 from fisedit_compiler.inspect.explain import TEXT_TOKENS, explain_program
 from fisedit_compiler.inspect.explanation import Explanation, Measured, Setting
-from fisedit_compiler.masks import grown, to_site_mask
+from fisedit_compiler.masks import grown
+from fisedit_compiler.runtime.copies import OwnSites, masks_of_copies, repeated
 from fisedit_compiler.runtime.deferred import DeferredChecks
 from fisedit_compiler.runtime.dense_calls import DenseCalls
+from fisedit_compiler.runtime.edit_recorder import EditRecorder
+from fisedit_compiler.runtime.edited_slots import Turn
 from fisedit_compiler.runtime.executable import Executable
-from fisedit_compiler.runtime.fallback import dense_reason, pinning_plan, run_densely
+from fisedit_compiler.runtime.fallback import dense_reason, pin, pinning_plan, run_densely
 from fisedit_compiler.runtime.recorded_inputs import InputCopies
 from fisedit_compiler.runtime.recording import CallRecord, Recording
 from fisedit_compiler.runtime.site_plan import SitePlan
@@ -78,6 +81,7 @@ class Call:
         return any(spec.name == "timestep" and not spec.axes for spec in self.signature.tensors)
 
     def store(self, slots: Mapping[str, Tensor], timestep: float | None, inputs: Mapping[str, Tensor]) -> CallRecord:
+        """A record of the call, with the slots of a dense run."""
         batch, _, height, width = self.sample.shape
         maps = () if len(slots) == len(self.executable.slot_names) else self.executable.map_names
         return CallRecord(self.signature, batch, height, width, timestep, SlotTable.of(slots), inputs, maps)
@@ -115,52 +119,79 @@ class EditSession:
 
     Attributes:
         recording: the base run.
+        copies: how many edits are made at once; a call has so many times the recorded batch.
         call: calls made so far.
-        mask: bool ``[H, W]`` at the spatial input's resolution, or ``None`` while calls run densely.
+        mask: bool ``[H, W]`` at the spatial input's resolution, or ``None`` while calls run densely. Of several masks,
+            their union.
+        masks: bool ``[copies, H, W]`` if the copies have different ones, else ``None``.
         fallback: why calls with the mask run densely, as a sentence; ``None`` if they run sparsely.
-        result: with ``record=True``, the edited run as a recording of its own.
         timings: kind and wall seconds of every call (on CUDA: of its launch).
         computed_samples: how many samples of the batch every call computed: fewer than the batch where a dense call
             found some recorded already, none if it was skipped.
         reused_maps: for every call, whether columns of recorded cross-attention maps took part.
     """
 
-    def __init__(self, recording: Recording, config: SparsifyConfig, mask: Any = None, record: bool = False) -> None:
-        self.recording, self.config = recording, config
+    def __init__(
+        self,
+        recording: Recording,
+        config: SparsifyConfig,
+        mask: Any = None,
+        record: bool = False,
+        copies: int = 1,
+    ) -> None:
+        if isinstance(copies, bool) or not isinstance(copies, int) or copies < 1:
+            raise ConfigError(f"copies={copies!r}: it is the number of edits made at once, a whole number from 1 on")
+        self.recording, self.config, self.copies = recording, config, copies
         self.call = 0
         self.mask: Tensor | None = None
+        self.masks: Tensor | None = None
         self.plan: SitePlan | None = None
         self.fallback: str | None = None
-        self.result = Recording(recording.model, recording.config) if record else None
+        self._recorder = EditRecorder(recording, copies, record)
         self.timings: list[tuple[CallKind, float]] = []
         self.computed_samples: list[int] = []
         self.reused_maps: list[bool] = []
         self._computed, self._reused = 0, False
-        self._dense = DenseCalls(recording, config.skip_recorded)
-        self._inputs = InputCopies()
+        self._dense = DenseCalls(recording, config.skip_recorded, copies)
         self._checks = DeferredChecks()
         self._empty = False
         self._mask_set_at = 0
         self._ran: tuple[Executable, int, int, str] | None = None
         self._outside: Tensor | None = None
+        self._turn: Turn | None = None
+        self._own_sites: OwnSites | None = None
         if mask is not None:
             self.set_mask(mask)
 
-    def set_mask(self, mask: Any) -> None:
+    @property
+    def result(self) -> Recording | None:
+        """With ``record=True``, the edited run as a recording of its own; of several copies see ``results``."""
+        return self.results[0] if self.copies == 1 and self.results else None
+
+    @property
+    def results(self) -> tuple[Recording, ...]:
+        """With ``record=True``, the edited run as a recording of its own, one for each copy."""
+        return self._recorder.results
+
+    def set_mask(self, mask: Any, *, densely: str | None = None) -> None:
         """Edit inside the mask only from the next call on: sparsely, or densely above the break-even (``fallback``).
 
         Args:
             mask: what to change, as anything :func:`fisedit_compiler.masks.to_site_mask` accepts: bool or uint8 or
-                float torch tensor or numpy array or PIL image or path, at latent resolution or a multiple of it.
+                float torch tensor or numpy array or PIL image or path, at latent resolution or a multiple of it. With
+                ``copies``, one for all of them or a sequence or stack ``[copies, H, W]`` of one each.
+            densely: why calls are to run densely whatever the mask's area, as a sentence (becomes ``fallback``).
 
         Raises:
-            MaskError: its size, dtype or contents do not fit the recording.
+            MaskError: its size, dtype or contents do not fit the recording, or their number does not.
         """
-        self.mask = to_site_mask(mask, self.recording.height, self.recording.width, image_scale=None)
-        self.plan = self._outside = None
+        size = (self.recording.height, self.recording.width)
+        self.mask, self.masks = masks_of_copies(mask, self.copies, *size)
+        self.plan = self._outside = self._turn = self._own_sites = None
         self._mask_set_at = len(self.timings)
         self._empty = not bool(self.mask.any())
-        told, self.fallback = self.fallback, dense_reason(self.mask, self.config, self.recording.device)
+        reason = dense_reason(self.mask, self.config, self.recording.device) if densely is None else densely
+        told, self.fallback = self.fallback, reason
         if self.fallback is not None and told is None:
             logger.info(self.fallback)
 
@@ -184,7 +215,7 @@ class EditSession:
 
     def handle(self, call: Call) -> Any:
         self._checks.poll()
-        base = self._base_of(call)
+        base = repeated(call, self._base_of(call), self.copies)
         # What is on the device is compared there. Waiting for it would leave the GPU idle between two calls, so only
         # the first calls are judged before they run, the others when the outcome arrives.
         at_once = not call.sample.is_cuda or self.call < CHECKED_AT_ONCE
@@ -215,8 +246,7 @@ class EditSession:
                 "of inference steps or another guidance setting. Edit with the settings of the recorded run; the "
                 "recording itself is untouched and can be used again."
             )
-        if self.result is not None:
-            self.result.complete = True
+        self._recorder.finish()
 
     def explain(self) -> Explanation:
         """What the calls of this edit run as: how much is active, in what blocks, at what cost, and why if densely.
@@ -241,7 +271,7 @@ class EditSession:
     def measured(self) -> tuple[Measured, ...]:
         """The median times of this session's calls by kind; of calls that need a mask, those with the last one."""
         recorded = self.recording.calls[0]
-        size = (recorded.batch, recorded.height, recorded.width)
+        size = (recorded.batch * self.copies, recorded.height, recorded.width)
         area = 0.0 if self.mask is None else masks.area(grown(self.mask, self.config.dilation))
         found = []
         for kind in ("dense", "sparse", "skipped"):
@@ -259,42 +289,53 @@ class EditSession:
     def _run(self, call: Call, base: CallRecord) -> tuple[CallKind, Any]:
         executable = call.executable
         if self.mask is None:
-            ran = self._dense.run(call, base, record=self.result is not None)
+            ran = self._dense.run(call, base, record=bool(self._recorder))
             self._computed, self._reused = ran.samples, ran.reused
-            self._store(call, ran.slots, base)
+            if ran.kind == "skipped":
+                self._recorder.unchanged(call, maps=True)
+            else:
+                self._recorder.dense(call, ran.slots)
             return ran.kind, ran.result
         if self._empty:
             recorded = executable.base_outputs(base.slots)
             if recorded is not None:
                 self._computed = 0
                 # Maps are of the base's text, which need not be this call's.
-                slots = {name: base.slots[name] for name in executable.slot_names} if base.maps else base.slots
-                self._store(call, slots, base)
+                self._recorder.unchanged(call, maps=False)
                 return "skipped", executable.assemble(recorded)
         if self.fallback is not None:
             if self.plan is None:
                 self.plan = pinning_plan(self.mask, executable.program, self.config.dilation, call.sample.device)
-            result, slots = run_densely(call, base, self.plan, record=self.result is not None)
-            self._store(call, slots, base)
+            own = self._own(executable, call.sample.device)
+            result, slots = run_densely(call, base, own or self.plan, record=bool(self._recorder))
+            self._recorder.dense(call, slots)
             return "dense", result
         if self.plan is None:
             self.plan = executable.plan(self.mask, self.config.dilation, call.sample)
-        update = self.result is not None
         scalars = {} if base.timestep is None else {"timestep": base.timestep}
         sample = call.sample
         self._ran = (executable, sample.shape[0], sample.element_size(), sample.device.type)
-        outputs, slots = executable.step(call.tensors, base.slots, self.plan, update=update, scalars=scalars)
-        self._store(call, slots, base)
+        update = bool(self._recorder)
+        outputs, updates = executable.step(call.tensors, base.slots, self.plan, update=update, scalars=scalars)
+        own = self._own(executable, sample.device)
+        if own is not None:
+            outputs = pin(outputs, executable.program, base.slots, own)
+        if self._turn is None:
+            self._turn = Turn(self.plan.active)
+        self._recorder.sparse(call, self._turn, outputs, updates, own)
         return "sparse", executable.assemble(outputs)
 
-    def _store(self, call: Call, slots: Mapping[str, Tensor], base: CallRecord) -> None:
-        if self.result is None:
-            return
-        # The timestep is the recorded one, and reading it again could wait for the device.
-        known = {name: base.inputs[name] for name in ("timestep",) if base.timestep is not None and name in base.inputs}
-        number, slot = self.result.num_calls, call.executable.sample_slot
-        inputs = self._inputs.of(number, call.signature, call.tensors, slot, known)
-        self.result.calls.append(call.store(slots, base.timestep, inputs))
+    def _own(self, executable: Executable, device: torch.device) -> OwnSites | None:
+        """What each copy may change, if that differs."""
+        samples, dilation = self._recorded.batch, self.config.dilation
+        if self.masks is not None and (self._own_sites is None or self._own_sites.samples != samples):
+            self._own_sites = OwnSites(self.masks, samples, executable.program, dilation, device)
+        return self._own_sites
+
+    @property
+    def _recorded(self) -> CallRecord:
+        """The recorded call that is being edited, as it was recorded."""
+        return self.recording.calls[self.call]
 
     def _base_of(self, call: Call) -> CallRecord:
         """The recorded call this one corresponds to.
@@ -314,7 +355,13 @@ class EditSession:
                 f"Call {self.call} has a {height}x{width} input, the recording {base.height}x{base.width}: edit at the "
                 "recorded resolution, or record again at this one."
             )
-        if batch != base.batch:
+        if batch != base.batch * self.copies and self.copies > 1:
+            raise RecordingError(
+                f"Call {self.call} has batch {batch}, not {base.batch * self.copies}, the recorded {base.batch} times "
+                f"copies={self.copies}. Pass {self.copies} prompts (and guidance as recorded), or edit with the number "
+                "of copies that the pipeline makes."
+            )
+        if batch != base.batch * self.copies:
             raise RecordingError(
                 f"Call {self.call} has batch {batch}, the recording {base.batch}: classifier-free guidance was "
                 "switched on or off, or the number of images changed. Edit with the recorded guidance and batch."
@@ -360,11 +407,13 @@ class EditSession:
             self._checks.add(wrong.any(), other_input)
 
     def _outside_mask(self, device: torch.device) -> Tensor:
-        """bool ``[S, 1]`` on ``device``: the sites an edit must not have touched."""
+        """bool ``[1, S, 1]`` on ``device``, or ``[batch, S, 1]``: the sites an edit must not have touched."""
         if self._outside is None:
             assert self.mask is not None
-            self._outside = ~grown(self.mask, self.config.dilation).flatten()[:, None].to(device)
-        return self._outside
+            each = self.mask[None] if self.masks is None else self.masks
+            grown_masks = torch.stack([grown(mask, self.config.dilation) for mask in each])
+            self._outside = ~grown_masks.flatten(1)[..., None].to(device)
+        return self._outside if self.masks is None else self._outside.repeat(self._recorded.batch, 1, 1)
 
 
 def _why_no_maps(executable: Executable) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -20,7 +21,9 @@ class SlotTable(dict[str, Tensor]):
 
     @classmethod
     def of(cls, slots: Mapping[str, Tensor]) -> SlotTable:
-        """``slots`` itself if it is one already."""
+        """``slots`` itself if it is one already, the tensors it stands for if it is lazy."""
+        if isinstance(slots, LazySlots):
+            return slots.table()
         return slots if isinstance(slots, SlotTable) else cls(slots)
 
     def addresses(self, layout: SlotLayout, device: torch.device) -> Tensor:
@@ -39,6 +42,14 @@ class SlotTable(dict[str, Tensor]):
             tensors = {name: _as_laid_out(self[name], strides) for name, strides in layout.items()}
             self._addresses = (layout, address_table(list(tensors.values()), device), tensors)
         return self._addresses
+
+
+class LazySlots(Mapping[str, Tensor]):
+    """Slots that are put together when they are read. What is read is a new tensor, and belongs to the reader."""
+
+    @abstractmethod
+    def table(self) -> SlotTable:
+        """All slots as tensors. Whoever reads them by address keeps the table for as long."""
 
 
 def slot_layout(slots: Mapping[str, Tensor], names: Sequence[str]) -> SlotLayout:

@@ -10,6 +10,7 @@ functions the caller names in ``pin_inputs_of`` (the ones a compiler runs densel
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -92,10 +93,29 @@ class PinnedRun:
         _check_masks(active)
         if not any(bool(mask.any()) for mask in active.values()):
             return self.base_output.clone()
+        return self._replay(edit_inputs, active, norm, attention)[0]
+
+    def continued(self, edit_inputs: Mapping[str, Any], active: ActiveSites, *, norm: Norm = "recorded") -> PinnedRun:
+        """The edit as a base run, from which other edits are replayed; same arguments and errors as ``replay``.
+
+        Its tape has what every boundary saw after pinning. With recorded statistics the norms keep the first run's.
+        Only ``attention="cached"``, and no functions in ``pin_inputs_of``.
+        """
+        _check_choices(norm, "cached")
+        _check_masks(active)
+        if self.pin_inputs_of:
+            raise OracleError("continued() knows convolutions, norms, upsampling and attention only")
+        run = copy.copy(self)
+        run.base_output, run.tape = self._replay(edit_inputs, active, norm, "cached")
+        return run
+
+    def _replay(
+        self, edit_inputs: Mapping[str, Any], active: ActiveSites, norm: Norm, attention: Attention
+    ) -> tuple[Tensor, list[TapeEntry]]:
         mode = _ReplayMode(self.tape, self.pin_inputs_of, active, norm, attention)
         output = _call(self.module, edit_inputs, mode)
         mode.check_finished()
-        return torch.where(_mask_of(output, active), output, self.base_output)
+        return torch.where(_mask_of(output, active), output, self.base_output), mode.pinned_tape
 
 
 def run_pinned(
@@ -168,6 +188,7 @@ class _ReplayMode(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.tape = tape
+        self.pinned_tape: list[TapeEntry] = []
         self.position = 0
         self.active = active
         self.norm = norm
@@ -208,7 +229,29 @@ class _ReplayMode(TorchFunctionMode):
         if here != there:
             raise OracleError(f"boundary {self.position}: the edit run calls {here}, the base run {there}")
         self.position += 1
+        self.pinned_tape.append(self._pinned_entry(entry, tuple(_tensors(args, kwargs))))
         return entry
+
+    def _pinned_entry(self, entry: TapeEntry, now: tuple[Tensor, ...]) -> TapeEntry:
+        """What the boundary sees after pinning: a base of further edits."""
+        if entry.function == "group_norm" and self.norm == "recorded":
+            return entry
+        if entry.function == "scaled_dot_product_attention":
+            same = now[0].shape[-2] == now[1].shape[-2]
+            mask = _token_mask(now[1].shape[-2], self.active) if same else None
+            masks = [None if mask is None else mask[:, None]] * 3
+        else:
+            masks = [self._first_mask(entry.function, now[0])]
+        pinned = [
+            tensor.detach().clone() if mask is None else torch.where(mask, tensor, base)
+            for mask, tensor, base in zip(masks, now, entry.tensors, strict=False)
+        ]
+        return TapeEntry(entry.function, (*pinned, *now[len(pinned) :]))
+
+    def _first_mask(self, function: str, input: Tensor) -> Tensor | None:
+        if self._in_island(input) or (input.ndim == 4 and _resolution(input) not in self.active):
+            return None
+        return _mask_of(input, self.active) if function != "group_norm" else self._group_norm_mask(input)
 
     def _conv2d(self, base: tuple[Tensor, ...], input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         unpinned = (

@@ -78,6 +78,38 @@ class Pair:
         assert executable._pool is not None, "the step ran without graphs"
         return executable._pool
 
+    @property
+    def update_pool(self) -> GraphPool:
+        """The pool of the step that also returns what a recording of the edit keeps."""
+        (executable,) = self.graphs._programs._executables.values()
+        assert executable._update_pool is not None, "the recorded edit ran without graphs"
+        return executable._update_pool
+
+    def record_edit(
+        self, module: SparseModule, recording: Recording, inputs: Inputs, mask: Tensor, copies: int = 1
+    ) -> tuple[list[Tensor], tuple[Recording, ...]]:
+        with module.edit(recording, mask, record=True, copies=copies) as session:
+            outputs = [module(**call)[0] for call in calls_of(inputs)]
+        return outputs, session.results
+
+    def check_recorded(
+        self, recording: Recording, inputs: Inputs, mask: Tensor, what: object = "", copies: int = 1
+    ) -> tuple[Recording, ...]:
+        """Assert that a recorded edit with graphs is the eager one, slot by slot, and give its recordings."""
+        outputs, results = self.record_edit(self.graphs, recording, inputs, mask, copies)
+        expected, eager = self.record_edit(self.eager, recording, inputs, mask, copies)
+        for now, then in zip(outputs, expected, strict=True):
+            assert_close(now, then, self.dtype)
+        for result, other in zip(results, eager, strict=True):
+            assert result.own_bytes_per_call == other.own_bytes_per_call, (what, "rows of padding were kept")
+            for call, slots in enumerate(other):
+                for name, value in slots.slots.items():
+                    try:
+                        assert_close(result.slot(call, name).float(), value.float(), self.dtype)
+                    except AssertionError as error:
+                        raise AssertionError(f"{what}: call {call}, {name}: {error}") from error
+        return results
+
 
 def calls_of(inputs: Inputs) -> list[Inputs]:
     return [{**inputs, "timestep": torch.tensor(900 - 300 * call)} for call in range(CALLS)]
@@ -247,21 +279,82 @@ def test_plans_outlive_neither_their_pool_nor_their_bucket(pair: Pair) -> None:
         pair.check(recording, pair.edited(inputs, mask), mask)
 
 
-def test_an_edit_that_records_stores_every_slot(pair: Pair) -> None:
+def test_an_edit_that_records_is_replayed_for_every_mask_without_compiling_again(pair: Pair) -> None:
+    inputs = pair.inputs()
+    recording, base = pair.record(inputs)
+    for kind in MASKS:
+        mask = make_mask(kind, SIZE, seed=2)
+        edit = pair.edited(inputs, mask)
+        (result,) = pair.check_recorded(recording, edit, mask, kind)
+        outputs = pair.check(result, edit, mask, f"{kind}, edited again")
+        for output, recorded in zip(outputs, base, strict=True):
+            kept = ~mask.to(pair.device)
+            assert torch.equal(output[..., kept], recorded[..., kept]), "outside the mask stands the recording"
+    assert pair.update_pool._graphs, "nothing was captured"
+
+
+def test_a_chain_of_recorded_edits_is_replayed(pair: Pair) -> None:
+    """Slots of edits are put together for each call, and must stay where they are until the replay has read them."""
+    inputs = pair.inputs()
+    recording, _ = pair.record(inputs)
+    turns, edits = [recording], [inputs]
+    for number, mask in enumerate([box(8, 8), box(4, 4, 6), box(10, 12, 10), box(8, 8)]):
+        edits.append(pair.edited(edits[-1], mask, seed=number + 1))
+        turns.append(pair.check_recorded(turns[-1], edits[-1], mask, f"turn {number}")[0])
+        assert turns[-1].own_nbytes < recording.nbytes / 2
+    again = box(6, 6, 5)
+    edit = pair.edited(edits[2], again, seed=9)
+    first = pair.check(turns[2], edit, again, "back to the second turn")
+    pair.check(turns[4], pair.edited(edits[4], again, seed=9), again, "and to the last")
+    for now, then in zip(pair.check(turns[2], edit, again), first, strict=True):
+        assert torch.equal(now, then)
+
+
+def test_what_a_recorded_edit_keeps_is_its_own(pair: Pair) -> None:
+    """Later replays write to the memory of the graph, not to earlier recordings."""
     inputs, mask = pair.inputs(), box(8, 8)
     recording, _ = pair.record(inputs)
-    edit = pair.edited(inputs, mask)
-    results = []
-    for module in (pair.graphs, pair.eager):
-        with module.edit(recording, mask, record=True) as session:
-            for call in calls_of(edit):
-                module(**call)
-        assert session.result is not None
-        results.append(session.result)
-    for name, expected in results[1].calls[0].slots.items():
-        assert_close(results[0].slot(0, name).float(), expected.float(), pair.dtype)
-    again = box(4, 4, 6)
-    pair.check(results[0], pair.edited(edit, again, seed=8), again, "an edit of the edit")
+    _, (first,) = pair.record_edit(pair.graphs, recording, pair.edited(inputs, mask), mask)
+    kept = [{name: first.slot(call, name).clone() for name in first.calls[0].slots} for call in range(CALLS)]
+    pair.record_edit(pair.graphs, recording, pair.edited(inputs, mask, seed=6), mask)
+    pair.edit(pair.graphs, recording, pair.edited(inputs, mask, seed=7), mask)
+    for call, slots in enumerate(kept):
+        for name, value in slots.items():
+            assert torch.equal(first.slot(call, name), value), name
+
+
+def test_the_step_that_records_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    patch_cuda(monkeypatch)
+    pair = make_pair("sd15", torch.float32, "cpu")
+    compiled: list[object] = []
+    compile_step = cuda_graphs.compile_step
+    monkeypatch.setattr(cuda_graphs, "compile_step", lambda step: compiled.append(step) or compile_step(step))
+    inputs = pair.inputs()
+    recording, _ = pair.record(inputs)
+    for number, mask in enumerate((box(8, 8), box(4, 4, 12))):
+        pair.record_edit(pair.graphs, recording, pair.edited(inputs, mask), mask)
+        assert len(compiled) == 1, "on first use, and an edit that is recorded needs no other step"
+        pair.record_edit(pair.graphs, recording, pair.edited(inputs, mask, seed=number), mask)
+    pair.edit(pair.graphs, recording, pair.edited(inputs, mask), mask)
+    pair.record_edit(pair.graphs, recording, pair.edited(inputs, mask), mask)
+    assert len(compiled) == 2
+
+
+def test_copies_are_replayed(pair: Pair) -> None:
+    inputs = pair.inputs()
+    recording, base = pair.record(inputs)
+    masks = torch.stack([box(8, 8), box(4, 20, 6)])
+    edits = [pair.edited(inputs, mask, seed) for seed, mask in enumerate(masks, start=1)]
+    names = ("sample", "encoder_hidden_states")
+    together = {**inputs, **{name: torch.stack([edit[name] for edit in edits], 1).flatten(0, 1) for name in names}}
+    results = pair.check_recorded(recording, together, masks, "two masks", copies=2)
+    outputs, _ = pair.record_edit(pair.graphs, recording, together, masks, copies=2)
+    for output, recorded in zip(outputs, base, strict=True):
+        for copied, mask in enumerate(masks):
+            kept = ~mask.to(pair.device)
+            assert torch.equal(output[copied::2][..., kept], recorded[..., kept])
+    for result, edit, mask in zip(results, edits, masks, strict=True):
+        pair.check(result, edit, mask, "an edit of a copy")
 
 
 @pytest.mark.parametrize("in_place", [False, True], ids=["replaced", "in place"])
@@ -321,5 +414,7 @@ def test_repeated_rows_count_once(norm: Any, attention: Any, device: str, monkey
     recording, _ = pair.record(inputs)
     for kind in ("site", "scattered", "block", "full"):
         mask = make_mask(kind, SIZE, seed=2)
-        pair.check(recording, pair.edited(inputs, mask), mask, kind)
-    assert pair.pool._graphs
+        edit = pair.edited(inputs, mask)
+        pair.check(recording, edit, mask, kind)
+        pair.check_recorded(pair.check_recorded(recording, edit, mask, kind)[0], edit, mask, kind)
+    assert pair.pool._graphs and pair.update_pool._graphs
