@@ -20,7 +20,7 @@ from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.errors import ConfigError, ModeError, RecordingError
 from fisedit_compiler.masks import Box, MaskLike, Polygon
 from fisedit_compiler.masks.feather import check_feather
-from fisedit_compiler.pipelines import checks
+from fisedit_compiler.pipelines import batch, checks
 from fisedit_compiler.pipelines.detectors import DetectionContext, MaskDetector
 from fisedit_compiler.pipelines.instruments import status, timed_calls
 from fisedit_compiler.pipelines.inversion import DdimInversion, Loaded, Method, load
@@ -255,8 +255,8 @@ class Editor:
             dense_calls: steps the automatic mask is found in at most, each costs a dense UNet call; the detector's own
                 number if left out.
             negative_prompt: the base's if left out.
-            record: keep a recording of the edited run, so that the edit can be edited; costs memory like the
-                base's.
+            record: keep a recording of the edited run, so that the edit can be edited; costs the memory of what
+                the edit wrote (``report.own_bytes``), the rest is shared with the base's.
             seed: the base's.
             num_inference_steps: the base's.
             guidance_scale: the base's.
@@ -292,6 +292,54 @@ class Editor:
         if isinstance(given, torch.Tensor) and not bool(given.any()):
             return plan.unchanged("the mask is empty: nothing was run")
         return self._edit(plan)
+
+    def edit_many(
+        self,
+        base: Generation,
+        prompts: Sequence[str],
+        *,
+        mask: batch.Mask | Sequence[batch.Mask] = None,
+        dense_calls: int | None = None,
+        negative_prompt: str | None = None,
+        record: bool = True,
+    ) -> list[Edit]:
+        """Make several edits of ``base`` in one run: every UNet call computes all prompts.
+
+        A call computes the sites of all masks for every prompt; each edit keeps the base outside its own mask. With one
+        mask for all, each is the edit that :meth:`edit` makes, up to float tolerance. Prompts and masks that change
+        nothing return the base, as there. If one prompt changes the whole picture, all of them run densely.
+
+        Args:
+            base: a generation, or an earlier edit made with ``record=True``.
+            prompts: the new texts; the edits come in their order.
+            mask: one for all, or a list, tuple or stack of one each, in any form :meth:`edit` takes. ``None`` finds
+                one for each prompt.
+            dense_calls: steps automatic masks are found in at most; the detector's own number if left out.
+            negative_prompt: of all prompts; the base's if left out.
+            record: keep a recording of every edit, so that each can be edited in turn.
+
+        Raises:
+            PromptError: no list of prompts, or one that is no string or too long.
+            MaskError: a mask has the wrong size, type or contents, or their number is not that of the prompts.
+            RecordingError: the scheduler was changed, or the base has no recording or another model's.
+            ConfigError: ``dense_calls`` out of range.
+        """
+        started = time.perf_counter()
+        texts = batch.check_prompts(prompts)
+        checks.check_scheduler(base.settings.scheduler, self.pipe.scheduler)
+        negative = base.negative_prompt if negative_prompt is None else negative_prompt
+        for text in texts:
+            self._check_prompts(text, negative)
+        if base.recording is None:
+            raise RecordingError(
+                "this edit was made with record=False, so it cannot be edited; make it with record=True"
+            )
+        plans = []
+        for text, one in zip(texts, batch.masks_of_prompts(mask, len(texts)), strict=True):
+            source, given = mask_argument(one, base)
+            steps = detection_steps(given, dense_calls, len(base.latents))
+            plans.append(EditPlan(base, text, negative, source, given, steps, record, started))
+        return batch.run_batch(self.pipe, self.compiled, plans, self._progress_bar)
 
     def dense(self, base: Generation, prompt: str, *, negative_prompt: str | None = None) -> DenseRun:
         """Run ``prompt`` with the base's noise and settings through the unmodified UNet, for comparison.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from PIL import Image
@@ -15,18 +16,55 @@ from PIL import Image
 from fisedit_compiler import masks
 from fisedit_compiler.errors import ConfigError, MaskError
 from fisedit_compiler.masks import MaskLike
-from fisedit_compiler.pipelines.detectors import MaskDetector, is_detector_name, make_mask_detector, mask_detectors
+from fisedit_compiler.pipelines.detectors import (
+    DetectedMask,
+    MaskDetector,
+    is_detector_name,
+    make_mask_detector,
+    mask_detectors,
+)
 from fisedit_compiler.pipelines.region import cut
 from fisedit_compiler.pipelines.report import Detection, EditReport
 from fisedit_compiler.pipelines.runs import Edit, Generation
 from fisedit_compiler.pipelines.seam import pasted
-from fisedit_compiler.pipelines.steps import FollowBase
-from fisedit_compiler.runtime.sessions import EditSession
+from fisedit_compiler.runtime.recording import Recording
+from fisedit_compiler.runtime.sessions import CallKind
+
+
+class Followed(Protocol):
+    """What became of an edit's latents and mask; :class:`~fisedit_compiler.pipelines.steps.FollowBase` knows it."""
+
+    @property
+    def latents(self) -> Sequence[torch.Tensor]: ...
+    @property
+    def detected(self) -> DetectedMask | None: ...
+    @property
+    def detection(self) -> Detection | None: ...
+    @property
+    def mask(self) -> torch.Tensor | None: ...
+    @property
+    def restored_steps(self) -> int: ...
+
+
+class Ran(Protocol):
+    """How an edit's calls ran; an :class:`~fisedit_compiler.runtime.sessions.EditSession` knows it."""
+
+    @property
+    def timings(self) -> Sequence[tuple[CallKind, float]]: ...
+    @property
+    def computed_samples(self) -> Sequence[int]: ...
+    @property
+    def fallback(self) -> str | None: ...
+    @property
+    def result(self) -> Recording | None: ...
 
 
 @dataclass(frozen=True)
 class EditPlan:
-    """The checked arguments of one edit, and the two ways it can end."""
+    """The checked arguments of one edit, and the two ways it can end.
+
+    ``together`` edits are made in one run: each has an equal share of its time.
+    """
 
     base: Generation
     prompt: str
@@ -38,6 +76,7 @@ class EditPlan:
     started: float
     region: torch.Tensor | None = None
     feather: int = 0
+    together: int = 1
 
     def unchanged(
         self,
@@ -53,7 +92,7 @@ class EditPlan:
             area=0.0,
             detection=detection,
             calls=calls,
-            wall_seconds=time.perf_counter() - self.started,
+            wall_seconds=(time.perf_counter() - self.started) / self.together,
             recording_bytes=_nbytes(self.base),
             note=note,
         )
@@ -71,7 +110,7 @@ class EditPlan:
             report=report,
         )
 
-    def edited(self, image: Image.Image, follow: FollowBase, session: EditSession, seconds: Sequence[float]) -> Edit:
+    def edited(self, image: Image.Image, follow: Followed, session: Ran, seconds: Sequence[float]) -> Edit:
         """The edit whose run has ended."""
         found = follow.detected
         mask = follow.mask
@@ -87,8 +126,9 @@ class EditPlan:
             detection=follow.detection,
             partial_calls=sum(1 for samples in dense if samples < whole),
             calls=tuple(zip(kinds, seconds, strict=True)),
-            wall_seconds=time.perf_counter() - self.started,
+            wall_seconds=(time.perf_counter() - self.started) / self.together,
             recording_bytes=_nbytes(self.base),
+            own_bytes=session.result.own_nbytes if self.record and session.result is not None else 0,
             restored_steps=follow.restored_steps,
             regions=masks.regions(mask),
             feather=0 if everywhere else self.feather,

@@ -48,10 +48,13 @@ class EditReport:
         mask_source: name of the detector, ``"user"`` or ``"none"`` (the base was returned without a run).
         area: share of the sites that the mask makes active, in [0, 1].
         detection: how an automatic mask was found; ``None`` if it was given.
-        calls: ``(kind, seconds)`` of every UNet call, kind ``"dense"``, ``"sparse"`` or ``"skipped"``.
+        calls: ``(kind, seconds)`` of every UNet call, kind ``"dense"``, ``"sparse"`` or ``"skipped"``. Of edits made
+            in one run (``edit_many``) each has its share of the seconds.
         partial_calls: dense calls of which a part was recorded already, such as the unconditional half of the first.
-        wall_seconds: duration of the whole edit, text encoder and decoder included.
+        wall_seconds: duration of the whole edit, text encoder and decoder included; likewise a share.
         recording_bytes: size of the recording the edit read from.
+        own_bytes: what the edit's own recording added to it: the rows it wrote; 0 if it shares everything or was not
+            recorded.
         restored_steps: steps after which latents outside the mask had to be set back to the base's: the end of
             an automatic mask's dense calls and the steps in which the scheduler remembers them. 0 with a mask
             given by the user, unless the base is an edit that had such steps itself or was feathered.
@@ -67,6 +70,7 @@ class EditReport:
     partial_calls: int = 0
     wall_seconds: float = 0.0
     recording_bytes: int = 0
+    own_bytes: int = 0
     restored_steps: int = 0
     regions: Sequence[Region] = field(default=(), repr=False)
     feather: int = 0
@@ -118,7 +122,8 @@ class EditReport:
                 lines.append(f"{kind:<9} {count} calls{part}, {median:.1f} ms each (median)")
         if self.skipped_calls:
             lines.append(f"skipped   {self.skipped_calls} calls")
-        lines.append(f"recording {self.recording_bytes / 2**20:.1f} MiB")
+        read, added = self.recording_bytes / 2**20, self.own_bytes / 2**20
+        lines.append(f"recording {read:.1f} MiB read, {added:.1f} MiB added")
         lines.append(f"wall      {self.wall_seconds:.2f} s")
         if self.note:
             lines.append(f"note      {self.note}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -17,7 +17,16 @@ from fisedit_compiler.errors import MaskError, RecordingError
 from fisedit_compiler.pipelines.detectors import DetectedMask, MaskDetector
 from fisedit_compiler.pipelines.region import cut_found
 from fisedit_compiler.pipelines.report import Detection
-from fisedit_compiler.runtime.sessions import EditSession
+from fisedit_compiler.runtime.sessions import CallKind
+
+
+class MaskedSession(Protocol):
+    """What follows a base tells a mask that it found: an :class:`~fisedit_compiler.runtime.sessions.EditSession`."""
+
+    @property
+    def timings(self) -> Sequence[tuple[CallKind, float]]: ...
+
+    def set_mask(self, mask: torch.Tensor) -> None: ...
 
 
 class EmptyMaskFound(Exception):
@@ -62,7 +71,7 @@ class FollowBase:
     def __init__(
         self,
         base_latents: Sequence[torch.Tensor],
-        session: EditSession,
+        session: MaskedSession,
         mask: torch.Tensor | MaskDetector,
         dense_calls: int,
         growth: int = 0,
@@ -73,7 +82,7 @@ class FollowBase:
         self.latents: list[torch.Tensor] = []
         self.detected: DetectedMask | None = None
         self.detection: Detection | None = None
-        self._base_latents = base_latents
+        self.base_latents = base_latents
         self._session = session
         self._dense_calls = dense_calls
         self._detector = mask if isinstance(mask, MaskDetector) else None
@@ -103,12 +112,12 @@ class FollowBase:
         self, pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         latents = tensors["latents"]
-        if step >= len(self._base_latents):
+        if step >= len(self.base_latents):
             raise RecordingError(
-                f"the pipeline makes step {step + 1}, but the base has {len(self._base_latents)}; "
+                f"the pipeline makes step {step + 1}, but the base has {len(self.base_latents)}; "
                 "put the base's scheduler back"
             )
-        base = self._base_latents[step]
+        base = self.base_latents[step]
         if self._detector is not None and self.detected is None:
             self._find_mask(self._detector, step, latents, base)
         if self._mask is not None:
@@ -148,9 +157,9 @@ class FollowBase:
         self._keep_outside(kept.mask)
 
     def _keep_outside(self, mask: torch.Tensor) -> None:
-        device = self._base_latents[0].device
+        device = self.base_latents[0].device
         grown = masks.grown(mask, self._growth)
         self._mask = grown.to(device)
         if self._feather:
             weights = masks.feather_weights(grown, self._feather)
-            self._weights = masks.weights_per_step(weights, len(self._base_latents)).to(device)
+            self._weights = masks.weights_per_step(weights, len(self.base_latents)).to(device)

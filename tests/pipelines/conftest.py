@@ -40,6 +40,10 @@ class PinnedRecording:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.predictions)
 
+    @property
+    def own_nbytes(self) -> int:
+        return self.nbytes
+
     def add(self, sample: torch.Tensor, prediction: torch.Tensor) -> None:
         self.samples.append(sample.clone())
         self.predictions.append(prediction.clone())
