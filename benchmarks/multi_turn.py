@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None) -> Report:
     from fisedit_compiler.models import load_pipeline
 
     facts = machine(device)
-    pipe = load_pipeline().to(device, dtype)
+    pipe = load_pipeline(device=device, dtype=dtype)
     with Editor(pipe, progress=False) as editor:
         base = editor.generate(BASE, seed=7, num_inference_steps=options.steps, height=options.size, width=options.size)
         rows = [memory(editor, base, options.turns), duration(editor, base, options, device)]

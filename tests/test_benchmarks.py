@@ -12,7 +12,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from benchmarks import compile_time, dense_calls, product_parts, step_latency, wrapper_overhead
+from benchmarks import compile_time, dense_calls, multi_turn, product_parts, step_latency, wrapper_overhead
 from benchmarks.harness import Report, Stopwatch, Timing, alternate, machine, versions
 from benchmarks.subjects import make_call, square_mask
 
@@ -105,6 +105,17 @@ def test_dense_calls_are_what_their_rows_say():
     sites = 3 * 8 * 8 + 3 * 4 * 4 + 4 * 2 * 2  # of ten cross-attentions at three levels
     batch, heads, tokens, element_size = 2, 4, 32, 4
     assert [row["map_bytes"] for row in report.rows] == [0, 0, batch * heads * sites * tokens * element_size, 0, 0]
+
+
+@pytest.mark.slow
+def test_multi_turn_counts_bytes_and_times_both_ways():
+    report = multi_turn.main(["--size", "64", "--steps", "2", "--turns", "3", "--repeats", "1"])
+    memory, time = report.rows
+    assert memory["as_recordings_mib"] == pytest.approx(3 * memory["base_mib"], rel=0.01)
+    assert 0 < memory["turns_mib"] < memory["as_recordings_mib"]
+    assert time["prompts"] == 4 and time["ratio"] == pytest.approx(
+        time["one_by_one_ms"] / time["together_ms"], rel=0.01
+    )
 
 
 @pytest.mark.slow

@@ -122,8 +122,8 @@ class CopySession:
 class FollowBatch:
     """Keeps every edit of a batch on the base outside its own mask, and finds the masks first if none were given.
 
-    Each prompt is followed by itself; latents are ``[P, C, H, W]`` here and the base's ``[1, C, H, W]``. The calls of the
-    batch are dense until the last prompt has its mask.
+    Each prompt is followed by itself; latents are ``[P, C, H, W]`` here and the base's ``[1, C, H, W]``. The calls of
+    the batch are dense until the last prompt has its mask.
     """
 
     def __init__(self, plans: Sequence[EditPlan], session: EditSession, growth: int) -> None:

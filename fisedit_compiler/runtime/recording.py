@@ -94,6 +94,7 @@ class Recording:
         tensors = {id(value): value for call in self.calls for value in call.inputs.values()}
         return sum(value.nbytes for value in tensors.values())
 
+    @property
     def own_nbytes(self) -> int:
         """Bytes that this recording added: of an edit what it wrote, of a base run all of it.
 

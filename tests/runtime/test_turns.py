@@ -320,6 +320,8 @@ def test_tables_of_a_chain_are_made_once() -> None:
     assert written.tolist() == [0, 1, 2, 4, 5]
     assert source.tolist() == [3, 0, 5, 4, 6], "the last turn that wrote a site counts"
     assert turns[-1].merged(turns, 1)[0] is written  # type: ignore[arg-type]
+    nothing: Any = Turn({1: torch.tensor([], dtype=torch.int64)})  # type: ignore[dict-item]
+    assert nothing.merged((turns[0], nothing), 1)[0].tolist() == [1, 4, 5]
     assert not turns[1].covers(turns[0], 1) and Turn({1: torch.arange(6)}).covers(turns[0], 1)  # type: ignore[arg-type,dict-item]
 
 
