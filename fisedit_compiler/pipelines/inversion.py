@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 Method = Literal["auto", "ddim", "edit-friendly"]
 NATURAL_PSNR = 22.0
 """PSNR in dB from which on a free run counts as giving the picture back. Of eight pictures, those the model could have
-drawn lay above 25, foreign ones at 16 (docs/inversion.md)."""
+drawn lay above 26, foreign ones at 16 (docs/inversion.md)."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class DdimInversion:
     """DDIM's walk backwards with settings of one's own, as ``Editor.load(inversion=...)``.
 
     Attributes:
-        noisy_start: give the picture's latents noise of their own at the least noisy level and walk from there. A
-            decoder's mean latents are smoother than anything the model was trained on; walked from directly, the noise
+        noisy_start: give the picture's latents noise of their own at the least noisy level and walk from there. An
+            encoder's mean latents are smoother than anything the model was trained on; walked from directly, the noise
             at the end has too little variance and edits are worse (docs/inversion.md).
         rounds: UNet calls at every level; more than one looks for the fixed point.
         guidance_scale: of the walk. Above 1 it is known to drift (Mokady et al., "Null-text Inversion", CVPR 2023).
