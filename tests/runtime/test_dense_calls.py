@@ -141,7 +141,10 @@ def test_the_same_prompts_run_nothing() -> None:
         guided(run.compiled, run.inputs)
     assert not seen and session.computed_samples == [0] * STEPS
     assert session.result is not None
-    assert all(now.slots is base.slots for now, base in zip(session.result, run.recording, strict=True))
+    assert session.result.own_nbytes == 0
+    for now, base in zip(session.result, run.recording, strict=True):
+        assert list(now.slots) == list(base.slots)
+        assert all(now.slots[name] is slot for name, slot in base.slots.items())
 
 
 def test_without_guidance_there_is_nothing_to_skip() -> None:
