@@ -30,7 +30,9 @@ from fisedit_compiler.inspect.pinned import PinnedInterpreter, PinnedValue, inpu
 from fisedit_compiler.inspect.samples import call_before, scalars_of
 from fisedit_compiler.inspect.subject import Subject
 from fisedit_compiler.program import CompiledProgram
+from fisedit_compiler.runtime.edited_slots import Turn
 from fisedit_compiler.runtime.hoisting import HoistCache
+from fisedit_compiler.runtime.turns import after_sparse_call
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -233,12 +235,15 @@ def _judge_edited_slots(
 
 def _run(
     subject: Subject, slots: Mapping[str, Tensor], hoisted: HoistCache, *, update: bool = False
-) -> tuple[list[Any], dict[str, Tensor]]:
+) -> tuple[list[Any], Mapping[str, Tensor]]:
     """The step as an edit runs it: its outputs, and with ``update`` every slot after the edit."""
     executable = subject.executable
     scalars = scalars_of(executable.program, subject.edited)
     with _hoisting_by(executable, hoisted):
-        return executable.step(subject.edited, slots, subject.plan, update=update, scalars=scalars)
+        outputs, updates = executable.step(subject.edited, slots, subject.plan, update=update, scalars=scalars)
+    if not update:
+        return outputs, {}
+    return outputs, after_sparse_call(executable.program, slots, Turn(subject.plan.active), updates)
 
 
 @contextmanager

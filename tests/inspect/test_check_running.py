@@ -18,9 +18,11 @@ from zoo import ZOO
 
 from fisedit_compiler import SparseModule, SparsifyConfig, sparsify
 from fisedit_compiler.errors import ConfigError
+from fisedit_compiler.inspect import check
 from fisedit_compiler.inspect.lowered import NOT_COMPILATION
 from fisedit_compiler.runtime.cuda_graphs import GraphPool
 from fisedit_compiler.runtime.executable import Executable
+from fisedit_compiler.runtime.turns import after_sparse_call
 
 aten = torch.ops.aten
 SIZE = (8, 12)
@@ -69,13 +71,11 @@ def test_a_wrong_slot_after_the_edit_is_found(norm: Any, monkeypatch: pytest.Mon
 
 def test_a_slot_that_an_edit_loses(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = compiled_model("plain_conv")
-    original = Executable.step
 
-    def step(self: Executable, *args: Any, **kwargs: Any) -> Any:
-        outputs, stored = original(self, *args, **kwargs)
-        return outputs, {key: value for key, value in stored.items() if key != "middle.input"}
+    def losing(*args: Any) -> dict[str, Any]:
+        return {name: value for name, value in after_sparse_call(*args).items() if name != "middle.input"}
 
-    monkeypatch.setattr(Executable, "step", step)
+    monkeypatch.setattr(check, "after_sparse_call", losing)
     (difference,) = compiled.check(MASK).differences
     assert difference.path == "middle" and "it is missing" in difference.problem
 

@@ -229,7 +229,8 @@ class _ReplayMode(TorchFunctionMode):
         if here != there:
             raise OracleError(f"boundary {self.position}: the edit run calls {here}, the base run {there}")
         self.position += 1
-        self.pinned_tape.append(self._pinned_entry(entry, tuple(_tensors(args, kwargs))))
+        if not self.pin_inputs_of:  # continued() takes no others
+            self.pinned_tape.append(self._pinned_entry(entry, tuple(_tensors(args, kwargs))))
         return entry
 
     def _pinned_entry(self, entry: TapeEntry, now: tuple[Tensor, ...]) -> TapeEntry:
