@@ -5,7 +5,8 @@ Comparing is ``check.py``'s business.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -94,6 +95,17 @@ class Subject:
             f"{self.plan.rows(Fraction(1))} of {sites} sites active, norm={config.norm!r}, "
             f"attention={config.attention!r}"
         )
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Convolutions in float32 as they are written, not in tf32: a check is of the compiler, not of tensor cores."""
+    cudnn = torch.backends.cudnn
+    before, cudnn.allow_tf32 = cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32 = before
 
 
 def make_subject(module: SparseModule, mask: Any, options: CheckOptions) -> Subject:

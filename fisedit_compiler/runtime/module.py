@@ -271,9 +271,9 @@ class SparseModule(nn.Module):
 
     @contextmanager
     def _checking(self, mode: str, mask: Any, options: CheckOptions) -> Iterator[Subject]:
-        from fisedit_compiler.inspect.subject import make_subject
+        from fisedit_compiler.inspect.subject import full_precision, make_subject
 
-        with self._entered(mode):
+        with self._entered(mode), full_precision():
             self._check_evaluating()
             self._refresh()
             yield make_subject(self, mask, options)
