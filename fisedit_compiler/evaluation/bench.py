@@ -17,7 +17,7 @@ from PIL import Image
 from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.evaluation.objects import GroundTruth
 from fisedit_compiler.evaluation.pairs import EditPair
-from fisedit_compiler.pipelines.editor import Editor
+from fisedit_compiler.pipelines.editor import EDITOR_CONFIG, Editor
 from fisedit_compiler.pipelines.instruments import timed_calls
 from fisedit_compiler.pipelines.runs import Edit, Generation, RunSettings
 
@@ -83,11 +83,11 @@ class Bench:
 
     Args:
         pipe: a stock pipeline with its own UNet.
-        config: how the UNet is compiled unless a method asks for something else.
+        config: how the UNet is compiled unless a method asks for something else; as the Editor does by default.
     """
 
     def __init__(self, pipe: Any, config: SparsifyConfig | None = None) -> None:
-        self.pipe, self.config = pipe, config or SparsifyConfig()
+        self.pipe, self.config = pipe, config or EDITOR_CONFIG
         self.original: torch.nn.Module = pipe.unet
         self._compiled: dict[SparsifyConfig, SparseModule] = {}
 

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from fisedit_compiler import __version__
-from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.errors import ConfigError, FiseditError
 from fisedit_compiler.evaluation.bench import Bench, Case, NotApplicable
 from fisedit_compiler.evaluation.environment import machine, versions
@@ -31,6 +30,7 @@ from fisedit_compiler.evaluation.pairs import EditPair, PairFile, check_prompts,
 from fisedit_compiler.evaluation.registry import Method, choose_methods
 from fisedit_compiler.evaluation.store import Store
 from fisedit_compiler.pipelines.drawing import mask_overlay
+from fisedit_compiler.pipelines.editor import EDITOR_CONFIG
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +194,7 @@ class Runner:
         dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
         if evaluation.dtype not in dtypes:
             raise ConfigError(f"unknown dtype {evaluation.dtype!r}; choose one of {', '.join(dtypes)}")
-        config = SparsifyConfig(backend=evaluation.backend)  # type: ignore[arg-type]
+        config = replace(EDITOR_CONFIG, backend=evaluation.backend)  # type: ignore[arg-type]
         device = evaluation.device
         judge = Judge(load_clip(device, model=evaluation.clip))
         extractor = None if evaluation.features is None else load_extractor(evaluation.features, device)

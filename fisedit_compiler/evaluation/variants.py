@@ -15,10 +15,10 @@ from fisedit_compiler.evaluation.pinned_unet import PinnedUNet, kept_calls
 from fisedit_compiler.evaluation.registry import method
 
 VARIANTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("default", "recorded statistics, cached attention, adaptive blocks", {}),
-    ("incremental", "incremental statistics", {"norm": "incremental"}),
+    ("default", "incremental statistics, cached attention, adaptive blocks", {}),
+    ("recorded", "recorded statistics", {"norm": "recorded"}),
     ("active", "attention among active sites only", {"attention": "active"}),
-    ("incremental-active", "incremental statistics, active attention", {"norm": "incremental", "attention": "active"}),
+    ("recorded-active", "recorded statistics, active attention", {"norm": "recorded", "attention": "active"}),
     ("block-1", "blocks of 1", {"block_size": 1}),
     ("block-2", "blocks of 2", {"block_size": 2}),
     ("block-4", "blocks of 4", {"block_size": 4}),

@@ -33,6 +33,10 @@ from fisedit_compiler.pipelines.words import edit_columns
 from fisedit_compiler.runtime.module import SparseModule
 from fisedit_compiler.runtime.sessions import EditSession
 
+EDITOR_CONFIG = SparsifyConfig(norm="incremental")
+"""How an Editor compiles a UNet unless told otherwise. New objects change the statistics of every norm; with recorded
+ones an edit looks less like the dense run (``docs/quality.md``), for a little less time and memory a call."""
+
 
 class Editor:
     """Generate images with a diffusers pipeline and edit them, computing only what changes.
@@ -42,8 +46,8 @@ class Editor:
     block puts it back.
 
     ``pipe`` is a Stable-Diffusion-like pipeline that hands ``latents`` to its step callback; its UNet may be
-    compiled already. ``config`` is a ``SparsifyConfig`` for that compilation. ``progress`` switches the
-    progress bars on or off; by default the pipeline's own setting counts
+    compiled already. ``config`` is a ``SparsifyConfig`` for that compilation, :data:`EDITOR_CONFIG` by default.
+    ``progress`` switches the progress bars on or off; by default the pipeline's own setting counts
     (``pipe.set_progress_bar_config(disable=...)``).
 
     Raises:
@@ -89,7 +93,7 @@ class Editor:
             from fisedit_compiler import sparsify
 
             with status("compiling the UNet", self._shows_progress()):
-                self._compiled = sparsify(self._given, self.config or SparsifyConfig())
+                self._compiled = sparsify(self._given, self.config or EDITOR_CONFIG)
         elif self.pipe.unet is not self._compiled:
             raise ModeError(
                 "pipe.unet was replaced since this Editor compiled it; put the compiled UNet back "

@@ -9,7 +9,6 @@ import pytest
 import torch
 from evaluation_tools import STEPS, tiny_pipelines
 
-from fisedit_compiler import SparsifyConfig
 from fisedit_compiler.errors import ConfigError
 from fisedit_compiler.evaluation.bench import Bench, Case, KeepOutside, NotApplicable, Outcome
 from fisedit_compiler.evaluation.methods import drawn_mask, local_mask
@@ -57,7 +56,7 @@ def test_suites_hold_what_is_compared() -> None:
     approximations = [item.name for item in choose_methods(suite="approximations")]
     assert approximations[:2] == ["dense", "sparse"]
     assert set(approximations[2:]) == {
-        "blend", "default", "incremental", "active", "incremental-active", "block-1", "block-2", "block-4", "block-8",
+        "blend", "default", "recorded", "active", "recorded-active", "block-1", "block-2", "block-4", "block-8",
         "pinned",
     }  # fmt: skip
 
@@ -165,7 +164,7 @@ def test_attention_is_replaced_in_the_first_calls(bench: Bench, case: Case, monk
 
 def test_variants_differ_by_their_approximation_only() -> None:
     """The real compiler: packing and block size change nothing, other statistics do."""
-    bench = Bench(tiny_pipelines.make_tiny_pipeline(), SparsifyConfig())
+    bench = Bench(tiny_pipelines.make_tiny_pipeline())
     case = make_case(bench)
     default = run("default", bench, case)
     assert default.count("sparse") == STEPS
@@ -173,7 +172,7 @@ def test_variants_differ_by_their_approximation_only() -> None:
         outcome = run(name, bench, case)
         assert np.abs(pixels(outcome) - pixels(default)).max() <= 1, name
         assert torch.equal(outcome.mask, case.sparse.mask)
-    assert np.abs(pixels(run("incremental", bench, case)) - pixels(default)).max() > 0
+    assert np.abs(pixels(run("recorded", bench, case)) - pixels(default)).max() > 0
     replaced = [pixels(run(f"p2p@{share}", bench, case)) for share in ("0.2", "1")]
     assert np.abs(replaced[0] - replaced[1]).max() > 0
     assert bench.pipe.unet is bench.original
