@@ -28,8 +28,7 @@ class EarlyDifference(MaskDetector):
     model (112 edits) it was at most 0.06 after one step for swapped, recoloured and resized objects, and at least 0.12
     for new backgrounds; after four steps at most 0.12 and at least 0.22. So a step is enough if quiet is at most
     ``clear``, and a picture changes everywhere if quiet is above ``everywhere_ratio`` after the last step. A model that
-    says little in its first step, as one that predicts noise may, is watched for longer. Between ``everywhere_ratio``
-    and twice that, a mask of up to half the picture is believed: most new backgrounds mark more than nine tenths of it.
+    says little in its first step, as one that predicts noise may, is watched for longer.
 
     Attributes:
         smoothing: standard deviation in sites of the Gaussian that the difference is smoothed with.
@@ -38,7 +37,7 @@ class EarlyDifference(MaskDetector):
         dilation_radius: radius in sites of the disk that grows what is left; shadows and soft edges need room.
         clear: value of quiet up to which the change is taken for local at once.
         everywhere_ratio: value of quiet above which the change is taken for one of the whole picture after the last
-            step, if it also marks more than half of it or quiet is above twice the value; 1 never says so.
+            step; 1 never says so.
         floor: differences up to this share of the base's largest latent are rounding, not change.
         max_calls: steps to look at, at most.
         steps: steps seen so far.
@@ -100,8 +99,7 @@ class EarlyDifference(MaskDetector):
         quiet = 1.0 if bool(above.all()) else float(smooth[~above].mean() / smooth[above].mean())
         if quiet > self.clear and not last:
             return None
-        mask = masks.dilated(masks.opened(above, self.opening_radius), self.dilation_radius)
-        noisy = quiet > self.everywhere_ratio
-        if noisy and (masks.area(mask) > 0.5 or quiet > 2 * self.everywhere_ratio):
+        if quiet > self.everywhere_ratio:
             return DetectedMask(torch.ones_like(above), threshold, smooth, everywhere=True, quiet=quiet)
-        return DetectedMask(mask, threshold, smooth, quiet=quiet)
+        mask = masks.opened(above, self.opening_radius)
+        return DetectedMask(masks.dilated(mask, self.dilation_radius), threshold, smooth, quiet=quiet)
