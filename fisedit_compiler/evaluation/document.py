@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,28 +49,39 @@ mask.
 """
 
 
-def document(results: Sequence[Mapping[str, Any]], command: str, figure: str | None = None) -> str:
+def document(
+    results: Sequence[Mapping[str, Any]], command: str, figure: str | None = None, notes: Sequence[str] = ()
+) -> str:
     """The document as Markdown.
 
     Args:
         results: contents of ``results.json`` files, those of the methods first.
         command: the command line that writes it.
-        figure: path of the curve as seen from the document; left out without one.
+        figure: path of the curve as seen from the document, of the results with most methods; left out without one.
+        notes: what a reader must know about each of the results, in their order; an empty one says nothing.
     """
     parts = [INTRODUCTION.format(command=command)]
     for number, item in enumerate(results):
         approximations = any(method["name"] == "pinned" for method in item["methods"])
         parts.append("## " + ("What each approximation costs" if approximations else "Methods compared"))
+        if number < len(notes) and notes[number]:
+            parts.append(notes[number])
         parts.append(_run(item))
         if approximations:
             parts.append(_APPROXIMATIONS)
         else:
             parts.append(markdown(tables.check_table(item)))
-        if figure is not None and number == 0:
+        if figure is not None and item is with_curve(results):
             parts.append(f"![Directional similarity against image similarity, a point or a curve per method]({figure})")
         parts += [markdown(grid) for grid in grids(item)]
         parts.append(_left_out(item))
     return "\n".join(part.rstrip() + "\n" for part in parts if part)
+
+
+def with_curve(results: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The results whose curve is drawn: those of the most methods, approximations only if there are no others."""
+    of_methods = [item for item in results if all(method["name"] != "pinned" for method in item["methods"])]
+    return max(of_methods or results, key=lambda item: len(item["methods"]))
 
 
 def markdown(grid: Grid) -> str:
@@ -95,9 +107,14 @@ def _run(results: Mapping[str, Any]) -> str:
     return (
         f"{counts['done']} pairs, {counts['failed']} failed, {counts['rejected']} lines rejected; model "
         f"{config['model']}, CLIP {config['clip']}, FID features {config['features']}, {config['steps']} steps, "
-        f"guidance {config['guidance']:g}, {config['dtype']}, backend {config['backend']}. "
+        f"guidance {config['guidance']:g}, {config['dtype']}, backend {config['backend']}{_statistics(config)}. "
         f"Machine: {machine}. Versions: {versions}.{shared}\n\n```console\n{console}\n```\n"
     )
+
+
+def _statistics(config: Mapping[str, Any]) -> str:
+    """How sparse edits normalise; results from before the Editor had a choice do not say."""
+    return f", norm {config['norm']}" if "norm" in config else ""
 
 
 def _left_out(results: Mapping[str, Any]) -> str:
@@ -134,17 +151,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("results", nargs="+", type=Path, help="results.json of the methods, then of the approximations")
     parser.add_argument("--figure", type=Path, help="write the curve here; give the path from the repository's root")
+    parser.add_argument("--note", action="append", default=[], metavar="TEXT", help="about the first, the second ...")
     parser.add_argument("--document", type=Path, default=Path("docs/quality.md"), help="where the document will be")
     options = parser.parse_args(arguments)
     results = [read_results(path) for path in options.results]
     words = [str(path) for path in options.results]
     figure = None
     if options.figure is not None:
-        options.figure.write_text(as_svg(trade_off(results[0])), encoding="utf-8")
+        options.figure.write_text(as_svg(trade_off(with_curve(results))), encoding="utf-8")
         figure = Path(os.path.relpath(options.figure, options.document.parent)).as_posix()
         words += ["--figure", str(options.figure)]
+    words += [word for note in options.note for word in ("--note", shlex.quote(note))]
     command = f"python -m fisedit_compiler.evaluation.document {' '.join(words)} > {options.document}"
-    print(document(results, command, figure), end="")
+    print(document(results, command, figure, options.note), end="")
 
 
 if __name__ == "__main__":

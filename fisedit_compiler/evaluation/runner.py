@@ -96,6 +96,7 @@ class Evaluation:
             "device": torch.device(self.device).type,
             "dtype": self.dtype,
             "backend": self.backend,
+            "norm": EDITOR_CONFIG.norm,
             "version": __version__,
         }
 

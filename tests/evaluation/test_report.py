@@ -179,6 +179,16 @@ def test_the_document_says_what_was_run_and_measured(store: Store, tmp_path: Pat
     )
 
 
+def test_notes_stand_under_their_results_and_the_curve_is_of_most_methods(store: Store, tmp_path: Path) -> None:
+    many = aggregate(store)
+    few = {**many, "methods": many["methods"][:1]}
+    text = documents.document([few, many], "", "curve.svg", ["", "Of an older version."])
+    first, second = text.split("## Methods compared")[1:]
+    assert "older" not in first and "curve.svg" not in first
+    assert second.lstrip().startswith("Of an older version.") and "](curve.svg)" in second
+    assert documents.with_curve([few, many]) is many
+
+
 def test_something_else_is_no_results_file(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('{"format": 9}')
     with pytest.raises(FiseditError, match="format 9"):
