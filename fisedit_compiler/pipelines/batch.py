@@ -6,22 +6,21 @@ here; that a batch reads a recording of one image is the business of ``runtime.c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from fisedit_compiler.errors import MaskError, PromptError
 from fisedit_compiler.masks import MaskLike
 from fisedit_compiler.pipelines.detectors import DetectedMask, DetectionContext, MaskDetector, is_detector_name
+from fisedit_compiler.pipelines.driver import Driver
 from fisedit_compiler.pipelines.instruments import timed_calls
 from fisedit_compiler.pipelines.plan import EditPlan
 from fisedit_compiler.pipelines.report import Detection
-from fisedit_compiler.pipelines.runs import Edit, RunSettings
+from fisedit_compiler.pipelines.runs import Edit
 from fisedit_compiler.pipelines.steps import EmptyMaskFound, FollowBase
 from fisedit_compiler.runtime.module import SparseModule
 from fisedit_compiler.runtime.recording import Recording
@@ -174,48 +173,28 @@ class FollowBatch:
         self._session.set_mask(masks, densely=EVERYWHERE if any(everywhere) else None)
 
 
-def run_batch(
-    pipe: Any,
-    compiled: SparseModule,
-    plans: Sequence[EditPlan],
-    progress: Callable[[str], AbstractContextManager[None]],
-) -> list[Edit]:
+def run_batch(driver: Driver, compiled: SparseModule, plans: Sequence[EditPlan]) -> list[Edit]:
     """Make the edits in one run of the pipeline; those that change nothing are answered without.
 
     Args:
-        pipe: the pipeline; its UNet is ``compiled``.
+        driver: of the pipeline whose UNet is ``compiled``.
         compiled: the compiled UNet.
         plans: one per prompt, all of one base, with checked arguments.
-        progress: a named progress bar.
     """
-    edits = [_unchanged(plan) for plan in plans]
+    edits = [plan.without_a_run() for plan in plans]
     left = [number for number, edit in enumerate(edits) if edit is None]
     if left:
         together = [replace(plans[number], together=len(left)) for number in left]
-        for number, edit in zip(left, _run(pipe, compiled, together, progress), strict=True):
+        for number, edit in zip(left, _run(driver, compiled, together), strict=True):
             edits[number] = edit
     return [edit for edit in edits if edit is not None]
 
 
-def _unchanged(plan: EditPlan) -> Edit | None:
-    base = plan.base
-    if plan.prompt == base.prompt and (plan.negative_prompt or "") == (base.negative_prompt or ""):
-        return plan.unchanged("the prompts are the base's: nothing was run", source="none")
-    if isinstance(plan.mask, torch.Tensor) and not bool(plan.mask.any()):
-        return plan.unchanged("the mask is empty: nothing was run")
-    return None
-
-
-def _run(
-    pipe: Any,
-    compiled: SparseModule,
-    plans: Sequence[EditPlan],
-    progress: Callable[[str], AbstractContextManager[None]],
-) -> list[Edit]:
+def _run(driver: Driver, compiled: SparseModule, plans: Sequence[EditPlan]) -> list[Edit]:
     first, count = plans[0], len(plans)
     for plan in plans:
         if isinstance(plan.mask, MaskDetector):
-            plan.mask.start(DetectionContext(pipe, plan.base, plan.prompt))
+            plan.mask.start(DetectionContext(driver.pipe, plan.base, plan.prompt))
     given: Any = [plan.mask.cpu() for plan in plans if isinstance(plan.mask, torch.Tensor)]
     assert first.base.recording is not None  # refused before
     seconds: list[float] = []
@@ -224,7 +203,13 @@ def _run(
         with compiled.edit(first.base.recording, given or None, record=first.record, copies=count) as session:
             follow = FollowBatch(plans, session, compiled.sparsify_config.dilation)
             with timed_calls(compiled) as seconds:
-                images = _images(pipe, plans, first.base.settings, follow, progress)
+                images = driver.run_copies(
+                    [plan.prompt for plan in plans],
+                    first.negative_prompt,
+                    first.base.settings,
+                    follow,
+                    f"edit of {count} prompts",
+                )
     except EmptyMaskFound as found:
         return [_nothing_found(plan, found, count) for plan in plans]
     shares = [took / count for took in seconds]
@@ -243,29 +228,3 @@ def _run(
 def _nothing_found(plan: EditPlan, found: EmptyMaskFound, count: int) -> Edit:
     calls = tuple((kind, took / count) for kind, took in found.calls)
     return plan.unchanged(found.note, calls=calls, detection=found.detection)
-
-
-def _images(
-    pipe: Any,
-    plans: Sequence[EditPlan],
-    settings: RunSettings,
-    callback: FollowBatch,
-    progress: Callable[[str], AbstractContextManager[None]],
-) -> list[Image.Image]:
-    negative, corrections = plans[0].negative_prompt, settings.corrections
-    with progress(f"edit of {len(plans)} prompts"):
-        output = pipe(
-            prompt=[plan.prompt for plan in plans],
-            negative_prompt=None if negative is None else [negative] * len(plans),
-            num_inference_steps=settings.num_inference_steps,
-            guidance_scale=settings.guidance_scale,
-            height=settings.height,
-            width=settings.width,
-            # Equally seeded generators, not one: every image draws the base's noise, at every step that draws.
-            generator=[torch.Generator("cpu").manual_seed(settings.seed) for _ in plans],
-            latents=None if corrections is None else corrections.start.repeat(len(plans), 1, 1, 1),
-            callback_on_step_end=callback if corrections is None else corrections.before(callback),
-            callback_on_step_end_tensor_inputs=["latents"],
-            output_type="pil",
-        )
-    return list(output.images)

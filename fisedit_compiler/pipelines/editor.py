@@ -1,37 +1,34 @@
 """The comfortable door: ``Editor`` makes images, edits them, and edits the edits.
 
-It drives a stock diffusers pipeline through public features only: a seeded generator and
-``callback_on_step_end`` with the latents. The sparse work is the compiled UNet's, the automatic mask's rules are
-``pipelines.detectors``'s, the looking at the user's arguments ``pipelines.checks``'s.
+It keeps the pipeline's UNet compiled and looks at the user's arguments. Runs of the pipeline are
+``pipelines.driver``'s, edits ``pipelines.single``'s and ``pipelines.batch``'s, pictures of the user's
+``pipelines.inversion``'s, the automatic mask's rules ``pipelines.detectors``'s, and the sparse work the compiled
+UNet's.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, TypeGuard
-
-import torch
-from PIL import Image
 
 from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.errors import ConfigError, ModeError, RecordingError
 from fisedit_compiler.masks import Box, MaskLike, Polygon
 from fisedit_compiler.masks.feather import check_feather
 from fisedit_compiler.pipelines import batch, checks
-from fisedit_compiler.pipelines.detectors import DetectionContext, MaskDetector
+from fisedit_compiler.pipelines.detectors import MaskDetector
+from fisedit_compiler.pipelines.driver import Driver
 from fisedit_compiler.pipelines.instruments import status, timed_calls
 from fisedit_compiler.pipelines.inversion import DdimInversion, Loaded, Method, load
 from fisedit_compiler.pipelines.pictures import ImageLike
 from fisedit_compiler.pipelines.plan import EditPlan, detection_steps, mask_argument
 from fisedit_compiler.pipelines.region import region_argument
-from fisedit_compiler.pipelines.runs import DenseRun, Edit, Generation, RunSettings
-from fisedit_compiler.pipelines.steps import EmptyMaskFound, FollowBase, KeepLatents
-from fisedit_compiler.pipelines.words import edit_columns
+from fisedit_compiler.pipelines.runs import DenseRun, Edit, Generation
+from fisedit_compiler.pipelines.single import run_edit
+from fisedit_compiler.pipelines.steps import KeepLatents
 from fisedit_compiler.runtime.module import SparseModule
-from fisedit_compiler.runtime.sessions import EditSession
 
 EDITOR_CONFIG = SparsifyConfig(norm="incremental")
 """How an Editor compiles a UNet unless told otherwise. New objects change the statistics of every norm; with recorded
@@ -92,7 +89,7 @@ class Editor:
         if self._compiled is None:
             from fisedit_compiler import sparsify
 
-            with status("compiling the UNet", self._shows_progress()):
+            with status("compiling the UNet", self._driver.shows_progress):
                 self._compiled = sparsify(self._given, self.config or EDITOR_CONFIG)
         elif self.pipe.unet is not self._compiled:
             raise ModeError(
@@ -139,25 +136,23 @@ class Editor:
         """
         self._check_prompts(prompt, negative_prompt)
         compiled = self.compiled
-        default_height, default_width = self._default_size()
-        settings = RunSettings(
+        settings = self._driver.settings(
             seed=seed,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
-            height=height or default_height,
-            width=width or default_width,
-            scheduler=checks.scheduler_fingerprint(self.pipe.scheduler),
+            height=height,
+            width=width,
         )
         keep = KeepLatents()
         with compiled.record(maps=maps) as recording:
-            image = self._run(prompt, negative_prompt, settings, keep, "generate")
+            image = self._driver.run(prompt, negative_prompt, settings, keep, "generate")
         return Generation(
             prompt=prompt,
             negative_prompt=negative_prompt,
             settings=settings,
             image=image,
             latents=tuple(keep.latents),
-            initial_latents=self._initial_latents(keep.latents[0], settings),
+            initial_latents=self._driver.initial_latents(keep.latents[0], settings),
             recording=recording,
         )
 
@@ -207,7 +202,8 @@ class Editor:
         """
         self._check_prompts(prompt, negative_prompt)
         return load(
-            self,
+            self._driver,
+            lambda: self.compiled,
             image,
             prompt,
             negative_prompt=negative_prompt,
@@ -291,11 +287,8 @@ class Editor:
         source, given = mask_argument(mask, base, region)
         steps = detection_steps(given, dense_calls, len(base.latents))
         plan = EditPlan(base, prompt, negative, source, given, steps, record, started, region, feather)
-        if prompt == base.prompt and (negative or "") == (base.negative_prompt or ""):
-            return plan.unchanged("the prompts are the base's: nothing was run", source="none")
-        if isinstance(given, torch.Tensor) and not bool(given.any()):
-            return plan.unchanged("the mask is empty: nothing was run")
-        return self._edit(plan)
+        unchanged = plan.without_a_run()
+        return run_edit(self._driver, self.compiled, plan) if unchanged is None else unchanged
 
     def edit_many(
         self,
@@ -343,7 +336,7 @@ class Editor:
             source, given = mask_argument(one, base)
             steps = detection_steps(given, dense_calls, len(base.latents))
             plans.append(EditPlan(base, text, negative, source, given, steps, record, started))
-        return batch.run_batch(self.pipe, self.compiled, plans, self._progress_bar)
+        return batch.run_batch(self._driver, self.compiled, plans)
 
     def dense(self, base: Generation, prompt: str, *, negative_prompt: str | None = None) -> DenseRun:
         """Run ``prompt`` with the base's noise and settings through the unmodified UNet, for comparison.
@@ -360,106 +353,19 @@ class Editor:
         self.pipe.unet = compiled.original
         try:
             with timed_calls(compiled.original) as seconds:
-                image = self._run(prompt, negative, base.settings, keep, "dense")
+                image = self._driver.run(prompt, negative, base.settings, keep, "dense")
         finally:
             self.pipe.unet = compiled
         return DenseRun(image, keep.latents[-1], tuple(seconds))
 
-    def _edit(self, plan: EditPlan) -> Edit:
-        base = plan.base
-        compiled = self.compiled
-        assert base.recording is not None  # edit() refuses a base without
-        if isinstance(plan.mask, MaskDetector):
-            plan.mask.start(DetectionContext(self.pipe, base, plan.prompt))
-        try:
-            mask = plan.mask if isinstance(plan.mask, torch.Tensor) else None
-            with compiled.edit(base.recording, mask=mask, record=plan.record) as session:
-                self._reuse_maps(plan, session)
-                growth = compiled.sparsify_config.dilation
-                follow = FollowBase(
-                    base.latents,
-                    session,
-                    plan.mask,
-                    plan.dense_calls,
-                    growth,
-                    region=plan.region,
-                    feather=plan.feather,
-                )
-                with timed_calls(compiled) as seconds:
-                    image = self._run(plan.prompt, plan.negative_prompt, base.settings, follow, "edit")
-        except EmptyMaskFound as found:
-            return plan.unchanged(found.note, calls=found.calls, detection=found.detection)
-        return plan.edited(image, follow, session, seconds)
-
-    def _reuse_maps(self, plan: EditPlan, session: EditSession) -> None:
-        """While the mask is looked for, words that both prompts have attend as in the base, where it was recorded."""
-        recording = plan.base.recording
-        if isinstance(plan.mask, MaskDetector) and recording is not None and recording.num_maps:
-            batch = recording.calls[0].batch
-            session.reuse_maps(edit_columns(self.pipe, plan.base.prompt, plan.prompt, batch))
-
-    def _run(
-        self,
-        prompt: str,
-        negative_prompt: str | None,
-        settings: RunSettings,
-        callback: Callable[..., dict[str, torch.Tensor]],
-        description: str,
-    ) -> Image.Image:
-        """One run of the pipeline; ``callback`` sees the latents after every step."""
-        corrections = settings.corrections
-        with self._progress_bar(description):
-            output = self.pipe(
-                prompt=prompt,
-                negative_prompt=negative_prompt,
-                num_inference_steps=settings.num_inference_steps,
-                guidance_scale=settings.guidance_scale,
-                height=settings.height,
-                width=settings.width,
-                generator=torch.Generator("cpu").manual_seed(settings.seed),
-                latents=None if corrections is None else corrections.start,
-                callback_on_step_end=callback if corrections is None else corrections.before(callback),
-                callback_on_step_end_tensor_inputs=["latents"],
-                output_type="pil",
-            )
-        image: Image.Image = output.images[0]
-        return image
-
-    @contextmanager
-    def _progress_bar(self, description: str) -> Iterator[None]:
-        """The pipeline's own bar, named or switched off for one run, the user's settings back afterwards."""
-        saved = dict(getattr(self.pipe, "_progress_bar_config", {}))
-        disable = not self._shows_progress()
-        self.pipe.set_progress_bar_config(**{"desc": description, **saved, "disable": disable})
-        try:
-            yield
-        finally:
-            self.pipe.set_progress_bar_config(**saved)
-
-    def _shows_progress(self) -> bool:
-        if self.progress is not None:
-            return self.progress
-        return not getattr(self.pipe, "_progress_bar_config", {}).get("disable", False)
+    @property
+    def _driver(self) -> Driver:
+        return Driver(self.pipe, self.progress)
 
     def _check_prompts(self, prompt: str, negative_prompt: str | None) -> None:
         checks.check_prompt(self.pipe, prompt)
         if negative_prompt is not None:
             checks.check_prompt(self.pipe, negative_prompt, "negative prompt")
-
-    def _default_size(self) -> tuple[int, int]:
-        size = self.pipe.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return height * self.pipe.vae_scale_factor, width * self.pipe.vae_scale_factor
-
-    def _initial_latents(self, like: torch.Tensor, settings: RunSettings) -> torch.Tensor:
-        """What the run that has just ended started from, made again while the scheduler is still set to it."""
-        generator = torch.Generator("cpu").manual_seed(settings.seed)
-        start = None if settings.corrections is None else settings.corrections.start
-        noise = self.pipe.prepare_latents(
-            1, like.shape[1], settings.height, settings.width, like.dtype, like.device, generator, start
-        )
-        assert isinstance(noise, torch.Tensor)
-        return noise
 
 
 def _is_compiled(unet: Any) -> TypeGuard[SparseModule]:

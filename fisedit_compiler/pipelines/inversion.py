@@ -7,10 +7,10 @@ run led in ``pipelines.corrections``, and pixels outside a mask brought back in 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -18,8 +18,9 @@ from PIL import Image
 from skimage import metrics
 
 from fisedit_compiler.errors import ConfigError
-from fisedit_compiler.pipelines import checks, pictures
+from fisedit_compiler.pipelines import pictures
 from fisedit_compiler.pipelines.corrections import Corrections, FollowPath
+from fisedit_compiler.pipelines.driver import Driver
 from fisedit_compiler.pipelines.noise_paths import (
     INVERTIBLE_PREDICTIONS,
     InverseWalk,
@@ -29,9 +30,7 @@ from fisedit_compiler.pipelines.noise_paths import (
 )
 from fisedit_compiler.pipelines.runs import Generation, RunSettings
 from fisedit_compiler.pipelines.steps import KeepLatents
-
-if TYPE_CHECKING:
-    from fisedit_compiler.pipelines.editor import Editor
+from fisedit_compiler.runtime.module import SparseModule
 
 Method = Literal["auto", "ddim", "edit-friendly"]
 NATURAL_PSNR = 22.0
@@ -113,7 +112,8 @@ class Loaded(Generation):
 
 
 def load(
-    editor: Editor,
+    driver: Driver,
+    compiled: Callable[[], SparseModule],
     image: pictures.ImageLike,
     prompt: str,
     *,
@@ -126,38 +126,37 @@ def load(
     measure: bool,
     maps: int,
 ) -> Loaded:
-    """See :meth:`fisedit_compiler.Editor.load`."""
+    """See :meth:`fisedit_compiler.Editor.load`; ``compiled`` is asked for the UNet once the arguments are checked."""
     started = time.perf_counter()
-    pipe = editor.pipe
+    pipe = driver.pipe
     if not isinstance(inversion, DdimInversion) and inversion not in get_args(Method):
         raise ConfigError(f"inversion={inversion!r} is unknown; choose one of {', '.join(map(repr, get_args(Method)))}")
     if num_inference_steps < 1:
         raise ConfigError(f"num_inference_steps={num_inference_steps}; a run makes at least one step")
     pictures.check_encoder(pipe)
-    unit, (height, width) = pictures.size_unit(pipe), editor._default_size()
+    unit, (height, width) = pictures.size_unit(pipe), driver.default_size
     picture = pictures.fit(pictures.read_picture(image), unit, height * width, resize=resize)
     schedule = noise_schedule(pipe.scheduler, num_inference_steps)
     if inversion != "edit-friendly" and inversion != "auto":
         schedule.check_invertible()
-    compiled = editor.compiled
-    settings = RunSettings(
+    unet = compiled()
+    settings = driver.settings(
         seed=seed,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
         height=picture.height,
         width=picture.width,
-        scheduler=checks.scheduler_fingerprint(pipe.scheduler),
     )
     clean = pictures.encoded(pipe, picture)
-    runs = _Runs(editor, prompt, negative_prompt, settings, schedule, clean, picture)
+    runs = _Runs(driver, prompt, negative_prompt, settings, schedule, clean, picture)
     way = runs.way(inversion, measure)
 
     keep = KeepLatents()
     follow = FollowPath(schedule.along(way.points, clean), keep)
     settings = replace(settings, corrections=runs.start(way.points))
-    with compiled.record(maps=maps) as recording:
-        reconstruction = editor._run(prompt, negative_prompt, settings, follow, "load")
-    initial_latents = editor._initial_latents(keep.latents[0], settings)
+    with unet.record(maps=maps) as recording:
+        reconstruction = driver.run(prompt, negative_prompt, settings, follow, "load")
+    initial_latents = driver.initial_latents(keep.latents[0], settings)
     corrections = replace(runs.start(way.points), steps=tuple(follow.steps))
     return Loaded(
         prompt=prompt,
@@ -203,7 +202,7 @@ class _Way:
 class _Runs:
     """The runs that come before the recorded one."""
 
-    editor: Editor
+    driver: Driver
     prompt: str
     negative_prompt: str | None
     settings: RunSettings
@@ -248,13 +247,13 @@ class _Runs:
                 guidance_scale=method.guidance_scale,
                 corrections=Corrections(start),
             )
-            with _scheduler(self.editor.pipe, walk):
-                self.editor._run(self.prompt, self.negative_prompt, backwards, KeepLatents(), "invert")
+            with _scheduler(self.driver.pipe, walk):
+                self.driver.run(self.prompt, self.negative_prompt, backwards, KeepLatents(), "invert")
         return _Way("ddim", points | walk.points, walk.num_calls)
 
     def _free_psnr(self, points: dict[float, torch.Tensor]) -> float:
         free = replace(self.settings, corrections=self.start(points))
-        return psnr(self.editor._run(self.prompt, self.negative_prompt, free, KeepLatents(), "measure"), self.picture)
+        return psnr(self.driver.run(self.prompt, self.negative_prompt, free, KeepLatents(), "measure"), self.picture)
 
 
 @contextmanager

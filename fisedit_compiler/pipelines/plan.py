@@ -1,6 +1,6 @@
 """One edit before it runs and after: its checked arguments, where its mask comes from, and the result they make.
 
-Nothing is run here; ``pipelines.editor`` does that in between.
+Nothing is run here; ``pipelines.single`` and ``pipelines.batch`` do that in between.
 """
 
 from __future__ import annotations
@@ -77,6 +77,15 @@ class EditPlan:
     region: torch.Tensor | None = None
     feather: int = 0
     together: int = 1
+
+    def without_a_run(self) -> Edit | None:
+        """The answer to an edit that its arguments say changes nothing; ``None`` if it must be run."""
+        base = self.base
+        if self.prompt == base.prompt and (self.negative_prompt or "") == (base.negative_prompt or ""):
+            return self.unchanged("the prompts are the base's: nothing was run", source="none")
+        if isinstance(self.mask, torch.Tensor) and not bool(self.mask.any()):
+            return self.unchanged("the mask is empty: nothing was run")
+        return None
 
     def unchanged(
         self,

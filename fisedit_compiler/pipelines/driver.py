@@ -1,0 +1,154 @@
+"""Runs a stock diffusers pipeline with the settings of a base, and only through its public features.
+
+A seeded generator and ``callback_on_step_end`` with the latents are all it needs; what runs inside the pipeline's UNet,
+and what the callback does with the latents, is the caller's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from fisedit_compiler.pipelines import checks
+from fisedit_compiler.pipelines.corrections import Corrections
+from fisedit_compiler.pipelines.runs import RunSettings
+
+StepCallback = Callable[..., dict[str, torch.Tensor]]
+"""``callback(pipe, step, timestep, tensors)``; sees the latents after every step and returns those to go on with."""
+
+
+@dataclass
+class Driver:
+    """Runs of one pipeline.
+
+    Attributes:
+        pipe: the pipeline; its UNet may be exchanged between runs.
+        progress: switches its progress bars on or off; ``None`` leaves that to the pipeline's own setting.
+    """
+
+    pipe: Any
+    progress: bool | None = None
+
+    def settings(
+        self,
+        *,
+        seed: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> RunSettings:
+        """The settings of a new base with the pipeline's scheduler; sizes are the model's own if left out."""
+        default_height, default_width = self.default_size
+        return RunSettings(
+            seed=seed,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            height=height or default_height,
+            width=width or default_width,
+            scheduler=checks.scheduler_fingerprint(self.pipe.scheduler),
+        )
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the pictures the model was trained on."""
+        size = self.pipe.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * self.pipe.vae_scale_factor, width * self.pipe.vae_scale_factor
+
+    def run(
+        self,
+        prompt: str,
+        negative_prompt: str | None,
+        settings: RunSettings,
+        callback: StepCallback,
+        description: str,
+    ) -> Image.Image:
+        """One picture; ``description`` names the progress bar."""
+        corrections = settings.corrections
+        generator, start = _generator(settings), None if corrections is None else corrections.start
+        image: Image.Image = self._call(prompt, negative_prompt, settings, generator, start, callback, description)[0]
+        return image
+
+    def run_copies(
+        self,
+        prompts: Sequence[str],
+        negative_prompt: str | None,
+        settings: RunSettings,
+        callback: StepCallback,
+        description: str,
+    ) -> list[Image.Image]:
+        """A picture for every prompt, all from the same noise, in one batch; latents are ``[P, C, H, W]``."""
+        count, corrections = len(prompts), settings.corrections
+        negative = None if negative_prompt is None else [negative_prompt] * count
+        # Equally seeded generators, not one: every picture draws the same noise, at every step that draws.
+        generators = [_generator(settings) for _ in prompts]
+        start = None if corrections is None else corrections.start.repeat(count, 1, 1, 1)
+        return self._call(list(prompts), negative, settings, generators, start, callback, description)
+
+    def initial_latents(self, like: torch.Tensor, settings: RunSettings) -> torch.Tensor:
+        """What the run that has just ended started from, made again while the scheduler is still set to it.
+
+        Args:
+            like: latents ``[1, C, H, W]`` of that run.
+            settings: its settings.
+        """
+        start = None if settings.corrections is None else settings.corrections.start
+        noise = self.pipe.prepare_latents(
+            1, like.shape[1], settings.height, settings.width, like.dtype, like.device, _generator(settings), start
+        )
+        assert isinstance(noise, torch.Tensor)
+        return noise
+
+    @property
+    def shows_progress(self) -> bool:
+        """Whether runs show a bar."""
+        if self.progress is not None:
+            return self.progress
+        return not getattr(self.pipe, "_progress_bar_config", {}).get("disable", False)
+
+    def _call(
+        self,
+        prompt: str | list[str],
+        negative_prompt: str | list[str] | None,
+        settings: RunSettings,
+        generator: torch.Generator | list[torch.Generator],
+        start: torch.Tensor | None,
+        callback: StepCallback,
+        description: str,
+    ) -> list[Image.Image]:
+        corrections: Corrections | None = settings.corrections
+        with self._progress_bar(description):
+            output = self.pipe(
+                prompt=prompt,
+                negative_prompt=negative_prompt,
+                num_inference_steps=settings.num_inference_steps,
+                guidance_scale=settings.guidance_scale,
+                height=settings.height,
+                width=settings.width,
+                generator=generator,
+                latents=start,
+                callback_on_step_end=callback if corrections is None else corrections.before(callback),
+                callback_on_step_end_tensor_inputs=["latents"],
+                output_type="pil",
+            )
+        return list(output.images)
+
+    @contextmanager
+    def _progress_bar(self, description: str) -> Iterator[None]:
+        """The pipeline's own bar, named or switched off for one run, the user's settings back afterwards."""
+        saved = dict(getattr(self.pipe, "_progress_bar_config", {}))
+        self.pipe.set_progress_bar_config(**{"desc": description, **saved, "disable": not self.shows_progress})
+        try:
+            yield
+        finally:
+            self.pipe.set_progress_bar_config(**saved)
+
+
+def _generator(settings: RunSettings) -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(settings.seed)
