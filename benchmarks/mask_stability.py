@@ -4,7 +4,8 @@ For pairs of captions with a known region (``fisedit eval --make-pairs``) a base
 maps, and the edit runs densely for a few steps: with its own maps, with the columns of unchanged words taken from the
 base, and with those of the end and padding tokens too. After every step each detector is asked what it would say. Its
 mask is compared with the union of the object before and after, seen in the finished dense pictures; with the same
-detector's mask one step later; and with its mask after the last step.
+detector's mask one step later; and with its mask after the last step. *Quiet* is what the detector says of its own
+split, the mean difference outside the mask's core over that inside: the smaller, the less depends on where it is split.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from fisedit_compiler.evaluation.grammar import make_pairs
 from fisedit_compiler.evaluation.objects import ground_truth
 from fisedit_compiler.evaluation.pairs import LOCAL_KINDS, EditPair
 from fisedit_compiler.models import load_pipeline
-from fisedit_compiler.pipelines.detectors import make_mask_detector, mask_detectors
+from fisedit_compiler.pipelines.detectors import DetectedMask, make_mask_detector, mask_detectors
 from fisedit_compiler.pipelines.runs import Generation
 from fisedit_compiler.pipelines.words import guided_columns, token_columns
 
@@ -73,7 +74,7 @@ def first_steps(editor: Editor, base: Generation, prompt: str, columns: Tensor |
     return seen
 
 
-def masks_by_step(detector: str, seen: list[Tensor], base: Generation) -> list[Tensor]:
+def found_by_step(detector: str, seen: list[Tensor], base: Generation) -> list[DetectedMask]:
     """What a detector would say if every step were its last."""
     found = []
     for last in range(1, len(seen) + 1):
@@ -82,7 +83,7 @@ def masks_by_step(detector: str, seen: list[Tensor], base: Generation) -> list[T
             fresh.update(seen[step], base.latents[step])
         decided = fresh.decide(last=True)
         assert decided is not None
-        found.append(decided.mask)
+        found.append(decided)
     return found
 
 
@@ -107,13 +108,16 @@ def measure(editor: Editor, pair: EditPair, steps: int) -> dict[tuple[str, str, 
             columns = guided_columns(token_columns(editor.pipe.tokenizer, pair.input, pair.output, **options))
         seen = first_steps(editor, base, pair.output, columns)
         for detector in mask_detectors():
-            found = masks_by_step(detector, seen, base)
+            decided = found_by_step(detector, seen, base)
+            found = [one.mask for one in decided]
             for step, mask in enumerate(found):
+                quiet = decided[step].quiet
                 figures[detector, reuse, step + 1] = {
                     "area_over_object": masks.area(mask) / masks.area(sites),
                     "recall": int((mask & sites).sum()) / int(sites.sum()),
                     "to_next": overlap(mask, found[min(step + 1, STEPS - 1)]),
                     "to_last": overlap(mask, found[-1]),
+                    "quiet": 0.0 if quiet is None else quiet,
                 }
     return figures
 
@@ -138,7 +142,7 @@ def summarise(measured: list[dict[tuple[str, str, int], dict[str, float]]]) -> l
 def draw(rows: list[dict[str, Any]]) -> Table:
     """The rows as a table for people."""
     table = Table(title="masks by step", caption="means; in brackets the paired change by reuse ± its standard error")
-    columns = ("detector", "reuse", "step", "area : object", "recall", "IoU to the next step", "IoU to the last step")
+    columns = ("detector", "reuse", "step", "area : object", "recall", "IoU to the next", "IoU to the last", "quiet")
     for column in columns:
         table.add_column(column, justify="left" if column in ("detector", "reuse") else "right")
 
@@ -147,7 +151,7 @@ def draw(rows: list[dict[str, Any]]) -> Table:
         return f"{row[figure]:.3f}" + (change if row["reuse"] != "none" else "")
 
     for row in rows:
-        figures = (cell(row, figure) for figure in ("area_over_object", "recall", "to_next", "to_last"))
+        figures = (cell(row, figure) for figure in ("area_over_object", "recall", "to_next", "to_last", "quiet"))
         table.add_row(row["detector"], row["reuse"], str(row["step"]), *figures)
     return table
 

@@ -230,6 +230,18 @@ def test_masks_of_swaps_are_compared_with_the_objects_backgrounds_apart() -> Non
     assert not check(records, "the mask covers (scenes").passed
 
 
+def test_similarities_are_compared_pair_by_pair() -> None:
+    """Pairs differ by 0.4, methods by 0.02 in each: the interval is of the latter."""
+    records = [record(1), record(2)]
+    for item, value in zip(records, (0.3, 0.7), strict=True):
+        item["methods"]["dense"]["image_similarity"] = value
+        item["methods"]["sparse"]["image_similarity"] = value + 0.02
+    found = check(records, "closer to the base")
+    assert found.passed and found.detail == "0.5200 and 0.5000; difference per pair, 95 %: +0.0200 to +0.0200"
+    del records[0]["methods"]["dense"]["image_similarity"], records[1]["methods"]["sparse"]["image_similarity"]
+    assert check(records, "closer to the base").detail.endswith("no pair has both")
+
+
 def test_a_local_edit_taken_for_scene_wide_counts_against_the_dense_calls() -> None:
     assert check([record(1), record(2, "add")], "most dense calls").passed
     found = check([record(1), record(2, dense_calls=25, mask_area=1.0)], "most dense calls")

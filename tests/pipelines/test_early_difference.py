@@ -67,6 +67,21 @@ def test_a_change_everywhere_is_said_after_the_last_step_only() -> None:
     assert found is not None and not found.everywhere
 
 
+def test_steps_that_get_less_clear_do_not_make_a_local_change_one_everywhere() -> None:
+    """A new object moves its surroundings in later steps; a new background differs everywhere from the first on."""
+    late, early = (0.1, 0.1, 0.1, 0.2), (0.3, 0.3, 0.3, 0.3)
+    answers = []
+    for noises in (late, early):
+        detector = EarlyDifference()
+        for noise in noises:
+            detector.update(moved(latents(), 4, 4, 10, noise=noise), latents())
+            assert detector.decide(last=False) is None
+        found = detector.decide(last=True)
+        assert found is not None and found.quiet is not None and found.quiet > detector.everywhere_ratio
+        answers.append(found.everywhere)
+    assert answers == [False, True]
+
+
 def test_equal_latents_are_an_empty_mask_at_once() -> None:
     detector = EarlyDifference()
     detector.update(latents(), latents())

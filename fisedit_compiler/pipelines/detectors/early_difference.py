@@ -3,11 +3,12 @@
 At the first call both runs have the same latents, so all that differs after it is what the new words ask for. Three
 things make that one step enough where the published rule sums four: the latest difference is taken instead of a sum of
 stretched ones, it is smoothed before it is split, and it is split below Otsu's threshold, since the edge of an object
-differs less than its middle. ``docs/quality.md`` has the figures.
+differs less than its middle. ``docs/quality.md`` has the figures, ``benchmarks/edit_extent.py`` those of the limits.
 """
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -24,11 +25,11 @@ from fisedit_compiler.pipelines.detectors.registry import register_mask_detector
 class EarlyDifference(MaskDetector):
     """Splits the difference of the latents after the latest step, as soon as it splits clearly.
 
-    How clear it is, is the mean difference below the threshold over that above it, called *quiet*. With the embedded
-    model (112 edits) it was at most 0.06 after one step for swapped, recoloured and resized objects, and at least 0.12
-    for new backgrounds; after four steps at most 0.12 and at least 0.22. So a step is enough if quiet is at most
-    ``clear``, and a picture changes everywhere if quiet is above ``everywhere_ratio`` after the last step. A model that
-    says little in its first step, as one that predicts noise may, is watched for longer.
+    How clear it is, is the mean difference below the threshold over that above it, called *quiet*. A step is enough if
+    quiet is at most ``clear``. A change that never gets so clear is one of the whole picture if quiet was above
+    ``everywhere_ratio`` in the mean of the steps seen: later steps of a local edit differ more and more outside the
+    object, since a new object moves its surroundings, while a new background differs everywhere from the first step
+    on. A model that says little in its first step, as one that predicts noise may, is watched for longer.
 
     Attributes:
         smoothing: standard deviation in sites of the Gaussian that the difference is smoothed with.
@@ -36,7 +37,7 @@ class EarlyDifference(MaskDetector):
         opening_radius: radius in sites of the disk that removes specks.
         dilation_radius: radius in sites of the disk that grows what is left; shadows and soft edges need room.
         clear: value of quiet up to which the change is taken for local at once.
-        everywhere_ratio: value of quiet above which the change is taken for one of the whole picture after the last
+        everywhere_ratio: mean of quiet above which the change is taken for one of the whole picture after the last
             step; 1 never says so.
         floor: differences up to this share of the base's largest latent are rounding, not change.
         max_calls: steps to look at, at most.
@@ -50,13 +51,14 @@ class EarlyDifference(MaskDetector):
     threshold_share: float = 0.5
     opening_radius: int = 1
     dilation_radius: int = 3
-    clear: float = 0.08
-    everywhere_ratio: float = 0.15
+    clear: float = 0.09
+    everywhere_ratio: float = 0.145
     floor: float = 1e-4
     max_calls: int = 4
     steps: int = field(default=0, init=False)
     _heat: torch.Tensor | None = field(default=None, init=False, repr=False)
-    _largest: float = field(default=0.0, init=False, repr=False)
+    _split: _Split | None = field(default=None, init=False, repr=False)
+    _quiet: list[float] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         shares = (self.threshold_share, self.clear, self.everywhere_ratio, self.floor)
@@ -76,7 +78,10 @@ class EarlyDifference(MaskDetector):
             MaskError: the two shapes differ, or the latents hold NaN or infinity.
         """
         self._heat = latent_difference(edited, base)
-        self._largest = float(base.float().abs().max())
+        self._split = None
+        if float(self._heat.max()) > self.floor * float(base.float().abs().max()):
+            self._split = _split(self._heat, self.smoothing, self.threshold_share)
+            self._quiet.append(self._split.quiet)
         self.steps += 1
 
     def decide(self, last: bool) -> DetectedMask | None:
@@ -87,19 +92,34 @@ class EarlyDifference(MaskDetector):
         """
         if self._heat is None:
             raise MaskError("no step was compared yet; the automatic mask needs at least one dense call")
-        heat = self._heat
-        if float(heat.max()) <= self.floor * self._largest:
-            equal = not bool(heat.any())
-            nothing = torch.zeros_like(heat, dtype=torch.bool)
-            return DetectedMask(nothing, None, heat) if equal or last else None
-        smooth = torch.from_numpy(filters.gaussian(heat.numpy(), self.smoothing, mode="nearest", preserve_range=True))
-        even = float(smooth.min()) > 0.999 * float(smooth.max())  # Otsu's histogram would have no width
-        threshold = self.threshold_share * float(smooth.max() if even else filters.threshold_otsu(smooth.numpy()))
-        above = smooth > threshold
-        quiet = 1.0 if bool(above.all()) else float(smooth[~above].mean() / smooth[above].mean())
+        if self._split is None:
+            equal = not bool(self._heat.any())
+            nothing = torch.zeros_like(self._heat, dtype=torch.bool)
+            return DetectedMask(nothing, None, self._heat) if equal or last else None
+        split, quiet = self._split, self._split.quiet
         if quiet > self.clear and not last:
             return None
-        if quiet > self.everywhere_ratio:
-            return DetectedMask(torch.ones_like(above), threshold, smooth, everywhere=True, quiet=quiet)
-        mask = masks.opened(above, self.opening_radius)
-        return DetectedMask(masks.dilated(mask, self.dilation_radius), threshold, smooth, quiet=quiet)
+        if quiet > self.clear and statistics.fmean(self._quiet) > self.everywhere_ratio:
+            everywhere = torch.ones_like(split.above)
+            return DetectedMask(everywhere, split.threshold, split.heat, everywhere=True, quiet=quiet)
+        mask = masks.opened(split.above, self.opening_radius)
+        return DetectedMask(masks.dilated(mask, self.dilation_radius), split.threshold, split.heat, quiet=quiet)
+
+
+@dataclass(frozen=True)
+class _Split:
+    """A smoothed difference ``[H, W]``, the value it is split at, and what lies above."""
+
+    heat: torch.Tensor
+    threshold: float
+    above: torch.Tensor
+    quiet: float
+
+
+def _split(heat: torch.Tensor, smoothing: float, share: float) -> _Split:
+    smooth = torch.from_numpy(filters.gaussian(heat.numpy(), smoothing, mode="nearest", preserve_range=True))
+    even = float(smooth.min()) > 0.999 * float(smooth.max())  # Otsu's histogram would have no width
+    threshold = share * float(smooth.max() if even else filters.threshold_otsu(smooth.numpy()))
+    above = smooth > threshold
+    quiet = 1.0 if bool(above.all()) else float(smooth[~above].mean() / smooth[above].mean())
+    return _Split(smooth, threshold, above, quiet)
