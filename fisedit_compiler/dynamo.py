@@ -30,9 +30,9 @@ from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
 from fisedit_compiler.api import sparsify
 from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.errors import ConfigError, ModeError
+from fisedit_compiler.runtime.edit_session import EditSession
 from fisedit_compiler.runtime.module import SparseModule
 from fisedit_compiler.runtime.recording import Recording
-from fisedit_compiler.runtime.sessions import EditSession
 from fisedit_compiler.runtime.traced_call import REMEDY, TracedCall
 
 __all__ = ["edit", "fisedit", "record", "sparse_module"]

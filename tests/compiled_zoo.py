@@ -19,7 +19,7 @@ from torch import Tensor
 from zoo import UNETS, ZOO, Inputs, ZooModel
 
 from fisedit_compiler import Recording, SparseModule, SparsifyConfig, sparsify
-from fisedit_compiler.runtime.sessions import EditSession
+from fisedit_compiler.runtime.edit_session import EditSession
 
 # Tensors of a few kilobytes: a second thread costs more in waiting than it computes, several times over on a busy
 # machine.

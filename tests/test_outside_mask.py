@@ -28,7 +28,7 @@ from torch import Tensor
 from zoo import UNETS, ZOO, Inputs
 
 from fisedit_compiler.errors import RecordingError
-from fisedit_compiler.runtime.sessions import EditSession
+from fisedit_compiler.runtime.edit_session import EditSession
 
 Edit = Callable[[Inputs, Inputs], Inputs]
 KINDS: dict[str, Edit] = {

@@ -22,9 +22,10 @@ from fisedit_compiler.pipelines.plan import EditPlan
 from fisedit_compiler.pipelines.report import Detection
 from fisedit_compiler.pipelines.runs import Edit
 from fisedit_compiler.pipelines.steps import EmptyMaskFound, FollowBase
+from fisedit_compiler.runtime.call import CallKind
+from fisedit_compiler.runtime.edit_session import EditSession
 from fisedit_compiler.runtime.module import SparseModule
 from fisedit_compiler.runtime.recording import Recording
-from fisedit_compiler.runtime.sessions import CallKind, EditSession
 
 Mask = MaskLike | MaskDetector | None
 EVERYWHERE = "a prompt of this batch changes the whole picture: calls run densely"

@@ -27,8 +27,8 @@ from fisedit_compiler.pipelines.region import cut
 from fisedit_compiler.pipelines.report import Detection, EditReport
 from fisedit_compiler.pipelines.runs import Edit, Generation
 from fisedit_compiler.pipelines.seam import pasted
+from fisedit_compiler.runtime.call import CallKind
 from fisedit_compiler.runtime.recording import Recording
-from fisedit_compiler.runtime.sessions import CallKind
 
 
 class Followed(Protocol):
@@ -47,7 +47,7 @@ class Followed(Protocol):
 
 
 class Ran(Protocol):
-    """How an edit's calls ran; an :class:`~fisedit_compiler.runtime.sessions.EditSession` knows it."""
+    """How an edit's calls ran; an :class:`~fisedit_compiler.runtime.edit_session.EditSession` knows it."""
 
     @property
     def timings(self) -> Sequence[tuple[CallKind, float]]: ...

@@ -14,8 +14,8 @@ from fisedit_compiler.pipelines.plan import EditPlan
 from fisedit_compiler.pipelines.runs import Edit
 from fisedit_compiler.pipelines.steps import EmptyMaskFound, FollowBase
 from fisedit_compiler.pipelines.words import edit_columns
+from fisedit_compiler.runtime.edit_session import EditSession
 from fisedit_compiler.runtime.module import SparseModule
-from fisedit_compiler.runtime.sessions import EditSession
 
 
 def run_edit(driver: Driver, compiled: SparseModule, plan: EditPlan) -> Edit:

@@ -17,11 +17,14 @@ from fisedit_compiler.errors import MaskError, RecordingError
 from fisedit_compiler.pipelines.detectors import DetectedMask, MaskDetector
 from fisedit_compiler.pipelines.region import cut_found
 from fisedit_compiler.pipelines.report import Detection
-from fisedit_compiler.runtime.sessions import CallKind
+from fisedit_compiler.runtime.call import CallKind
 
 
 class MaskedSession(Protocol):
-    """What follows a base tells a mask that it found: an :class:`~fisedit_compiler.runtime.sessions.EditSession`."""
+    """What follows a base tells a mask that it found.
+
+    An :class:`~fisedit_compiler.runtime.edit_session.EditSession` is one.
+    """
 
     @property
     def timings(self) -> Sequence[tuple[CallKind, float]]: ...

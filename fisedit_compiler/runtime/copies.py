@@ -25,8 +25,8 @@ from fisedit_compiler.runtime.site_plan import SitePlan
 from fisedit_compiler.runtime.slot_table import LazySlots, SlotTable
 
 if TYPE_CHECKING:
+    from fisedit_compiler.runtime.call import Call
     from fisedit_compiler.runtime.recording import CallRecord
-    from fisedit_compiler.runtime.sessions import Call
 
 BatchAxes = Mapping[str, int | None]
 """By slot the axis that counts samples, in its value or in its rows; ``None`` for what all samples share."""

@@ -19,8 +19,8 @@ from fisedit_compiler.errors import ConfigError, RecordingError
 from fisedit_compiler.runtime.samples import can_be_cut, compare, compose, cut
 
 if TYPE_CHECKING:
+    from fisedit_compiler.runtime.call import Call
     from fisedit_compiler.runtime.recording import CallRecord, Recording
-    from fisedit_compiler.runtime.sessions import Call
 
 
 @dataclass(frozen=True)

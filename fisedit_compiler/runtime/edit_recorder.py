@@ -19,8 +19,8 @@ from fisedit_compiler.runtime.recording import CallRecord, Recording
 from fisedit_compiler.runtime.turns import after_dense_call, after_sparse_call, pinned_updates, unchanged
 
 if TYPE_CHECKING:
+    from fisedit_compiler.runtime.call import Call
     from fisedit_compiler.runtime.executable import Executable
-    from fisedit_compiler.runtime.sessions import Call
 
 
 class EditRecorder:

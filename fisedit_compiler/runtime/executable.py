@@ -1,7 +1,7 @@
 """A compiled program bound to a module's weights, ready to run.
 
 Binding shares the module's own parameters (never copies) and notices when the module replaced one. Which run is made
-and what is recorded is decided in ``sessions.py``.
+and what is recorded is decided in ``edit_session.py`` and ``record_session.py``.
 """
 
 from __future__ import annotations

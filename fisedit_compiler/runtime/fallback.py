@@ -23,8 +23,8 @@ from fisedit_compiler.runtime.break_even import break_even
 from fisedit_compiler.runtime.site_plan import SitePlan
 
 if TYPE_CHECKING:
+    from fisedit_compiler.runtime.call import Call
     from fisedit_compiler.runtime.recording import CallRecord
-    from fisedit_compiler.runtime.sessions import Call
 
 logger = logging.getLogger(__name__)
 

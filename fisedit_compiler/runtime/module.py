@@ -1,7 +1,7 @@
 """The object ``sparsify`` returns: the user's module with two modes.
 
 In no mode it *is* the original module (one attribute look-up and one call away). What a mode does with a call is
-written in ``sessions.py``; how programs are found or compiled in ``programs.py``.
+written in ``record_session.py`` and ``edit_session.py``; how programs are found or compiled in ``programs.py``.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from fisedit_compiler.inspect.explanation import Explanation, Measured, Setting
 from fisedit_compiler.inspect.stages import Stages, choose_program, stages_of
 from fisedit_compiler.masks import to_site_mask
 from fisedit_compiler.program import CompiledProgram
+from fisedit_compiler.runtime.edit_session import EditSession
 from fisedit_compiler.runtime.fallback import dense_reason
 from fisedit_compiler.runtime.fingerprint import weights_key
 from fisedit_compiler.runtime.programs import ProgramStore
+from fisedit_compiler.runtime.record_session import RecordSession
 from fisedit_compiler.runtime.recording import Recording
-from fisedit_compiler.runtime.sessions import EditSession, RecordSession, Session
 from fisedit_compiler.runtime.site_plan import SitePlan
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class SparseModule(nn.Module):
         self.original = original
         self.sparsify_config = config
         self._programs = ProgramStore(original, config)
-        self._session: Session | None = None
+        self._session: RecordSession | EditSession | None = None
         self._mode = ""
         self._owner = 0
         self._measured: dict[str, Measured] = {}

@@ -12,9 +12,9 @@ from fisedit_compiler.errors import RecordingError
 from fisedit_compiler.inputs import CallSignature, known_model
 from fisedit_compiler.program import CompiledProgram, compile_program
 from fisedit_compiler.runtime.binding import Binder
+from fisedit_compiler.runtime.call import Call
 from fisedit_compiler.runtime.executable import Executable
 from fisedit_compiler.runtime.fingerprint import structure_key
-from fisedit_compiler.runtime.sessions import Call
 
 
 class ProgramStore:

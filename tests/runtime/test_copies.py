@@ -15,8 +15,8 @@ from fisedit_compiler import Recording, SparseModule, SparsifyConfig, sparsify
 from fisedit_compiler.errors import ConfigError, FiseditError, MaskError, RecordingError
 from fisedit_compiler.kernels.tolerances import assert_close
 from fisedit_compiler.runtime.copies import RepeatedSlots, masks_of_copies
+from fisedit_compiler.runtime.edit_session import EditSession
 from fisedit_compiler.runtime.edited_slots import EditedSlots, Written
-from fisedit_compiler.runtime.sessions import EditSession
 from tests.reference.pinned import PinnedRun
 from tests.runtime.compiled import HEIGHT, WIDTH, box, compiled_model
 from tests.zoo import ZOO, Inputs

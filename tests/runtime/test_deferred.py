@@ -12,7 +12,7 @@ from zoo import ZOO
 from fisedit_compiler import SparsifyConfig, sparsify
 from fisedit_compiler.errors import RecordingError
 from fisedit_compiler.runtime.deferred import DeferredChecks, _Pending
-from fisedit_compiler.runtime.sessions import CHECKED_AT_ONCE
+from fisedit_compiler.runtime.edit_checks import CHECKED_AT_ONCE
 
 
 @dataclass

@@ -16,9 +16,9 @@ from torch import Tensor
 from fisedit_compiler import Recording, SparseModule
 from fisedit_compiler.kernels.tolerances import assert_close
 from fisedit_compiler.program import CompiledProgram
+from fisedit_compiler.runtime.edit_session import EditSession
 from fisedit_compiler.runtime.edited_slots import EditedSlots, RowForm, Turn, Written
 from fisedit_compiler.runtime.executable import Executable
-from fisedit_compiler.runtime.sessions import EditSession
 from tests.reference.pinned import PinnedRun
 from tests.runtime.compiled import HEIGHT, WIDTH, box, compiled_model
 from tests.zoo import ZOO, Inputs

@@ -1,117 +1,38 @@
-"""The two modes of a compiled module: what happens to each call while recording and while editing.
+"""Editing a recorded run: a session sees its calls one by one and decides how each of them runs.
 
-A session sees one call at a time, counts them, checks them against the recording and decides how they run. It owns
-no graph: running is ``executable.py``'s business, entering and leaving modes ``module.py``'s.
+Whether a call fits the recording is found out in ``edit_checks.py``, what the calls leave behind is put together in
+``edit_recorder.py``. A session owns no graph: running is ``executable.py``'s business, entering and leaving the mode
+``module.py``'s.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from statistics import median
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fisedit_compiler import masks
 from fisedit_compiler.config import SparsifyConfig
-from fisedit_compiler.errors import ConfigError, RecordingError
-from fisedit_compiler.inputs import CallSignature
+from fisedit_compiler.errors import ConfigError
 from fisedit_compiler.inspect.explain import TEXT_TOKENS, explain_program
 from fisedit_compiler.inspect.explanation import Explanation, Measured, Setting
 from fisedit_compiler.masks import grown
-from fisedit_compiler.runtime.copies import OwnSites, masks_of_copies, repeated
-from fisedit_compiler.runtime.deferred import DeferredChecks
+from fisedit_compiler.runtime.call import Call, CallKind
+from fisedit_compiler.runtime.copies import OwnSites, masks_of_copies
 from fisedit_compiler.runtime.dense_calls import DenseCalls
+from fisedit_compiler.runtime.edit_checks import EditChecks
 from fisedit_compiler.runtime.edit_recorder import EditRecorder
 from fisedit_compiler.runtime.edited_slots import Turn
 from fisedit_compiler.runtime.executable import Executable
 from fisedit_compiler.runtime.fallback import dense_reason, pin, pinning_plan, run_densely
-from fisedit_compiler.runtime.recorded_inputs import InputCopies
 from fisedit_compiler.runtime.recording import CallRecord, Recording
 from fisedit_compiler.runtime.site_plan import SitePlan
-from fisedit_compiler.runtime.slot_table import SlotTable
 
-CHECKED_AT_ONCE = 2
-"""Calls of a run whose inputs are checked before anything is launched: most mistakes show there."""
-
-CallKind = Literal["dense", "sparse", "skipped"]
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of the module, bound and flattened.
-
-    Attributes:
-        find_executable: finds or compiles the program for the signature; call ``executable`` instead.
-        signature: what the program is compiled for.
-        tensors: tensor arguments by placeholder name.
-        run_original: runs the user's own module on the call's arguments, or a compiled form of it that it is given.
-        run_part: runs the user's own module on some samples of the arguments; ``None`` if they cannot be cut.
-    """
-
-    find_executable: Callable[[], Executable]
-    signature: CallSignature
-    tensors: Mapping[str, Tensor]
-    run_original: Callable[..., Any]
-    run_part: Callable[[Tensor], Any] | None = None
-
-    @cached_property
-    def executable(self) -> Executable:
-        """The program for the signature; on first use, so that a call that is refused compiles nothing."""
-        return self.find_executable()
-
-    @property
-    def sample(self) -> Tensor:
-        return self.tensors[self.signature.spatial.identifier()]
-
-    @cached_property
-    def timestep(self) -> float | None:
-        """The timestep if it is one number; reading it waits for the device."""
-        return float(self.tensors["timestep"]) if self.has_timestep else None
-
-    @property
-    def has_timestep(self) -> bool:
-        """Whether there is a timestep and it is one number."""
-        return any(spec.name == "timestep" and not spec.axes for spec in self.signature.tensors)
-
-    def store(self, slots: Mapping[str, Tensor], timestep: float | None, inputs: Mapping[str, Tensor]) -> CallRecord:
-        """A record of the call, with the slots of a dense run."""
-        batch, _, height, width = self.sample.shape
-        maps = () if len(slots) == len(self.executable.slot_names) else self.executable.map_names
-        return CallRecord(self.signature, batch, height, width, timestep, SlotTable.of(slots), inputs, maps)
-
-
-class Session(Protocol):
-    """A mode: receives every call made while it is active."""
-
-    def handle(self, call: Call) -> Any: ...
-
-
-class RecordSession:
-    """Runs calls densely and stores their slots; of the first ``maps`` calls also the cross-attention maps."""
-
-    def __init__(self, recording: Recording, maps: int = 0) -> None:
-        self.recording, self.maps = recording, maps
-        self._inputs = InputCopies()
-
-    def handle(self, call: Call) -> Any:
-        executable, number = call.executable, self.recording.num_calls
-        maps = number < self.maps
-        if maps and not executable.map_names:
-            raise RecordingError(
-                f"record(maps={self.maps}): the module has no attention from sites to a text whose map could be "
-                f"recorded{_why_no_maps(executable)}. Record without maps."
-            )
-        inputs = self._inputs.of(number, call.signature, call.tensors, executable.sample_slot)
-        outputs, slots = executable.record(call.tensors, maps=maps)
-        self.recording.calls.append(call.store(slots, call.timestep, inputs))
-        return executable.assemble(outputs)
 
 
 class EditSession:
@@ -153,11 +74,10 @@ class EditSession:
         self.reused_maps: list[bool] = []
         self._computed, self._reused = 0, False
         self._dense = DenseCalls(recording, config.skip_recorded, copies)
-        self._checks = DeferredChecks()
+        self._checks = EditChecks(recording, config, copies)
         self._empty = False
         self._mask_set_at = 0
         self._ran: tuple[Executable, int, int, str] | None = None
-        self._outside: Tensor | None = None
         self._turn: Turn | None = None
         self._own_sites: OwnSites | None = None
         if mask is not None:
@@ -187,7 +107,8 @@ class EditSession:
         """
         size = (self.recording.height, self.recording.width)
         self.mask, self.masks = masks_of_copies(mask, self.copies, *size)
-        self.plan = self._outside = self._turn = self._own_sites = None
+        self._checks.set_masks(self.mask[None] if self.masks is None else self.masks)
+        self.plan = self._turn = self._own_sites = None
         self._mask_set_at = len(self.timings)
         self._empty = not bool(self.mask.any())
         reason = dense_reason(self.mask, self.config, self.recording.device) if densely is None else densely
@@ -214,22 +135,14 @@ class EditSession:
         self._dense.reuse(columns)
 
     def handle(self, call: Call) -> Any:
-        self._checks.poll()
-        base = repeated(call, self._base_of(call), self.copies)
-        # What is on the device is compared there. Waiting for it would leave the GPU idle between two calls, so only
-        # the first calls are judged before they run, the others when the outcome arrives.
-        at_once = not call.sample.is_cuda or self.call < CHECKED_AT_ONCE
-        if at_once:
-            self._check(call, base)
-            self._checks.wait()
+        base = self._checks.before(call, self.call)
         start = time.perf_counter()
         self._computed, self._reused = base.batch, False
         kind, result = self._run(call, base)
         self.timings.append((kind, time.perf_counter() - start))
         self.computed_samples.append(self._computed)
         self.reused_maps.append(self._reused)
-        if not at_once:
-            self._check(call, base)
+        self._checks.after(call, self.call, base)
         self.call += 1
         return result
 
@@ -239,13 +152,7 @@ class EditSession:
         Raises:
             RecordingError: it made fewer, or the inputs of one of them were others.
         """
-        self._checks.wait()
-        if self.call < self.recording.num_calls:
-            raise RecordingError(
-                f"The edit ended after {self.call} calls, the recording has {self.recording.num_calls}: another number "
-                "of inference steps or another guidance setting. Edit with the settings of the recorded run; the "
-                "recording itself is untouched and can be used again."
-            )
+        self._checks.finish(self.call)
         self._recorder.finish()
 
     def explain(self) -> Explanation:
@@ -327,109 +234,7 @@ class EditSession:
 
     def _own(self, executable: Executable, device: torch.device) -> OwnSites | None:
         """What each copy may change, if that differs."""
-        samples, dilation = self._recorded.batch, self.config.dilation
+        samples, dilation = self.recording.calls[self.call].batch, self.config.dilation
         if self.masks is not None and (self._own_sites is None or self._own_sites.samples != samples):
             self._own_sites = OwnSites(self.masks, samples, executable.program, dilation, device)
         return self._own_sites
-
-    @property
-    def _recorded(self) -> CallRecord:
-        """The recorded call that is being edited, as it was recorded."""
-        return self.recording.calls[self.call]
-
-    def _base_of(self, call: Call) -> CallRecord:
-        """The recorded call this one corresponds to.
-
-        Raises:
-            RecordingError: the run differs from the recorded one; the message says in what.
-        """
-        if self.call >= self.recording.num_calls:
-            raise RecordingError(
-                f"This is call {self.call + 1} of the edit, but the recording has only {self.recording.num_calls}: "
-                "more inference steps, or guidance in two calls instead of one batch. Edit with the recorded settings."
-            )
-        base = self.recording.calls[self.call]
-        batch, _, height, width = call.sample.shape
-        if (height, width) != (base.height, base.width):
-            raise RecordingError(
-                f"Call {self.call} has a {height}x{width} input, the recording {base.height}x{base.width}: edit at the "
-                "recorded resolution, or record again at this one."
-            )
-        if batch != base.batch * self.copies and self.copies > 1:
-            raise RecordingError(
-                f"Call {self.call} has batch {batch}, not {base.batch * self.copies}, the recorded {base.batch} times "
-                f"copies={self.copies}. Pass {self.copies} prompts (and guidance as recorded), or edit with the number "
-                "of copies that the pipeline makes."
-            )
-        if batch != base.batch * self.copies:
-            raise RecordingError(
-                f"Call {self.call} has batch {batch}, the recording {base.batch}: classifier-free guidance was "
-                "switched on or off, or the number of images changed. Edit with the recorded guidance and batch."
-            )
-        if call.signature is not base.signature and call.signature != base.signature:
-            raise RecordingError(
-                f"Call {self.call} passes other arguments than the recorded call "
-                f"({_difference(call.signature, base.signature)}). Edit with the arguments of the recorded run."
-            )
-        return base
-
-    def _check(self, call: Call, base: CallRecord) -> None:
-        """Check what is on the device: the timestep, and the input outside the mask.
-
-        Raises:
-            RecordingError: one of them is not the recorded one; on a GPU raised later, when the outcome has arrived.
-        """
-        number = self.call
-        if base.timestep is not None:
-
-            def other_timestep() -> RecordingError:
-                # What was hoisted for the recorded timestep may have been computed from this one.
-                call.executable.hoisted.clear()
-                return RecordingError(
-                    f"Call {number} is at timestep {call.timestep}, the recording at {base.timestep}: another "
-                    "scheduler or another number of inference steps. Edit with the recorded ones."
-                )
-
-            self._checks.add(call.tensors["timestep"] != base.timestep, other_timestep)
-        slot = None if self.mask is None or not self.config.check_inputs else call.executable.sample_slot
-        if slot is not None:
-            recorded = base.slots[slot]
-            wrong = (call.sample.flatten(2).transpose(1, 2) != recorded) & self._outside_mask(recorded.device)
-
-            def other_input() -> RecordingError:
-                return RecordingError(
-                    f"At call {number} the input differs from the recorded one outside the mask. The edit must "
-                    "start from the recorded noise and follow the recorded run: the same seed (a fresh generator), "
-                    "the same scheduler, the same guidance scale, and nothing that mixes all sites between two calls "
-                    "(guidance_rescale, dynamic thresholding). SparsifyConfig(check_inputs=False) allows it."
-                )
-
-            self._checks.add(wrong.any(), other_input)
-
-    def _outside_mask(self, device: torch.device) -> Tensor:
-        """bool ``[1, S, 1]`` on ``device``, or ``[batch, S, 1]``: the sites an edit must not have touched."""
-        if self._outside is None:
-            assert self.mask is not None
-            each = self.mask[None] if self.masks is None else self.masks
-            grown_masks = torch.stack([grown(mask, self.config.dilation) for mask in each])
-            self._outside = ~grown_masks.flatten(1)[..., None].to(device)
-        return self._outside if self.masks is None else self._outside.repeat(self._recorded.batch, 1, 1)
-
-
-def _why_no_maps(executable: Executable) -> str:
-    refusals = executable.program.maps.refusals
-    return "" if not refusals else f" ({refusals[0][1] or 'its attention'}: {refusals[0][2]})"
-
-
-def _difference(now: CallSignature, then: CallSignature) -> str:
-    tensors_now = {spec.name: spec for spec in now.tensors}
-    tensors_then = {spec.name: spec for spec in then.tensors}
-    parts = [
-        f"{name}: {tensors_now.get(name, 'absent')} instead of {tensors_then.get(name, 'absent')}"
-        for name in sorted(tensors_now.keys() | tensors_then.keys())
-        if tensors_now.get(name) != tensors_then.get(name)
-    ]
-    parts += [f"{a} instead of {b}" for a, b in zip(now.constants, then.constants, strict=False) if a != b]
-    if now.device != then.device:
-        parts.append(f"device {now.device} instead of {then.device}")
-    return "; ".join(parts) or "other arguments"

@@ -1,0 +1,65 @@
+"""One call of a compiled module, as its modes receive it.
+
+From arguments it is made in ``programs.py``; how it runs is decided in ``edit_session.py`` and ``record_session.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from torch import Tensor
+
+from fisedit_compiler.inputs import CallSignature
+from fisedit_compiler.runtime.executable import Executable
+from fisedit_compiler.runtime.recording import CallRecord
+from fisedit_compiler.runtime.slot_table import SlotTable
+
+CallKind = Literal["dense", "sparse", "skipped"]
+"""How a call of an edit ran: on all sites, on the active ones, or not at all."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the module, bound and flattened.
+
+    Attributes:
+        find_executable: finds or compiles the program for the signature; call ``executable`` instead.
+        signature: what the program is compiled for.
+        tensors: tensor arguments by placeholder name.
+        run_original: runs the user's own module on the call's arguments, or a compiled form of it that it is given.
+        run_part: runs the user's own module on some samples of the arguments; ``None`` if they cannot be cut.
+    """
+
+    find_executable: Callable[[], Executable]
+    signature: CallSignature
+    tensors: Mapping[str, Tensor]
+    run_original: Callable[..., Any]
+    run_part: Callable[[Tensor], Any] | None = None
+
+    @cached_property
+    def executable(self) -> Executable:
+        """The program for the signature; on first use, so that a call that is refused compiles nothing."""
+        return self.find_executable()
+
+    @property
+    def sample(self) -> Tensor:
+        return self.tensors[self.signature.spatial.identifier()]
+
+    @cached_property
+    def timestep(self) -> float | None:
+        """The timestep if it is one number; reading it waits for the device."""
+        return float(self.tensors["timestep"]) if self.has_timestep else None
+
+    @property
+    def has_timestep(self) -> bool:
+        """Whether there is a timestep and it is one number."""
+        return any(spec.name == "timestep" and not spec.axes for spec in self.signature.tensors)
+
+    def store(self, slots: Mapping[str, Tensor], timestep: float | None, inputs: Mapping[str, Tensor]) -> CallRecord:
+        """A record of the call, with the slots of a dense run."""
+        batch, _, height, width = self.sample.shape
+        maps = () if len(slots) == len(self.executable.slot_names) else self.executable.map_names
+        return CallRecord(self.signature, batch, height, width, timestep, SlotTable.of(slots), inputs, maps)

@@ -1,0 +1,167 @@
+"""Whether an edit follows its recording: as many calls, at the same timesteps, from the same inputs outside the mask.
+
+Sizes and arguments are compared before a call runs. What is on the device is compared there, and judged when the
+outcome is known (``deferred.py``).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fisedit_compiler.config import SparsifyConfig
+from fisedit_compiler.errors import RecordingError
+from fisedit_compiler.inputs import CallSignature
+from fisedit_compiler.masks import grown
+from fisedit_compiler.runtime.call import Call
+from fisedit_compiler.runtime.copies import repeated
+from fisedit_compiler.runtime.deferred import DeferredChecks
+from fisedit_compiler.runtime.recording import CallRecord, Recording
+
+CHECKED_AT_ONCE = 2
+"""Calls of a run whose inputs are checked before anything is launched: most mistakes show there."""
+
+
+class EditChecks:
+    """Compares the calls of an edit, numbered from 0, with the recorded ones."""
+
+    def __init__(self, recording: Recording, config: SparsifyConfig, copies: int) -> None:
+        """``copies`` is how many edits are made at once: a call has so many times the recorded batch."""
+        self.recording, self.config, self.copies = recording, config, copies
+        self._deferred = DeferredChecks()
+        self._masks: Tensor | None = None
+        self._outside: Tensor | None = None
+
+    def set_masks(self, masks: Tensor) -> None:
+        """Also compare inputs outside masks from now on: bool ``[copies, H, W]``, or ``[1, H, W]`` for all of them."""
+        self._masks, self._outside = masks, None
+
+    def before(self, call: Call, number: int) -> CallRecord:
+        """The recorded call that this one corresponds to, with every sample repeated for the copies.
+
+        Raises:
+            RecordingError: this call differs from it, or an earlier one did and it is known by now.
+        """
+        self._deferred.poll()
+        base = repeated(call, self._base_of(call, number), self.copies)
+        if _is_checked_at_once(call, number):
+            self._compare(call, number, base)
+            self._deferred.wait()
+        return base
+
+    def after(self, call: Call, number: int, base: CallRecord) -> None:
+        """Compare what :meth:`before` did not wait for."""
+        if not _is_checked_at_once(call, number):
+            self._compare(call, number, base)
+
+    def finish(self, calls: int) -> None:
+        """Check that all of ``calls`` fitted, and that they were as many as were recorded.
+
+        Raises:
+            RecordingError: they were fewer, or the inputs of one of them were others.
+        """
+        self._deferred.wait()
+        if calls < self.recording.num_calls:
+            raise RecordingError(
+                f"The edit ended after {calls} calls, the recording has {self.recording.num_calls}: another number "
+                "of inference steps or another guidance setting. Edit with the settings of the recorded run; the "
+                "recording itself is untouched and can be used again."
+            )
+
+    def _base_of(self, call: Call, number: int) -> CallRecord:
+        """The recorded call this one corresponds to.
+
+        Raises:
+            RecordingError: the run differs from the recorded one; the message says in what.
+        """
+        if number >= self.recording.num_calls:
+            raise RecordingError(
+                f"This is call {number + 1} of the edit, but the recording has only {self.recording.num_calls}: "
+                "more inference steps, or guidance in two calls instead of one batch. Edit with the recorded settings."
+            )
+        base = self.recording.calls[number]
+        batch, _, height, width = call.sample.shape
+        if (height, width) != (base.height, base.width):
+            raise RecordingError(
+                f"Call {number} has a {height}x{width} input, the recording {base.height}x{base.width}: edit at the "
+                "recorded resolution, or record again at this one."
+            )
+        if batch != base.batch * self.copies and self.copies > 1:
+            raise RecordingError(
+                f"Call {number} has batch {batch}, not {base.batch * self.copies}, the recorded {base.batch} times "
+                f"copies={self.copies}. Pass {self.copies} prompts (and guidance as recorded), or edit with the number "
+                "of copies that the pipeline makes."
+            )
+        if batch != base.batch * self.copies:
+            raise RecordingError(
+                f"Call {number} has batch {batch}, the recording {base.batch}: classifier-free guidance was "
+                "switched on or off, or the number of images changed. Edit with the recorded guidance and batch."
+            )
+        if call.signature is not base.signature and call.signature != base.signature:
+            raise RecordingError(
+                f"Call {number} passes other arguments than the recorded call "
+                f"({_difference(call.signature, base.signature)}). Edit with the arguments of the recorded run."
+            )
+        return base
+
+    def _compare(self, call: Call, number: int, base: CallRecord) -> None:
+        """Compare what is on the device: the timestep, and the input outside the mask.
+
+        Raises:
+            RecordingError: one of them is not the recorded one; on a GPU raised later, when the outcome has arrived.
+        """
+        if base.timestep is not None:
+
+            def other_timestep() -> RecordingError:
+                # What was hoisted for the recorded timestep may have been computed from this one.
+                call.executable.hoisted.clear()
+                return RecordingError(
+                    f"Call {number} is at timestep {call.timestep}, the recording at {base.timestep}: another "
+                    "scheduler or another number of inference steps. Edit with the recorded ones."
+                )
+
+            self._deferred.add(call.tensors["timestep"] != base.timestep, other_timestep)
+        slot = None if self._masks is None or not self.config.check_inputs else call.executable.sample_slot
+        if slot is not None:
+            recorded = base.slots[slot]
+            outside = self._outside_masks(number, recorded.device)
+            wrong = (call.sample.flatten(2).transpose(1, 2) != recorded) & outside
+
+            def other_input() -> RecordingError:
+                return RecordingError(
+                    f"At call {number} the input differs from the recorded one outside the mask. The edit must "
+                    "start from the recorded noise and follow the recorded run: the same seed (a fresh generator), "
+                    "the same scheduler, the same guidance scale, and nothing that mixes all sites between two calls "
+                    "(guidance_rescale, dynamic thresholding). SparsifyConfig(check_inputs=False) allows it."
+                )
+
+            self._deferred.add(wrong.any(), other_input)
+
+    def _outside_masks(self, number: int, device: torch.device) -> Tensor:
+        """bool ``[1, S, 1]`` on ``device``, or ``[batch, S, 1]``: the sites an edit must not have touched."""
+        assert self._masks is not None
+        if self._outside is None:
+            grown_masks = torch.stack([grown(mask, self.config.dilation) for mask in self._masks])
+            self._outside = ~grown_masks.flatten(1)[..., None].to(device)
+        one_for_all = len(self._masks) == 1
+        return self._outside if one_for_all else self._outside.repeat(self.recording.calls[number].batch, 1, 1)
+
+
+def _is_checked_at_once(call: Call, number: int) -> bool:
+    # Waiting for the device would leave a GPU idle between two calls, so only the first calls are judged before they
+    # run, the others when the outcome arrives.
+    return number < CHECKED_AT_ONCE or not call.sample.is_cuda
+
+
+def _difference(now: CallSignature, then: CallSignature) -> str:
+    tensors_now = {spec.name: spec for spec in now.tensors}
+    tensors_then = {spec.name: spec for spec in then.tensors}
+    parts = [
+        f"{name}: {tensors_now.get(name, 'absent')} instead of {tensors_then.get(name, 'absent')}"
+        for name in sorted(tensors_now.keys() | tensors_then.keys())
+        if tensors_now.get(name) != tensors_then.get(name)
+    ]
+    parts += [f"{a} instead of {b}" for a, b in zip(now.constants, then.constants, strict=False) if a != b]
+    if now.device != then.device:
+        parts.append(f"device {now.device} instead of {then.device}")
+    return "; ".join(parts) or "other arguments"
