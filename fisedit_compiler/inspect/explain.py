@@ -10,13 +10,15 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import fx
 
 from fisedit_compiler import ir
-from fisedit_compiler.errors import PlanError
+from fisedit_compiler.errors import MaskError, PlanError
 from fisedit_compiler.inspect import costs
 from fisedit_compiler.inspect.costs import Cost, Values
 from fisedit_compiler.inspect.explanation import (
+    Explanation,
     LevelRows,
     Measured,
     OperationCount,
@@ -26,16 +28,47 @@ from fisedit_compiler.inspect.explanation import (
     SlotBytes,
     Work,
 )
+from fisedit_compiler.masks import to_site_mask
+from fisedit_compiler.runtime.fallback import dense_reason
 from fisedit_compiler.runtime.site_plan import SitePlan
 
 if TYPE_CHECKING:
     from fisedit_compiler.passes.base import Slot
     from fisedit_compiler.program import CompiledProgram
     from fisedit_compiler.runtime.executable import Executable
+    from fisedit_compiler.runtime.module import SparseModule
 
 Fate = Literal["rewritten", "hoisted", "fused", "kept", "refused"]
 TEXT_TOKENS = 77
 """Tokens of a prompt that formulas are evaluated for, where no other number is given."""
+
+
+def explain_module(
+    module: SparseModule, mask: Any, batch: int, size: tuple[int, int] | None, tokens: int
+) -> Explanation:
+    """Explain every program of a module; see :meth:`SparseModule.explain` for arguments and errors."""
+    measured = tuple(module._measured.values())
+    if mask is not None:
+        mask = _site_mask(mask, size)
+        size = (int(mask.shape[0]), int(mask.shape[1]))
+    parameter = next(module.original.parameters(), torch.empty(0))
+    element_size, device = parameter.element_size(), parameter.device
+    programs = []
+    for executable in module._programs.executables():
+        height, width = size or _default_size(module.original, executable.program.multiple)
+        setting = Setting(height, width, batch, tokens, element_size, device.type, module._recorded_calls)
+        plan = None
+        if mask is not None:
+            program, dilation = executable.program, module.sparsify_config.dilation
+            plan = SitePlan.build(mask, program.levels, program.convs, dilation=dilation)
+            plan = executable.divided(plan, batch, element_size, device.type)
+        programs.append(explain_program(executable, setting, plan, measured))
+    note = "" if mask is None else dense_reason(mask, module.sparsify_config, str(device)) or ""
+    if mask is not None and not mask.any():
+        note = "the mask is empty: calls give the recorded outputs back"
+    if not programs:
+        note = "nothing is compiled yet: record a call, or pass example_inputs to sparsify"
+    return Explanation(tuple(programs), note, measured)
 
 
 def explain_program(
@@ -75,16 +108,6 @@ def explain_program(
     )
 
 
-def default_size(module: Any, multiple: int) -> tuple[int, int]:
-    """Height and width to explain a module for if nobody names any: its config's, or eight times what it divides by."""
-    config = getattr(module, "config", None)
-    size: Any = getattr(config, "sample_size", None)
-    height, width = size if isinstance(size, (list, tuple)) and len(size) == 2 else (size, size)
-    if all(isinstance(sites, int) and sites > 0 and sites % multiple == 0 for sites in (height, width)):
-        return height, width
-    return 8 * multiple, 8 * multiple
-
-
 def fates(program: CompiledProgram) -> dict[str, Fate]:
     """What became of every captured operation, by the name of its node; the words are :class:`OperationCount`'s."""
     refused = {name for name, *_ in program.refusals}
@@ -105,6 +128,28 @@ def fates(program: CompiledProgram) -> dict[str, Fate]:
         else:
             found[node.name] = "hoisted" if node.name in in_bundles and node.name not in in_step else "fused"
     return found
+
+
+def _site_mask(mask: Any, size: tuple[int, int] | None) -> torch.Tensor:
+    if size is None:
+        shape = getattr(mask, "shape", None)
+        if shape is None:
+            raise MaskError(
+                f"explain() cannot tell the latent's size from a {type(mask).__name__}; pass it as size=(height, width)"
+            )
+        # A mask of another rank is refused below, whatever its size.
+        size = (int(shape[-2]), int(shape[-1])) if len(shape) >= 2 else (1, 1)
+    return to_site_mask(mask, *size)
+
+
+def _default_size(module: Any, multiple: int) -> tuple[int, int]:
+    """Height and width to explain a module for if nobody names any: its config's, or eight times what it divides by."""
+    config = getattr(module, "config", None)
+    size: Any = getattr(config, "sample_size", None)
+    height, width = size if isinstance(size, (list, tuple)) and len(size) == 2 else (size, size)
+    if all(isinstance(sites, int) and sites > 0 and sites % multiple == 0 for sites in (height, width)):
+        return height, width
+    return 8 * multiple, 8 * multiple
 
 
 def _is_part(node: fx.Node) -> bool:

@@ -15,19 +15,16 @@ import torch
 from torch import nn
 
 from fisedit_compiler.config import SparsifyConfig
-from fisedit_compiler.errors import ConfigError, MaskError, ModeError, RecordingError
-from fisedit_compiler.inspect.explain import TEXT_TOKENS, default_size, explain_program
-from fisedit_compiler.inspect.explanation import Explanation, Measured, Setting
+from fisedit_compiler.errors import ConfigError, ModeError, RecordingError
+from fisedit_compiler.inspect.explain import TEXT_TOKENS, explain_module
+from fisedit_compiler.inspect.explanation import Explanation, Measured
 from fisedit_compiler.inspect.stages import Stages, choose_program, stages_of
-from fisedit_compiler.masks import to_site_mask
 from fisedit_compiler.program import CompiledProgram
 from fisedit_compiler.runtime.edit_session import EditSession
-from fisedit_compiler.runtime.fallback import dense_reason
 from fisedit_compiler.runtime.fingerprint import weights_key
 from fisedit_compiler.runtime.programs import ProgramStore
 from fisedit_compiler.runtime.record_session import RecordSession
 from fisedit_compiler.runtime.recording import Recording
-from fisedit_compiler.runtime.site_plan import SitePlan
 
 if TYPE_CHECKING:
     from fisedit_compiler.inspect.bisect import BisectReport
@@ -308,28 +305,7 @@ class SparseModule(nn.Module):
             MaskError: the mask does not fit the size, or is an image, whose size says nothing, and no size is given.
             PlanError: the size is none that the model takes.
         """
-        measured = tuple(self._measured.values())
-        if mask is not None:
-            mask = _site_mask(mask, size)
-            size = (int(mask.shape[0]), int(mask.shape[1]))
-        parameter = next(self.original.parameters(), torch.empty(0))
-        element_size, device = parameter.element_size(), parameter.device
-        programs = []
-        for executable in self._programs.executables():
-            height, width = size or default_size(self.original, executable.program.multiple)
-            setting = Setting(height, width, batch, tokens, element_size, device.type, self._recorded_calls)
-            plan = None
-            if mask is not None:
-                program, dilation = executable.program, self.sparsify_config.dilation
-                plan = SitePlan.build(mask, program.levels, program.convs, dilation=dilation)
-                plan = executable.divided(plan, batch, element_size, device.type)
-            programs.append(explain_program(executable, setting, plan, measured))
-        note = "" if mask is None else dense_reason(mask, self.sparsify_config, str(device)) or ""
-        if mask is not None and not mask.any():
-            note = "the mask is empty: calls give the recorded outputs back"
-        if not programs:
-            note = "nothing is compiled yet: record a call, or pass example_inputs to sparsify"
-        return Explanation(tuple(programs), note, measured)
+        return explain_module(self, mask, batch, size, tokens)
 
     # -- being the original ----------------------------------------------------------------------
 
@@ -367,15 +343,3 @@ class SparseModule(nn.Module):
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Load weights into the original module."""
         return self.original.load_state_dict(*args, **kwargs)
-
-
-def _site_mask(mask: Any, size: tuple[int, int] | None) -> torch.Tensor:
-    if size is None:
-        shape = getattr(mask, "shape", None)
-        if shape is None:
-            raise MaskError(
-                f"explain() cannot tell the latent's size from a {type(mask).__name__}; pass it as size=(height, width)"
-            )
-        # A mask of another rank is refused below, whatever its size.
-        size = (int(shape[-2]), int(shape[-1])) if len(shape) >= 2 else (1, 1)
-    return to_site_mask(mask, *size)
