@@ -7,7 +7,7 @@ import torch
 
 from fisedit_compiler import Recording
 from fisedit_compiler.errors import RecordingError
-from tests.runtime.compiled import HEIGHT, STEPS, WIDTH, box, compiled_model, denoise, other_text
+from tests.runtime.compiled import HEIGHT, STEPS, WIDTH, box, compiled_model, denoise, guided, other_text, recorded
 
 MASK = box(4, 6, 11, 15)
 
@@ -127,3 +127,41 @@ def test_several_resolutions_and_batches_share_a_program():
         assert torch.equal(edited[..., ~mask], base[..., ~mask])
         assert not torch.equal(edited, base)
     assert len(compiled.programs) == 1
+
+
+def test_equal_inputs_are_stored_once_and_nobody_else_writes_to_them() -> None:
+    run = recorded()
+    first, second, third = run.recording
+    assert set(first.inputs) == {"encoder_hidden_states", "timestep"}
+    assert first.inputs["encoder_hidden_states"] is second.inputs["encoder_hidden_states"]
+    assert [float(call.inputs["timestep"]) for call in run.recording] == [900.0, 800.0, 700.0]
+    text = run.inputs["encoder_hidden_states"]
+    assert third.inputs["encoder_hidden_states"].data_ptr() != text.data_ptr()
+    assert run.recording.input_nbytes == text.nbytes + 3 * 4
+    assert first.nbytes == sum(slot.nbytes for slot in first.slots.values()), "inputs are told apart from slots"
+
+
+def test_inputs_follow_a_caller_that_writes_in_place() -> None:
+    model, compiled = compiled_model()
+    inputs = model.make_inputs(2, HEIGHT, WIDTH)
+    text = inputs["encoder_hidden_states"].clone()
+    with compiled.record() as recording:
+        compiled(**{**inputs, "encoder_hidden_states": text})
+        text += 1
+        compiled(**{**inputs, "encoder_hidden_states": text})
+    before, after = (call.inputs["encoder_hidden_states"] for call in recording)
+    assert torch.equal(before, inputs["encoder_hidden_states"]) and torch.equal(after, text)
+
+
+def test_an_edit_keeps_its_own_inputs() -> None:
+    run = recorded()
+    changed = other_text(run.inputs)
+    with run.compiled.edit(run.recording, MASK, record=True) as session:
+        guided(run.compiled, changed)
+    assert session.result is not None
+    for call, base in zip(session.result, run.recording, strict=True):
+        assert torch.equal(call.inputs["encoder_hidden_states"], changed["encoder_hidden_states"])
+        assert call.inputs["timestep"] is base.inputs["timestep"]
+    with run.compiled.edit(session.result) as again:
+        guided(run.compiled, changed)
+    assert again.computed_samples == [0] * STEPS
