@@ -5,20 +5,29 @@ Every function here either answers or raises an error with the remedy; none of t
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from fisedit_compiler.errors import ConfigError, PromptError, RecordingError
 
 _LONGEST_BELIEVABLE_CONTEXT = 100_000
-_CALLBACK = "callback_on_step_end_tensor_inputs"
+_GIVEN = (
+    "prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "height", "width", "generator", "latents",
+    "callback_on_step_end", "callback_on_step_end_tensor_inputs", "output_type",
+)  # fmt: skip
+"""Arguments of a pipeline's call that every run gives it."""
+_REFUSED = ("return_dict", "num_images_per_prompt", "prompt_embeds", "negative_prompt_embeds")
+"""Those that would change what a run is: one picture of one prompt."""
 
 
 def check_pipeline(pipe: Any) -> None:
     """Refuse pipelines the Editor cannot drive.
 
     Raises:
-        ConfigError: no ``unet``, or no step callback that hands out the latents.
+        ConfigError: no ``unet``, no step callback that hands out the latents, or no way to start from given ones.
     """
     name = type(pipe).__name__
     if getattr(pipe, "unet", None) is None:
@@ -28,6 +37,30 @@ def check_pipeline(pipe: Any) -> None:
             f"{name} does not hand `latents` to `callback_on_step_end`; use compiled.record() and "
             "compiled.edit() with it directly"
         )
+    missing = [argument for argument in _GIVEN if argument not in _arguments(pipe)]
+    if missing:
+        raise ConfigError(
+            f"{name} takes no {', '.join(map(repr, missing))}, which the Editor's runs need; use compiled.record() and "
+            "compiled.edit() with it directly, or Editor.load() with a text-to-image pipeline of the same parts"
+        )
+
+
+def check_options(pipe: Any, options: Mapping[str, Any]) -> None:
+    """Refuse further arguments of the pipeline's call that it does not take, or that the Editor gives it itself.
+
+    Raises:
+        ConfigError: names the argument.
+    """
+    known = [name for name in _arguments(pipe) if name not in (*_GIVEN, *_REFUSED)]
+    for name in options:
+        if name in _GIVEN:
+            raise ConfigError(f"options[{name!r}]: the Editor gives the pipeline its {name!r} itself")
+        if name in _REFUSED:
+            raise ConfigError(f"options[{name!r}]: a run of the Editor makes one picture of one prompt; leave it out")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            meant = f"; did you mean {close[0]!r}?" if close else f"; it takes {', '.join(known)}"
+            raise ConfigError(f"options[{name!r}]: {type(pipe).__name__} takes no such argument{meant}")
 
 
 def check_prompt(pipe: Any, prompt: object, what: str = "prompt") -> str:
@@ -87,6 +120,11 @@ def check_same(name: str, wanted: object, base: object) -> None:
             f"{name}={wanted!r}, but the base was made with {base!r} and an edit follows its base step by "
             f"step; leave {name} out, or generate a new base with {name}={wanted!r}"
         )
+
+
+def _arguments(pipe: Any) -> list[str]:
+    found = list(inspect.signature(type(pipe).__call__).parameters.values())[1:]
+    return [one.name for one in found if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)]
 
 
 def _token_limit(pipe: Any, tokenizer: Any, attribute: str) -> int | None:

@@ -6,7 +6,7 @@ and what the callback does with the latents, is the caller's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -42,8 +42,14 @@ class Driver:
         guidance_scale: float,
         height: int | None = None,
         width: int | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> RunSettings:
-        """The settings of a new base with the pipeline's scheduler; sizes are the model's own if left out."""
+        """The settings of a new base with the pipeline's scheduler; sizes are the model's own if left out.
+
+        Raises:
+            ConfigError: one of ``options`` is no argument of the pipeline's call, or one that is given to it anyway.
+        """
+        checks.check_options(self.pipe, options or {})
         default_height, default_width = self.default_size
         return RunSettings(
             seed=seed,
@@ -52,6 +58,7 @@ class Driver:
             height=height or default_height,
             width=width or default_width,
             scheduler=checks.scheduler_fingerprint(self.pipe.scheduler),
+            options=dict(options or {}),
         )
 
     @property
@@ -102,8 +109,9 @@ class Driver:
         noise = self.pipe.prepare_latents(
             1, like.shape[1], settings.height, settings.width, like.dtype, like.device, _generator(settings), start
         )
-        assert isinstance(noise, torch.Tensor)
-        return noise
+        # Inpainting pipelines return more than the latents.
+        latents: torch.Tensor = noise[0] if isinstance(noise, tuple) else noise
+        return latents
 
     @property
     def shows_progress(self) -> bool:
@@ -136,6 +144,7 @@ class Driver:
                 callback_on_step_end=callback if corrections is None else corrections.before(callback),
                 callback_on_step_end_tensor_inputs=["latents"],
                 output_type="pil",
+                **settings.options,
             )
         return list(output.images)
 

@@ -9,7 +9,7 @@ UNet's.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeGuard
 
@@ -116,6 +116,7 @@ class Editor:
         height: int | None = None,
         width: int | None = None,
         maps: int = 0,
+        options: Mapping[str, Any] | None = None,
     ) -> Generation:
         """Make an image densely and record what its edits will need.
 
@@ -129,20 +130,24 @@ class Editor:
             width: likewise.
             maps: of how many UNet calls, from the first on, cross-attention maps are kept too: while an edit's mask
                 is looked for, its unchanged words then attend as they did here.
+            options: further arguments of the pipeline's call, by name, such as the ``image`` of a ControlNet or
+                ``clip_skip``; edits repeat them.
 
         Raises:
             PromptError: a prompt is no string, or longer than the text encoder reads.
+            ConfigError: the pipeline takes no argument of that name, or the Editor gives it itself.
             FiseditError: another of its subclasses, if the UNet cannot be compiled or recorded.
         """
         self._check_prompts(prompt, negative_prompt)
-        compiled = self.compiled
         settings = self._driver.settings(
             seed=seed,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             height=height,
             width=width,
+            options=options,
         )
+        compiled = self.compiled
         keep = KeepLatents()
         with compiled.record(maps=maps) as recording:
             image = self._driver.run(prompt, negative_prompt, settings, keep, "generate")
@@ -169,6 +174,7 @@ class Editor:
         resize: bool = False,
         measure: bool = True,
         maps: int = 0,
+        options: Mapping[str, Any] | None = None,
     ) -> Loaded:
         """Take a picture that was not generated here, so that it can be edited like one that was.
 
@@ -194,11 +200,13 @@ class Editor:
             measure: run once more without the corrections, to report how well the noise alone gives the picture back;
                 costs a UNet call a step. ``"auto"`` measures DDIM's in any case.
             maps: as in :meth:`generate`.
+            options: as in :meth:`generate`.
 
         Raises:
             PictureError: the picture is unreadable, of a wrong type, size or mode, transparent, or holds NaN.
             PromptError: a prompt is no string, or longer than the text encoder reads.
-            ConfigError: the pipeline has no VAE encoder, ``inversion`` is unknown, or the scheduler cannot do it.
+            ConfigError: the pipeline has no VAE encoder or takes no such option, ``inversion`` is unknown, or the
+                scheduler cannot do it.
         """
         self._check_prompts(prompt, negative_prompt)
         return load(
@@ -214,6 +222,7 @@ class Editor:
             resize=resize,
             measure=measure,
             maps=maps,
+            options=options,
         )
 
     def edit(

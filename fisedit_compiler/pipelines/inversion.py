@@ -7,7 +7,7 @@ run led in ``pipelines.corrections``, and pixels outside a mask brought back in 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
@@ -125,6 +125,7 @@ def load(
     resize: bool,
     measure: bool,
     maps: int,
+    options: Mapping[str, Any] | None,
 ) -> Loaded:
     """See :meth:`fisedit_compiler.Editor.load`; ``compiled`` is asked for the UNet once the arguments are checked."""
     started = time.perf_counter()
@@ -139,14 +140,15 @@ def load(
     schedule = noise_schedule(pipe.scheduler, num_inference_steps)
     if inversion != "edit-friendly" and inversion != "auto":
         schedule.check_invertible()
-    unet = compiled()
     settings = driver.settings(
         seed=seed,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
         height=picture.height,
         width=picture.width,
+        options=options,
     )
+    unet = compiled()
     clean = pictures.encoded(pipe, picture)
     runs = _Runs(driver, prompt, negative_prompt, settings, schedule, clean, picture)
     way = runs.way(inversion, measure)

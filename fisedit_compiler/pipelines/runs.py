@@ -6,9 +6,9 @@ They are plain data; the work is done in ``pipelines.editor``.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -34,6 +34,7 @@ class RunSettings:
         scheduler: fingerprint of the scheduler, see
             :func:`~fisedit_compiler.pipelines.checks.scheduler_fingerprint`.
         corrections: of a loaded picture and its edits: where their runs start and what is added after every step.
+        options: further arguments of the pipeline's call, by name.
     """
 
     seed: int
@@ -43,6 +44,7 @@ class RunSettings:
     width: int
     scheduler: str = field(repr=False)
     corrections: Corrections | None = field(default=None, repr=False, compare=False)
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass(frozen=True, eq=False)

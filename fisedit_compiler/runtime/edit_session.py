@@ -186,7 +186,7 @@ class EditSession:
             if kind != "dense":
                 timings = timings[self._mask_set_at :]
             # A dense call that computed a part of the batch says nothing about what a dense call costs.
-            whole = 0 if kind == "skipped" else recorded.batch
+            whole = 0 if kind == "skipped" else size[0]
             seconds = [took for (ran_as, took), samples in timings if ran_as == kind and samples == whole]
             if seconds:
                 share = 1.0 if kind == "dense" else area

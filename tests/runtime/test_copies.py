@@ -150,6 +150,13 @@ def test_all_copies_share_a_program() -> None:
     assert len(compiled.programs) == programs == 1
 
 
+def test_measured_times_are_those_of_calls_of_all_copies() -> None:
+    compiled, inputs, _, recording = base()
+    _, session = run(compiled, recording, together(edits_of(inputs, [ONE] * COPIES)), ONE)
+    (sparse,) = session.measured()
+    assert (sparse.kind, sparse.calls, sparse.batch) == ("sparse", 1, BATCH * COPIES)
+
+
 # -- empty masks, dense calls ----------------------------------------------------------------------------------------
 
 

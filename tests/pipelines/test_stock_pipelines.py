@@ -1,0 +1,164 @@
+"""The Editor drives other stock pipelines too, with the real compiler: SDXL's, ControlNet's and inpainting."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from fisedit_compiler import Editor, masks
+from fisedit_compiler.errors import ConfigError, RecordingError
+from fisedit_compiler.pipelines.detectors import LatentDifference
+from tests.pipelines.conftest import make_tiny_pipeline
+
+STEPS = 4
+BASE, EDIT = "a cat on a desk", "a dog on a desk"
+MASK = masks.box_mask(16, 16, (0.2, 0.2, 0.7, 0.7))
+PICTURE = Image.effect_mandelbrot((32, 32), (-2.0, -1.5, 1.0, 1.5), 50).convert("RGB")
+
+
+def sdxl() -> tuple[Any, dict[str, Any]]:
+    """Two text encoders of one tokenizer, pooled text and sizes as added conditions."""
+    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    parts = make_tiny_pipeline().components
+    torch.manual_seed(1)
+    config = parts["text_encoder"].config
+    config.projection_dim = config.hidden_size
+    unet = UNet2DConditionModel(
+        sample_size=16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=48, attention_head_dim=(2, 4), transformer_layers_per_block=(1, 2),
+        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=24 + 6 * 8,
+    )  # fmt: skip
+    pipe = StableDiffusionXLPipeline(
+        vae=parts["vae"], text_encoder=CLIPTextModel(config).eval(), tokenizer=parts["tokenizer"],
+        text_encoder_2=CLIPTextModelWithProjection(config).eval(), tokenizer_2=parts["tokenizer"], unet=unet.eval(),
+        scheduler=parts["scheduler"], add_watermarker=False,
+    )  # fmt: skip
+    return pipe, {}
+
+
+def controlnet() -> tuple[Any, dict[str, Any]]:
+    """A ControlNet whose residuals are not zero, and its picture."""
+    from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+
+    parts = make_tiny_pipeline().components
+    torch.manual_seed(1)
+    # The hint comes at the picture's size, twice the latents'; a ControlNet brings it down once per further width.
+    control = ControlNetModel.from_unet(parts["unet"], conditioning_embedding_out_channels=(8, 16)).eval()
+    for parameter in control.parameters():  # its zero convolutions would hide the residuals
+        torch.nn.init.normal_(parameter, std=0.05)
+    parts.pop("image_encoder", None)
+    pipe = StableDiffusionControlNetPipeline(**parts, controlnet=control, requires_safety_checker=False)
+    return pipe, {"image": PICTURE, "controlnet_conditioning_scale": 0.7}
+
+
+def inpaint() -> tuple[Any, dict[str, Any]]:
+    """Inpainting with a UNet of four channels: the pipeline itself puts the picture back outside its own mask."""
+    from diffusers import StableDiffusionInpaintPipeline
+
+    parts = make_tiny_pipeline().components
+    parts.pop("image_encoder", None)
+    pipe = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+    hole = Image.new("L", (32, 32))
+    hole.paste(255, (4, 4, 28, 28))
+    return pipe, {"image": PICTURE, "mask_image": hole}
+
+
+@cache
+def prepared(name: str) -> tuple[Editor, dict[str, Any]]:
+    pipe, options = {"sdxl": sdxl, "controlnet": controlnet, "inpaint": inpaint}[name]()
+    pipe.set_progress_bar_config(disable=True)
+    return Editor(pipe).prepare(), options
+
+
+PIPELINES = pytest.mark.parametrize("name", ["sdxl", "controlnet", "inpaint"])
+
+
+@PIPELINES
+def test_edits_keep_the_base_outside_and_a_full_mask_is_the_dense_run(name: str) -> None:
+    editor, options = prepared(name)
+    base = editor.generate(BASE, seed=3, num_inference_steps=STEPS, options=options)
+    edit = editor.edit(base, EDIT, mask=MASK)
+    assert edit.unchanged_outside and not torch.equal(edit.latents[-1], base.latents[-1])
+    again = editor.edit(edit, "a dog on a chair", mask=MASK)
+    assert again.unchanged_outside
+    full = editor.edit(base, EDIT, mask=torch.ones(16, 16, dtype=torch.bool))
+    dense = editor.dense(base, EDIT)
+    torch.testing.assert_close(full.latents[-1], dense.latents, rtol=1e-3, atol=1e-3)
+
+
+@PIPELINES
+def test_masks_are_found_and_maps_reused(name: str) -> None:
+    editor, options = prepared(name)
+    base = editor.generate(BASE, seed=3, num_inference_steps=STEPS, options=options, maps=2)
+    edit = editor.edit(base, EDIT, mask=LatentDifference(everywhere_ratio=1.0), dense_calls=2)
+    assert edit.unchanged_outside
+    assert (edit.report.dense_calls, edit.report.sparse_calls) == (2, STEPS - 2)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "controlnet"])
+def test_several_edits_in_one_run_are_the_edits_one_by_one(name: str) -> None:
+    editor, options = prepared(name)
+    base = editor.generate(BASE, seed=3, num_inference_steps=STEPS, options=options)
+    prompts = [EDIT, "a fish on a desk"]
+    for prompt, edit in zip(prompts, editor.edit_many(base, prompts, mask=MASK), strict=True):
+        assert edit.unchanged_outside
+        alone = editor.edit(base, prompt, mask=MASK)
+        torch.testing.assert_close(edit.latents[-1], alone.latents[-1], rtol=1e-3, atol=1e-3)
+
+
+def test_several_edits_in_one_run_of_inpainting_are_refused() -> None:
+    """That pipeline encodes its picture with the first generator only, so the others draw other noise."""
+    editor, options = prepared("inpaint")
+    base = editor.generate(BASE, seed=3, num_inference_steps=STEPS, options=options)
+    with pytest.raises(RecordingError, match="At call 0 the input differs from the recorded one outside the mask"):
+        editor.edit_many(base, [EDIT, "a fish on a desk"], mask=MASK)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "controlnet"])
+def test_pictures_are_loaded(name: str) -> None:
+    editor, options = prepared(name)
+    loaded = editor.load(PICTURE, BASE, num_inference_steps=STEPS, options=options)
+    edit = editor.edit(loaded, EDIT, mask=MASK)
+    assert edit.unchanged_outside and loaded.image.tobytes() == PICTURE.tobytes()
+
+
+def test_edits_repeat_the_options_of_their_base() -> None:
+    editor, options = prepared("controlnet")
+    other = {**options, "image": PICTURE.rotate(90)}
+    bases = [editor.generate(BASE, seed=3, num_inference_steps=STEPS, options=each) for each in (options, other)]
+    assert not torch.equal(bases[0].latents[-1], bases[1].latents[-1])
+    for base in bases:
+        full = editor.edit(base, EDIT, mask=torch.ones(16, 16, dtype=torch.bool))
+        torch.testing.assert_close(full.latents[-1], editor.dense(base, EDIT).latents, rtol=1e-3, atol=1e-3)
+        assert editor.edit(base, EDIT, mask=MASK).settings.options == base.settings.options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"clip_skp": 1}, "StableDiffusionControlNetPipeline takes no such argument; did you mean 'clip_skip'"),
+        ({"latents": None}, "the Editor gives the pipeline its 'latents' itself"),
+        ({"num_images_per_prompt": 2}, "one picture of one prompt"),
+    ],
+)
+def test_wrong_options_are_named_before_anything_runs(options: dict[str, Any], message: str) -> None:
+    editor, given = prepared("controlnet")
+    with pytest.raises(ConfigError, match=message):
+        editor.generate(BASE, seed=3, options={**given, **options})
+
+
+def test_a_pipeline_that_starts_from_a_picture_is_refused() -> None:
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    parts = make_tiny_pipeline().components
+    pipe = StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+    with pytest.raises(ConfigError, match=r"takes no 'height', 'width', 'latents'.*Editor\.load"):
+        Editor(pipe)
