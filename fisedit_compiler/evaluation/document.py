@@ -1,7 +1,8 @@
 """``docs/quality.md`` from results: ``python -m fisedit_compiler.evaluation.document RESULTS.json > docs/quality.md``.
 
 No figure of that document is typed by hand. The first results are those of the methods, further ones (of the
-approximations) get their own section. ``--figure FILE.svg`` also writes the curve that the document shows.
+approximations) get their own section. ``--figure FILE.svg`` also writes the curve that the document shows, ``--pictures
+OUT FILE.jpg`` a sheet of pictures of the evaluation in the folder ``OUT``, which is that of the first results.
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ from fisedit_compiler.errors import FiseditError
 from fisedit_compiler.evaluation import tables
 from fisedit_compiler.evaluation.curve import as_svg, trade_off
 from fisedit_compiler.evaluation.report import grids
+from fisedit_compiler.evaluation.sheet import picture_sheet
+from fisedit_compiler.evaluation.store import Store
 from fisedit_compiler.evaluation.tables import Grid
+
+SHEET_ROWS = 8
+"""Pairs on the sheet of pictures."""
+SHEET_QUALITY = 85
+"""Of its JPEG file."""
 
 INTRODUCTION = """# How good sparse edits are
 
@@ -49,8 +57,19 @@ mask.
 """
 
 
+_PICTURES = """![Pictures of a pair per row: base, mask, and a column for each method]({path})
+
+Pairs from every kind in turn, the first of the file. Below a picture stand its directional and its image similarity,
+below the mask its area.
+"""
+
+
 def document(
-    results: Sequence[Mapping[str, Any]], command: str, figure: str | None = None, notes: Sequence[str] = ()
+    results: Sequence[Mapping[str, Any]],
+    command: str,
+    figure: str | None = None,
+    notes: Sequence[str] = (),
+    pictures: str | None = None,
 ) -> str:
     """The document as Markdown.
 
@@ -59,6 +78,7 @@ def document(
         command: the command line that writes it.
         figure: path of the curve as seen from the document, of the results with most methods; left out without one.
         notes: what a reader must know about each of the results, in their order; an empty one says nothing.
+        pictures: path of a sheet of pictures of the first results, as seen from the document.
     """
     parts = [INTRODUCTION.format(command=command)]
     for number, item in enumerate(results):
@@ -73,6 +93,8 @@ def document(
             parts.append(markdown(tables.check_table(item)))
         if figure is not None and item is with_curve(results):
             parts.append(f"![Directional similarity against image similarity, a point or a curve per method]({figure})")
+        if pictures is not None and number == 0:
+            parts.append(_PICTURES.format(path=pictures))
         parts += [markdown(grid) for grid in grids(item)]
         parts.append(_left_out(item))
     return "\n".join(part.rstrip() + "\n" for part in parts if part)
@@ -151,19 +173,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("results", nargs="+", type=Path, help="results.json of the methods, then of the approximations")
     parser.add_argument("--figure", type=Path, help="write the curve here; give the path from the repository's root")
+    parser.add_argument(
+        "--pictures", nargs=2, type=Path, metavar=("OUT", "FILE"), help="write a sheet of pictures here"
+    )
     parser.add_argument("--note", action="append", default=[], metavar="TEXT", help="about the first, the second ...")
     parser.add_argument("--document", type=Path, default=Path("docs/quality.md"), help="where the document will be")
     options = parser.parse_args(arguments)
     results = [read_results(path) for path in options.results]
     words = [str(path) for path in options.results]
-    figure = None
+    figure = pictures = None
     if options.figure is not None:
         options.figure.write_text(as_svg(trade_off(with_curve(results))), encoding="utf-8")
-        figure = Path(os.path.relpath(options.figure, options.document.parent)).as_posix()
+        figure = _seen_from(options.document, options.figure)
         words += ["--figure", str(options.figure)]
+    if options.pictures is not None:
+        folder, file = options.pictures
+        picture_sheet(Store(folder), results[0], SHEET_ROWS).save(file, quality=SHEET_QUALITY)
+        pictures = _seen_from(options.document, file)
+        words += ["--pictures", folder.name, str(file)]
     words += [word for note in options.note for word in ("--note", shlex.quote(note))]
     command = f"python -m fisedit_compiler.evaluation.document {' '.join(words)} > {options.document}"
-    print(document(results, command, figure, options.note), end="")
+    print(document(results, command, figure, options.note, pictures), end="")
+
+
+def _seen_from(document: Path, file: Path) -> str:
+    return Path(os.path.relpath(file, document.parent)).as_posix()
 
 
 if __name__ == "__main__":

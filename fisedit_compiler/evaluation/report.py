@@ -15,8 +15,8 @@ from PIL import Image
 
 from fisedit_compiler.evaluation import tables
 from fisedit_compiler.evaluation.curve import as_svg, trade_off
-from fisedit_compiler.evaluation.pairs import EditPair
 from fisedit_compiler.evaluation.runner import SHEET_PAIRS, sheet_pairs
+from fisedit_compiler.evaluation.sheet import pair_of, similarities
 from fisedit_compiler.evaluation.store import Store
 from fisedit_compiler.evaluation.tables import Grid
 
@@ -78,7 +78,7 @@ def _table(grid: Grid, text: bool = False) -> str:
 
 def _sheet(store: Store, results: Mapping[str, Any]) -> str:
     records = {record["line"]: record for record in store.records() if record["status"] == "done"}
-    kept = [_pair(record) for record in records.values() if store.image(record["line"], "base") is not None]
+    kept = [pair_of(record) for record in records.values() if store.image(record["line"], "base") is not None]
     names = ["base", "mask", *(method["name"] for method in results["methods"])]
     rows, size = [], 0
     for pair in sheet_pairs(kept, SHEET_PAIRS):
@@ -104,9 +104,7 @@ def _sheet_row(store: Store, record: Mapping[str, Any], names: Sequence[str]) ->
     for name in names:
         image = store.image(record["line"], name)
         figures = record["methods"].get(name, {})
-        below = ""
-        if "directional_similarity" in figures:
-            below = f"{figures['directional_similarity']:.2f} / {figures['image_similarity']:.2f}"
+        below = similarities(figures)
         shown = (
             escape(figures.get("skipped", "")) if image is None else f'<img alt="{escape(name)}" src="{_data(image)}">'
         )
@@ -125,11 +123,6 @@ def _failures(results: Mapping[str, Any]) -> str:
         ),
     ]
     return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>" if lines else "<p>none</p>"
-
-
-def _pair(record: Mapping[str, Any]) -> EditPair:
-    pair = record["pair"]
-    return EditPair(pair["input"], pair["edit"], pair["output"], kind=pair.get("kind"), line=record["line"])
 
 
 def _data(image: Image.Image) -> str:

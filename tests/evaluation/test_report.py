@@ -17,6 +17,7 @@ from fisedit_compiler.evaluation.aggregate import aggregate
 from fisedit_compiler.evaluation.checks import all_checks
 from fisedit_compiler.evaluation.command import write_report
 from fisedit_compiler.evaluation.curve import as_svg, trade_off
+from fisedit_compiler.evaluation.runner import SHEET_SIZE
 from fisedit_compiler.evaluation.store import Store
 
 METHODS = ["dense", "sparse", "sdedit@0.3", "sdedit@0.7", "p2p@0.4"]
@@ -187,6 +188,22 @@ def test_notes_stand_under_their_results_and_the_curve_is_of_most_methods(store:
     assert "older" not in first and "curve.svg" not in first
     assert second.lstrip().startswith("Of an older version.") and "](curve.svg)" in second
     assert documents.with_curve([few, many]) is many
+
+
+def test_the_document_shows_pictures_of_the_first_results(store: Store, tmp_path: Path, capsys: Any) -> None:
+    write_report(store.folder)
+    sheet = tmp_path / "sheet.png"
+    results, document = str(store.folder / "results.json"), str(tmp_path / "q.md")
+    documents.main([results, "--pictures", str(store.folder), str(sheet), "--document", document])
+    text = capsys.readouterr().out
+    assert "](sheet.png)" in text and f"--pictures {store.folder.name} {sheet}" in text
+    with Image.open(sheet) as image:
+        # A row per pair that was done: its base, its mask, and a column per method.
+        assert image.width > (2 + len(METHODS)) * SHEET_SIZE and 3 * SHEET_SIZE < image.height < 5 * SHEET_SIZE
+        shown = image.convert("RGB").getpixel((SHEET_SIZE // 2, SHEET_SIZE // 2))
+        assert shown == pytest.approx((40, 90, 120), abs=2), "the first pair's base, kept as JPEG"
+    with pytest.raises(FiseditError, match="holds no pictures"):
+        documents.main([results, "--pictures", str(tmp_path), str(sheet)])
 
 
 def test_something_else_is_no_results_file(tmp_path: Path) -> None:
