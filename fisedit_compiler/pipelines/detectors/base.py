@@ -29,7 +29,8 @@ class DetectedMask:
         heat: float32 ``[H, W]`` on the CPU: how much each site changes, on the detector's own scale.
         everywhere: whether the prompt changes the whole picture, so that no part of the base is worth keeping. The
             rest of the run is then dense.
-        quiet: mean heat below the threshold over that above it: near 0 for a local change, ``None`` if unknown.
+        quiet: mean heat below the threshold over that above it: near 0 for a local change, ``None`` if unknown. It is
+            the figure that was decided by, so it may be a mean of several steps.
     """
 
     mask: torch.Tensor

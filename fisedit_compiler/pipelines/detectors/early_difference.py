@@ -97,11 +97,13 @@ class EarlyDifference(MaskDetector):
             nothing = torch.zeros_like(self._heat, dtype=torch.bool)
             return DetectedMask(nothing, None, self._heat) if equal or last else None
         split, quiet = self._split, self._split.quiet
-        if quiet > self.clear and not last:
-            return None
-        if quiet > self.clear and statistics.fmean(self._quiet) > self.everywhere_ratio:
-            everywhere = torch.ones_like(split.above)
-            return DetectedMask(everywhere, split.threshold, split.heat, everywhere=True, quiet=quiet)
+        if quiet > self.clear:
+            if not last:
+                return None
+            quiet = statistics.fmean(self._quiet)
+            if quiet > self.everywhere_ratio:
+                everywhere = torch.ones_like(split.above)
+                return DetectedMask(everywhere, split.threshold, split.heat, everywhere=True, quiet=quiet)
         mask = masks.opened(split.above, self.opening_radius)
         return DetectedMask(masks.dilated(mask, self.dilation_radius), split.threshold, split.heat, quiet=quiet)
 
