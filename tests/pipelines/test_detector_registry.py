@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,3 +99,21 @@ def test_one_that_does_not_decide_is_an_error_that_names_it(
 def test_a_misspelt_name_lists_the_detectors(pinned_editor: Editor, generate: Callable[..., Any]) -> None:
     with pytest.raises(MaskError, match="mask detectors are early-difference, latent-difference"):
         pinned_editor.edit(generate("a cat"), "a dog", mask="latent-differences")
+
+
+def test_the_one_on_the_page_works(pinned_editor: Editor, generate: Callable[..., Any]) -> None:
+    page = (Path(__file__).parents[2] / "docs/masks.md").read_text(encoding="utf-8")
+    (block,) = (code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "MaskDetector" in code)
+    kept: list[Any] = []
+
+    class Keeping:
+        def edit(self, *args: Any, **options: Any) -> None:
+            kept.append(pinned_editor.edit(*args, **options))
+
+    try:
+        exec(block, {"editor": Keeping(), "base": generate("a cat"), "prompt": "a dog"})
+    finally:
+        registry._DETECTORS.pop("anything-that-moves", None)
+    (edit,) = kept
+    assert edit.mask.any() and edit.unchanged_outside
+    assert (edit.report.detection.detector, edit.report.detection.steps) == ("anything-that-moves", 2)

@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = ("README.md", "docs/how-it-works.md", "docs/reading-the-graph.md", "docs/contracts.md")
+DOCUMENTS = (
+    "README.md",
+    "benchmarks/NOTES.md",
+    *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))),
+)
 
 
 @pytest.fixture(params=DOCUMENTS)
@@ -22,6 +26,11 @@ def test_named_tests_and_files_exist(text: str):
     for path, name in re.findall(r"`((?:tests|fisedit_compiler)/[\w/]+\.py)(?:::(\w+))?`", text):
         source = (ROOT / path).read_text(encoding="utf-8")
         assert not name or re.search(rf"^def {name}\(", source, re.MULTILINE), f"{path}::{name}"
+
+
+def test_named_results_exist(text: str):
+    for name in re.findall(r"`(?:benchmarks/results/)?((?:cpu|h100|h200)\w*\.(?:json|txt))`", text):
+        assert (ROOT / "benchmarks/results" / name).exists(), name
 
 
 def test_code_blocks_parse(text: str):
