@@ -12,13 +12,12 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 if not __package__:  # run as a script: make the repository's root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import contextlib
 
 import torch
 from rich.table import Table
@@ -51,7 +50,7 @@ def first_steps(pipe: Any, pair: EditPair, steps: int) -> list[tuple[Tensor, Ten
             raise Enough
         return tensors
 
-    with contextlib.suppress(Enough):
+    with suppress(Enough):
         pipe(
             prompt=[pair.input, pair.output],
             num_inference_steps=steps,

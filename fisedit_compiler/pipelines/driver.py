@@ -98,20 +98,23 @@ class Driver:
         start = None if corrections is None else corrections.start.repeat(count, 1, 1, 1)
         return self._call(list(prompts), negative, settings, generators, start, callback, description)
 
-    def initial_latents(self, like: torch.Tensor, settings: RunSettings) -> torch.Tensor:
-        """What the run that has just ended started from, made again while the scheduler is still set to it.
+    @contextmanager
+    def kept_start(self) -> Iterator[list[torch.Tensor]]:
+        """Keeps the latents ``[1, C, H, W]`` that each run inside the block starts from."""
+        kept: list[torch.Tensor] = []
+        prepare = self.pipe.prepare_latents
 
-        Args:
-            like: latents ``[1, C, H, W]`` of that run.
-            settings: its settings.
-        """
-        start = None if settings.corrections is None else settings.corrections.start
-        noise = self.pipe.prepare_latents(
-            1, like.shape[1], settings.height, settings.width, like.dtype, like.device, _generator(settings), start
-        )
-        # Inpainting pipelines return more than the latents.
-        latents: torch.Tensor = noise[0] if isinstance(noise, tuple) else noise
-        return latents
+        def keeping(*args: Any, **kwargs: Any) -> Any:
+            prepared = prepare(*args, **kwargs)
+            # Inpainting pipelines return more than the latents.
+            kept.append((prepared[0] if isinstance(prepared, tuple) else prepared).clone())
+            return prepared
+
+        self.pipe.prepare_latents = keeping
+        try:
+            yield kept
+        finally:
+            del self.pipe.prepare_latents
 
     @property
     def shows_progress(self) -> bool:

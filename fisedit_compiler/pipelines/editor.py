@@ -149,7 +149,7 @@ class Editor:
         )
         compiled = self.compiled
         keep = KeepLatents()
-        with compiled.record(maps=maps) as recording:
+        with compiled.record(maps=maps) as recording, self._driver.kept_start() as start:
             image = self._driver.run(prompt, negative_prompt, settings, keep, "generate")
         return Generation(
             prompt=prompt,
@@ -157,7 +157,7 @@ class Editor:
             settings=settings,
             image=image,
             latents=tuple(keep.latents),
-            initial_latents=self._driver.initial_latents(keep.latents[0], settings),
+            initial_latents=start[0],
             recording=recording,
         )
 

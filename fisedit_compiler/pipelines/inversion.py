@@ -156,9 +156,8 @@ def load(
     keep = KeepLatents()
     follow = FollowPath(schedule.along(way.points, clean), keep)
     settings = replace(settings, corrections=runs.start(way.points))
-    with unet.record(maps=maps) as recording:
+    with unet.record(maps=maps) as recording, driver.kept_start() as start:
         reconstruction = driver.run(prompt, negative_prompt, settings, follow, "load")
-    initial_latents = driver.initial_latents(keep.latents[0], settings)
     corrections = replace(runs.start(way.points), steps=tuple(follow.steps))
     return Loaded(
         prompt=prompt,
@@ -166,7 +165,7 @@ def load(
         settings=replace(settings, corrections=corrections),
         image=picture,
         latents=tuple(keep.latents),
-        initial_latents=initial_latents,
+        initial_latents=start[0],
         recording=recording,
         reconstruction=reconstruction,
         inversion=Inversion(

@@ -95,6 +95,20 @@ def test_edits_keep_the_base_outside_and_a_full_mask_is_the_dense_run(name: str)
 
 
 @PIPELINES
+def test_a_base_knows_what_its_run_started_from(name: str) -> None:
+    """Inpainting draws from the generator before the noise, to encode its picture."""
+    editor, options = prepared(name)
+    seen: list[torch.Tensor] = []
+    hook = editor.compiled.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    try:
+        base = editor.generate(BASE, seed=3, num_inference_steps=STEPS, options=options)
+    finally:
+        hook.remove()
+    assert torch.equal(base.initial_latents, seen[0][:1]), "DDIM does not scale what the UNet gets"
+    assert editor.pipe.prepare_latents.__func__ is type(editor.pipe).prepare_latents, "the pipeline is as it was"
+
+
+@PIPELINES
 def test_masks_are_found_and_maps_reused(name: str) -> None:
     editor, options = prepared(name)
     base = editor.generate(BASE, seed=3, num_inference_steps=STEPS, options=options, maps=2)
