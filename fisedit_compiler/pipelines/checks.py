@@ -37,7 +37,8 @@ def check_pipeline(pipe: Any) -> None:
             f"{name} does not hand `latents` to `callback_on_step_end`; use compiled.record() and "
             "compiled.edit() with it directly"
         )
-    missing = [argument for argument in _GIVEN if argument not in _arguments(pipe)]
+    arguments = _arguments(pipe)
+    missing = [] if arguments is None else [argument for argument in _GIVEN if argument not in arguments]
     if missing:
         raise ConfigError(
             f"{name} takes no {', '.join(map(repr, missing))}, which the Editor's runs need; use compiled.record() and "
@@ -51,13 +52,14 @@ def check_options(pipe: Any, options: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: names the argument.
     """
-    known = [name for name in _arguments(pipe) if name not in (*_GIVEN, *_REFUSED)]
+    arguments = _arguments(pipe)
+    known = [name for name in arguments or () if name not in (*_GIVEN, *_REFUSED)]
     for name in options:
         if name in _GIVEN:
             raise ConfigError(f"options[{name!r}]: the Editor gives the pipeline its {name!r} itself")
         if name in _REFUSED:
             raise ConfigError(f"options[{name!r}]: a run of the Editor makes one picture of one prompt; leave it out")
-        if name not in known:
+        if arguments is not None and name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             meant = f"; did you mean {close[0]!r}?" if close else f"; it takes {', '.join(known)}"
             raise ConfigError(f"options[{name!r}]: {type(pipe).__name__} takes no such argument{meant}")
@@ -122,9 +124,15 @@ def check_same(name: str, wanted: object, base: object) -> None:
         )
 
 
-def _arguments(pipe: Any) -> list[str]:
+def _arguments(pipe: Any) -> list[str] | None:
+    """The names that a pipeline's call takes; ``None`` if it passes everything on to another.
+
+    ``**kwargs`` beside names is not believed: stock pipelines have it for arguments of the past and ignore the rest.
+    """
     found = list(inspect.signature(type(pipe).__call__).parameters.values())[1:]
-    return [one.name for one in found if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)]
+    names = [one.name for one in found if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)]
+    passes_on = any(one.kind is one.VAR_KEYWORD for one in found) and not set(names) & set(_GIVEN)
+    return None if passes_on else names
 
 
 def _token_limit(pipe: Any, tokenizer: Any, attribute: str) -> int | None:

@@ -130,8 +130,8 @@ class Editor:
             width: likewise.
             maps: of how many UNet calls, from the first on, cross-attention maps are kept too: while an edit's mask
                 is looked for, its unchanged words then attend as they did here.
-            options: further arguments of the pipeline's call, by name, such as the ``image`` of a ControlNet or
-                ``clip_skip``; edits repeat them.
+            options: further arguments of the pipeline's call, by name, such as the ``image`` of a ControlNet; edits
+                repeat them.
 
         Raises:
             PromptError: a prompt is no string, or longer than the text encoder reads.

@@ -176,3 +176,17 @@ def test_a_pipeline_that_starts_from_a_picture_is_refused() -> None:
     pipe = StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
     with pytest.raises(ConfigError, match=r"takes no 'height', 'width', 'latents'.*Editor\.load"):
         Editor(pipe)
+
+
+def test_a_pipeline_that_passes_everything_on_is_driven() -> None:
+    from diffusers import StableDiffusionPipeline
+
+    class Wrapped(StableDiffusionPipeline):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return super().__call__(*args, **kwargs)
+
+    pipe = Wrapped(**make_tiny_pipeline().components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    with Editor(pipe) as editor:
+        base = editor.generate(BASE, seed=3, num_inference_steps=STEPS, options={"eta": 0.5})
+        assert editor.edit(base, EDIT, mask=MASK).unchanged_outside
