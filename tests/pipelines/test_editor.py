@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fisedit_compiler import masks
 from fisedit_compiler.errors import ConfigError, MaskError, ModeError, PromptError, RecordingError
 from fisedit_compiler.pipelines import (
     Edit,
@@ -151,6 +152,17 @@ def test_same_prompt_returns_the_base_without_a_run(pinned_editor: Editor, gener
     assert edit.unchanged_outside
     assert edit.report.calls == ()
     assert "nothing was run" in str(edit.report)
+
+
+@pytest.mark.parametrize(("before", "after"), [("", "a dog"), ("a cat", ""), ("", "")])
+def test_empty_prompts_are_prompts(before: str, after: str, pinned_editor: Editor, generate: Generate) -> None:
+    """An empty prompt asks for nothing in particular; two of them are the same prompt."""
+    base = generate(before)
+    edit = pinned_editor.edit(base, after, mask=masks.box_mask(16, 16, (0.2, 0.2, 0.7, 0.7)))
+    assert edit.unchanged_outside
+    assert (edit.image is base.image) == (before == after)
+    if before != after:
+        assert not torch.equal(edit.latents[-1], base.latents[-1])
 
 
 def test_empty_mask_returns_the_base_without_a_run(pinned_editor: Editor, generate: Generate) -> None:
