@@ -8,11 +8,9 @@ decided, after how many steps and with which mask.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,50 +19,27 @@ if not __package__:  # run as a script: make the repository's root importable
 
 import torch
 from rich.table import Table
-from torch import Tensor
 
-from benchmarks.harness import Report, argument_parser, machine, positive, prepare, versions
+from benchmarks.first_steps import STEPS, first_latents, parse_pairs
+from benchmarks.harness import Report, machine, prepare, versions
 from fisedit_compiler import masks
 from fisedit_compiler.evaluation.grammar import make_pairs
 from fisedit_compiler.evaluation.pairs import LOCAL_KINDS, SCENE_KINDS, EditPair
 from fisedit_compiler.models import load_pipeline
 from fisedit_compiler.pipelines.detectors import EarlyDifference
 
-STEPS = 6
-"""Steps that are looked at, two more than the detector looks at."""
-
-
-class Enough(Exception):
-    """Ends a run whose later steps nobody looks at."""
-
-
-def first_steps(pipe: Any, pair: EditPair, steps: int) -> list[tuple[Tensor, Tensor]]:
-    """Latents of base and edit ``[1, C, H, W]`` after each of the first steps of dense runs from one noise."""
-    assert pair.seed is not None
-    seen: list[tuple[Tensor, Tensor]] = []
-
-    def watch(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        base, edited = tensors["latents"].clone().split(1)
-        seen.append((base, edited))
-        if len(seen) == STEPS:
-            raise Enough
-        return tensors
-
-    with suppress(Enough):
-        pipe(
-            prompt=[pair.input, pair.output],
-            num_inference_steps=steps,
-            guidance_scale=5.0,
-            generator=[torch.Generator("cpu").manual_seed(pair.seed) for _ in range(2)],
-            callback_on_step_end=watch,
-            output_type="latent",
-        )
-    return seen
-
 
 def measure(pipe: Any, number: int, pair: EditPair, steps: int) -> dict[str, Any]:
     """Quiet after every step of one pair, and what the detector decides as an edit asks it."""
-    seen = first_steps(pipe, pair, steps)
+    assert pair.seed is not None
+    latents = first_latents(
+        pipe,
+        prompt=[pair.input, pair.output],
+        num_inference_steps=steps,
+        guidance_scale=5.0,
+        generator=[torch.Generator("cpu").manual_seed(pair.seed) for _ in range(2)],
+    )
+    seen = [both.split(1) for both in latents]
     quiet = []
     for base, edited in seen:
         one = EarlyDifference()
@@ -119,21 +94,9 @@ def draw(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argument_parser(str(__doc__).splitlines()[0], repeats=1)
-    parser.add_argument("--pairs", type=positive, default=40, help="pairs of captions")
-    parser.add_argument("--seed", type=int, default=0, help="of the captions")
-    parser.add_argument("--steps", type=positive, default=25, help="of the scheduler")
-    options = parser.parse_args(arguments)
-    if options.steps < STEPS:
-        parser.error(f"--steps must be at least {STEPS}, which are looked at")
-    return options
-
-
 def main(arguments: list[str] | None = None, pipeline: Callable[..., Any] = load_pipeline) -> Report:
     """Run the benchmark, print and write its report."""
-    options = parse(arguments)
+    options = parse_pairs(str(__doc__).splitlines()[0], arguments, pairs=40, seed=0, what="pairs of captions")
     device, dtype = prepare(options)
     settings = {"pairs": options.pairs, "seed": options.seed, "steps": options.steps, "dtype": str(dtype)}
     pipe = pipeline(device=device, dtype=dtype)

@@ -10,10 +10,10 @@ split, the mean difference outside the mask's core over that inside: the smaller
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.harness import Report, argument_parser, machine, positive, prepare, versions
+from benchmarks.first_steps import STEPS, first_latents, parse_pairs
+from benchmarks.harness import Report, machine, prepare, versions
 from fisedit_compiler import Editor, masks
 from fisedit_compiler.evaluation.grammar import make_pairs
 from fisedit_compiler.evaluation.objects import ground_truth
@@ -34,44 +35,32 @@ from fisedit_compiler.pipelines.detectors import DetectedMask, make_mask_detecto
 from fisedit_compiler.pipelines.runs import Generation
 from fisedit_compiler.pipelines.words import guided_columns, token_columns
 
-STEPS = 6
-"""Steps that are looked at, two more than an edit looks at."""
 REUSE: dict[str, dict[str, bool] | None] = {"none": None, "words": {}, "words and ends": {"align_padding": True}}
 """What is taken from the recorded maps, as options of ``token_columns``."""
 
 
-class Enough(Exception):
-    """Ends a run whose later steps nobody looks at."""
+@contextmanager
+def reusing(editor: Editor, base: Generation, columns: Tensor | None) -> Iterator[None]:
+    """A dense edit of the base that takes columns of its maps."""
+    assert base.recording is not None
+    with editor.compiled.edit(base.recording) as session:
+        session.reuse_maps(columns)
+        yield
 
 
 def first_steps(editor: Editor, base: Generation, prompt: str, columns: Tensor | None) -> list[Tensor]:
     """Latents after each of the first steps of the dense edit."""
-    assert base.recording is not None
-    seen: list[Tensor] = []
-
-    def watch(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        seen.append(tensors["latents"].clone())
-        if len(seen) == STEPS:
-            raise Enough
-        return tensors
-
     settings = base.settings
-    try:
-        with editor.compiled.edit(base.recording) as session:
-            session.reuse_maps(columns)
-            editor.pipe(
-                prompt=prompt,
-                num_inference_steps=settings.num_inference_steps,
-                guidance_scale=settings.guidance_scale,
-                height=settings.height,
-                width=settings.width,
-                generator=torch.Generator("cpu").manual_seed(settings.seed),
-                callback_on_step_end=watch,
-                output_type="latent",
-            )
-    except Enough:
-        pass
-    return seen
+    return first_latents(
+        editor.pipe,
+        reusing(editor, base, columns),
+        prompt=prompt,
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+        height=settings.height,
+        width=settings.width,
+        generator=torch.Generator("cpu").manual_seed(settings.seed),
+    )
 
 
 def found_by_step(detector: str, seen: list[Tensor], base: Generation) -> list[DetectedMask]:
@@ -156,21 +145,10 @@ def draw(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argument_parser(str(__doc__).splitlines()[0], repeats=1)
-    parser.add_argument("--pairs", type=positive, default=8, help="pairs of captions, local edits only")
-    parser.add_argument("--seed", type=int, default=1, help="of the captions")
-    parser.add_argument("--steps", type=positive, default=25, help="of the scheduler")
-    options = parser.parse_args(arguments)
-    if options.steps <= STEPS:
-        parser.error(f"--steps must be more than {STEPS}, which are looked at")
-    return options
-
-
 def main(arguments: list[str] | None = None, pipeline: Callable[..., Any] = load_pipeline) -> Report:
     """Run the benchmark, print and write its report."""
-    options = parse(arguments)
+    what = "pairs of captions, local edits only"
+    options = parse_pairs(str(__doc__).splitlines()[0], arguments, pairs=8, seed=1, what=what)
     device, dtype = prepare(options)
     settings = {"pairs": options.pairs, "seed": options.seed, "steps": options.steps, "dtype": str(dtype)}
     measured: list[dict[tuple[str, str, int], dict[str, float]]] = []

@@ -1,7 +1,8 @@
 """Runs a stock diffusers pipeline with the settings of a base, and only through its public features.
 
-A seeded generator and ``callback_on_step_end`` with the latents are all it needs; what runs inside the pipeline's UNet,
-and what the callback does with the latents, is the caller's.
+A seeded generator and ``callback_on_step_end`` with the latents are all it needs, and what ``prepare_latents`` returns
+to know where a run started. What runs inside the pipeline's UNet, and what the callback does with the latents, is the
+caller's.
 """
 
 from __future__ import annotations

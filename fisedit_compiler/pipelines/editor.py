@@ -32,7 +32,7 @@ from fisedit_compiler.runtime.module import SparseModule
 
 EDITOR_CONFIG = SparsifyConfig(norm="incremental")
 """How an Editor compiles a UNet unless told otherwise. New objects change the statistics of every norm; with recorded
-ones an edit looks less like the dense run (``docs/quality.md``), for a little less time and memory a call."""
+ones an edit looks less like the dense run (``docs/quality.md``), for less time and memory a call."""
 
 
 class Editor:
