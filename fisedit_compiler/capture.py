@@ -22,6 +22,7 @@ from fisedit_compiler.blame import TORCH_DIRECTORY, place_in_traceback, watch_gu
 from fisedit_compiler.errors import CaptureError
 from fisedit_compiler.inputs import CallSignature, TensorSpec
 from fisedit_compiler.ir import BATCH, HEIGHT, TEXT, WIDTH, ValueSpec, describe
+from fisedit_compiler.keys.notes import AttributesBefore
 
 MAX_BATCH = 63  # diffusers' upsampler branches at a batch of 64
 MAX_SIZE = 1024  # of h and w, in units of the model's total downsampling
@@ -168,6 +169,7 @@ def _export(module: nn.Module, arguments: dict[str, Any], signature: CallSignatu
 
     kwargs = {name: example(name, value) for name, value in arguments.items()}
     shapes = {name: dynamic(name, value) for name, value in arguments.items()}
+    before = AttributesBefore(module)
     try:
         with torch.no_grad():
             exported = torch.export.export(module, (), kwargs, dynamic_shapes=shapes, strict=False)
@@ -176,6 +178,8 @@ def _export(module: nn.Module, arguments: dict[str, Any], signature: CallSignatu
                 exported = exported.run_decompositions({})
     except Exception as error:
         raise _ExportError(error) from error
+    finally:
+        before.restore()  # a forward that notes a shape on itself would keep a symbolic one
     return exported
 
 

@@ -117,10 +117,13 @@ def compile_program(
     config: SparsifyConfig,
     multiple: int | None,
     structure: str = "",
+    *,
+    fresh: bool = False,
 ) -> CompiledProgram:
     """Capture ``module`` for a call (or take the capture from disk) and compile it.
 
     ``structure`` is the module's structure key; without one, or with ``config.cache`` off, the disk is not used.
+    With ``fresh`` a capture on disk is not taken but replaced.
 
     Raises:
         CaptureError: the module cannot be captured.
@@ -128,7 +131,7 @@ def compile_program(
     """
     start = time.perf_counter()
     entry = cache.entry_path(structure, signature, multiple) if structure and config.cache else None
-    captured = cache.load(entry, signature) if entry else None
+    captured = cache.load(entry, signature) if entry and not fresh else None
     cached = captured is not None
     if captured is None:
         captured = capture(module, arguments, signature, multiple)

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import fx, nn
 
 from fisedit_compiler import SparseModule, SparsifyConfig, cache, ir, sparsify
-from fisedit_compiler.runtime.fingerprint import structure_key
+from fisedit_compiler.keys import structure_key
 
 SIZE = (8, 24)
 # Constants, dense islands and a norm, yet captured in a second.
@@ -82,7 +82,7 @@ SCRIPT = """
 import sys
 sys.path[:0] = {paths!r}
 from compiled_zoo import zoo_model
-from fisedit_compiler.runtime.fingerprint import structure_key
+from fisedit_compiler.keys import structure_key
 print(structure_key(zoo_model("sdxl").module))
 """
 

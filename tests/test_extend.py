@@ -136,7 +136,9 @@ def test_an_operation_has_one_rule() -> None:
         rewrite_rule(OPERATION)(lambda node, rewriter: None)
 
 
-@pytest.mark.parametrize("wrong", [torch.ops.fisedit_tests.halve, torch.relu, "mylib::gate"], ids=str)
+@pytest.mark.parametrize(
+    "wrong", [torch.ops.fisedit_tests.halve, torch.relu, "mylib::gate"], ids=["packet", "function", "name"]
+)
 def test_what_is_no_operation_is_refused(wrong: Any) -> None:
     with pytest.raises(ConfigError, match=r"is for one operation, such as torch.ops.mylib.scale.default"):
         layout_rule(wrong)

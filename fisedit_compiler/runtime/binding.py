@@ -124,6 +124,11 @@ class Binder:
         part = None if key is None else run_part
         return BoundCall(form, CallTensors((args, kwargs), form, tensors), canonical, run, part)
 
+    def forget(self) -> None:
+        """Forget which program served a form of arguments."""
+        for form in self._forms.values():
+            form.found.clear()
+
     def sign(self, arguments: Mapping[str, Any]) -> tuple[CallSignature, dict[str, Any]]:
         """Signature and canonical form of arguments given by name."""
         canonical = self._canonical(self._arguments((), arguments))

@@ -31,6 +31,9 @@ class Call:
         tensors: tensor arguments by placeholder name.
         run_original: runs the user's own module on the call's arguments, or a compiled form of it that it is given.
         run_part: runs the user's own module on some samples of the arguments; ``None`` if they cannot be cut.
+        arguments: the arguments by name, in the form that is captured.
+        structure: key of the module's structure at this call.
+        differences: paths of the submodules in which two structures differ.
     """
 
     find_executable: Callable[[], Executable]
@@ -38,6 +41,9 @@ class Call:
     tensors: Mapping[str, Tensor]
     run_original: Callable[..., Any]
     run_part: Callable[[Tensor], Any] | None = None
+    arguments: Callable[[], dict[str, Any]] = dict
+    structure: str = ""
+    differences: Callable[[str, str], list[str]] = lambda now, then: []
 
     @cached_property
     def executable(self) -> Executable:
@@ -62,4 +68,6 @@ class Call:
         """A record of the call, with the slots of a dense run."""
         batch, _, height, width = self.sample.shape
         maps = () if len(slots) == len(self.executable.slot_names) else self.executable.map_names
-        return CallRecord(self.signature, batch, height, width, timestep, SlotTable.of(slots), inputs, maps)
+        return CallRecord(
+            self.signature, batch, height, width, timestep, SlotTable.of(slots), inputs, maps, self.structure
+        )

@@ -29,6 +29,7 @@ class EditChecks:
         """``copies`` is how many edits are made at once: a call has so many times the recorded batch."""
         self.recording, self.config, self.copies = recording, config, copies
         self._deferred = DeferredChecks()
+        self._structures = {call.structure for call in recording.calls}
         self._masks: Tensor | None = None
         self._outside: Tensor | None = None
 
@@ -48,6 +49,39 @@ class EditChecks:
             self._compare(call, number, base)
             self._deferred.wait()
         return base
+
+    def looks_first(self, number: int) -> bool:
+        """Whether the module is looked at before a call is launched, not behind the launch, where it costs no time."""
+        waits = torch.device(self.recording.device).type != "cuda"
+        return waits or number < CHECKED_AT_ONCE or len(self._structures) > 1
+
+    def weights(self, now: str, number: int) -> None:
+        """Compare the module's weights with those that were recorded.
+
+        Raises:
+            RecordingError: they differ.
+        """
+        if now != self.recording.model.weights:
+            raise RecordingError(
+                f"The module's weights changed inside edit(), by call {number} (an adapter loaded, fused or removed, a "
+                "parameter written to): the edit would mix two models. Put the weights back and edit again, or record "
+                "the base run with the new ones; the recording itself is untouched."
+            )
+
+    def structure(self, call: Call, now: str, base: CallRecord, number: int) -> None:
+        """Compare the module's structure with that of the recorded call.
+
+        Raises:
+            RecordingError: they differ, so that the recorded values are of another program.
+        """
+        if base.structure and now and now != base.structure:
+            places = call.differences(now, base.structure)
+            where = f" in {', '.join(places[:3])}" if places else ""
+            raise RecordingError(
+                f"At call {number} the module is not what it was at the recorded call{where}: a processor, an adapter, "
+                "its scale, a hook or another attribute was changed inside this run or inside the recorded one. Let "
+                "both runs change it at the same calls, or neither; the recording itself is untouched."
+            )
 
     def after(self, call: Call, number: int, base: CallRecord) -> None:
         """Compare what :meth:`before` did not wait for."""
@@ -102,6 +136,7 @@ class EditChecks:
                 f"Call {number} passes other arguments than the recorded call "
                 f"({_difference(call.signature, base.signature)}). Edit with the arguments of the recorded run."
             )
+        self.structure(call, call.structure, base, number)
         return base
 
     def _compare(self, call: Call, number: int, base: CallRecord) -> None:

@@ -29,6 +29,7 @@ from fisedit_compiler.runtime.edit_recorder import EditRecorder
 from fisedit_compiler.runtime.edited_slots import Turn
 from fisedit_compiler.runtime.executable import Executable
 from fisedit_compiler.runtime.fallback import dense_reason, pin, pinning_plan, run_densely
+from fisedit_compiler.runtime.programs import ProgramStore
 from fisedit_compiler.runtime.recording import CallRecord, Recording
 from fisedit_compiler.runtime.site_plan import SitePlan
 
@@ -59,10 +60,11 @@ class EditSession:
         mask: Any = None,
         record: bool = False,
         copies: int = 1,
+        programs: ProgramStore | None = None,
     ) -> None:
         if isinstance(copies, bool) or not isinstance(copies, int) or copies < 1:
             raise ConfigError(f"copies={copies!r}: it is the number of edits made at once, a whole number from 1 on")
-        self.recording, self.config, self.copies = recording, config, copies
+        self.recording, self.config, self.copies, self.programs = recording, config, copies, programs
         self.call = 0
         self.mask: Tensor | None = None
         self.masks: Tensor | None = None
@@ -134,6 +136,15 @@ class EditSession:
         """
         self._dense.reuse(columns)
 
+    def before(self) -> None:
+        """Look whether the module is still the one that was recorded; see :mod:`.edit_checks`.
+
+        Raises:
+            RecordingError: its weights are not those of the recording any more.
+        """
+        if self.programs is not None and self._checks.looks_first(self.call):
+            self._checks.weights(self.programs.glance().weights, self.call)
+
     def handle(self, call: Call) -> Any:
         base = self._checks.before(call, self.call)
         start = time.perf_counter()
@@ -143,6 +154,10 @@ class EditSession:
         self.computed_samples.append(self._computed)
         self.reused_maps.append(self._reused)
         self._checks.after(call, self.call, base)
+        if self.programs is not None and not self._checks.looks_first(self.call):
+            now = self.programs.glance()
+            self._checks.weights(now.weights, self.call)
+            self._checks.structure(call, now.structure, base, self.call)
         self.call += 1
         return result
 
@@ -152,6 +167,8 @@ class EditSession:
         Raises:
             RecordingError: it made fewer, or the inputs of one of them were others.
         """
+        if self.programs is not None:
+            self._checks.weights(self.programs.key.weights, self.call)
         self._checks.finish(self.call)
         self._recorder.finish()
 

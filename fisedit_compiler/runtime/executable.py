@@ -42,6 +42,7 @@ class Executable:
 
     def __init__(self, program: CompiledProgram, module: nn.Module, config: SparsifyConfig) -> None:
         self.program, self.module, self.config = program, module, config
+        self.checked = False
         self.hoisted = HoistCache(PER_CALL, graphs=config.backend == "inductor")
         self.dense = DenseModule(module)
         self.slot_names = tuple(slot.name for slot in program.slots)
@@ -60,15 +61,18 @@ class Executable:
 
     def rebind(self) -> None:
         """Follow parameters and buffers that the module replaced since the graphs were bound."""
-        for name, bound in self._attributes.items():
-            if self._resolve(name) is not bound:
-                self._graphs.clear()
-                self._bundles.clear()
-                self._pool = self._update_pool = None
-                self._prepared.clear()
-                self._attributes.clear()
-                self.hoisted.clear()
-                return
+        if any(self._resolve(name) is not bound for name, bound in self._attributes.items()):
+            self.unbind()
+
+    def unbind(self) -> None:
+        """Let go of the module's parameters; the program is bound to those of the moment at its next call."""
+        if self._attributes:
+            self._graphs.clear()
+            self._bundles.clear()
+            self._pool = self._update_pool = None
+            self._prepared.clear()
+            self._attributes.clear()
+            self.hoisted.clear()
 
     def _resolve(self, name: str) -> Any:
         constant = self.program.constants.get(name)

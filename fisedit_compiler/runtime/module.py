@@ -21,7 +21,6 @@ from fisedit_compiler.inspect.explanation import Explanation, Measured
 from fisedit_compiler.inspect.stages import Stages, choose_program, stages_of
 from fisedit_compiler.program import CompiledProgram
 from fisedit_compiler.runtime.edit_session import EditSession
-from fisedit_compiler.runtime.fingerprint import weights_key
 from fisedit_compiler.runtime.programs import ProgramStore
 from fisedit_compiler.runtime.record_session import RecordSession
 from fisedit_compiler.runtime.recording import Recording
@@ -71,6 +70,7 @@ class SparseModule(nn.Module):
                 "copy of the model for concurrent runs."
             )
         with torch.no_grad():
+            session.before()
             call, wrap = self._programs.bind(args, kwargs)
             return wrap(session.handle(call))
 
@@ -96,9 +96,11 @@ class SparseModule(nn.Module):
         with self._entered("record"):
             self._check_evaluating()
             recording = Recording(self._refresh(), self.sparsify_config.program_key())
-            self._session = RecordSession(recording, maps)
-            yield recording
-            recording.complete = True
+            session = RecordSession(recording, self._programs, maps)
+            self._session = session
+            with self._followed():
+                yield recording
+            session.finish()
             self._recorded_calls = recording.num_calls
 
     @contextmanager
@@ -130,10 +132,11 @@ class SparseModule(nn.Module):
         with self._entered("edit"):
             self._check_evaluating()
             self._check(recording)
-            session = EditSession(recording, self.sparsify_config, mask, record, copies)
+            session = EditSession(recording, self.sparsify_config, mask, record, copies, self._programs)
             self._session = session
             try:
-                yield session
+                with self._followed():
+                    yield session
             finally:
                 self._measured.update({calls.kind: calls for calls in session.measured()})
             session.finish()
@@ -151,6 +154,14 @@ class SparseModule(nn.Module):
             yield
         finally:
             self._session, self._mode, self._owner = None, "", 0
+
+    @contextmanager
+    def _followed(self) -> Iterator[None]:
+        """Read the module's weights when a run ends, however it ends: what was computed from others is forgotten."""
+        try:
+            yield
+        finally:
+            self._refresh()
 
     def _check_evaluating(self) -> None:
         if self.original.training:
@@ -179,17 +190,19 @@ class SparseModule(nn.Module):
                 f"The recording was made with {dict(recording.config)}, this module is compiled with "
                 f"{dict(self.sparsify_config.program_key())}. Record again, or sparsify with the recorded options."
             )
-        if recording.model != self._refresh():
+        now, then = self._refresh(), recording.model
+        if then != now:
+            places = self._programs.state.differences(now.structure, then.structure)
+            where = f" (in {', '.join(places[:3])}{', ...' if len(places) > 3 else ''})" if places else ""
             raise RecordingError(
-                "The recording is of another model: the structure or the weights differ (another checkpoint, a LoRA "
-                "loaded, fused or re-scaled since). Record the base run again with this model."
+                f"The recording is of another model: the structure or the weights differ{where}: another checkpoint, a "
+                "LoRA loaded, fused or re-scaled, a processor, hook or attribute exchanged since. Record the base run "
+                "again with this model, or bring the model back to what was recorded."
             )
 
     def _refresh(self) -> Any:
-        """Fingerprint the module, dropping whatever was computed from weights that changed since."""
-        fingerprint = weights_key(self.original)
-        self._programs.refresh(fingerprint)
-        return fingerprint
+        """The module's key now; whatever was computed from weights that changed since is dropped."""
+        return self._programs.refresh()
 
     # -- inspection ------------------------------------------------------------------------------
 

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.errors import RecordingError
 from fisedit_compiler.inputs import CallSignature, known_model
+from fisedit_compiler.keys import ModelKey, ModelState
+from fisedit_compiler.keys.structure import Note
 from fisedit_compiler.program import CompiledProgram, compile_program
 from fisedit_compiler.runtime.binding import Binder
 from fisedit_compiler.runtime.call import Call
 from fisedit_compiler.runtime.executable import Executable
-from fisedit_compiler.runtime.fingerprint import structure_key
 
 
 class ProgramStore:
@@ -25,8 +26,8 @@ class ProgramStore:
         self.known = known_model(module)
         self.binder = Binder(module, self.known, config.spatial_inputs)
         self._executables: dict[tuple[str, CallSignature], Executable] = {}
-        self._fingerprint: Any = None
-        self._structure = ""
+        self.state = ModelState(module)
+        self._key = ModelKey("", "")
 
     def compiled(self) -> list[CompiledProgram]:
         return [executable.program for executable in self._executables.values()]
@@ -34,19 +35,53 @@ class ProgramStore:
     def executables(self) -> list[Executable]:
         return list(self._executables.values())
 
-    def refresh(self, fingerprint: Any) -> None:
-        """Forget hoisted values if the module's fingerprint changed, and follow replaced parameters."""
-        self._structure = fingerprint[0]
-        for executable in self._executables.values():
-            executable.rebind()
-            if fingerprint != self._fingerprint:
+    def refresh(self) -> ModelKey:
+        """The module's key, read now; what was computed from another is forgotten."""
+        return self._follow(self.state.read())
+
+    def glance(self) -> ModelKey:
+        """The same by what can be seen without reading weights, for between two calls of a run."""
+        return self._follow(self.state.glance())
+
+    def _follow(self, key: ModelKey) -> ModelKey:
+        if key is self._key:
+            return key
+        for (structure, _), executable in self._executables.items():
+            if structure == key.structure:
+                executable.rebind()
+            else:
+                # Its parameters may not exist any more. Should the structure come back, it is bound anew.
+                executable.unbind()
+            if key != self._key:
                 executable.hoisted.clear()
-        self._fingerprint = fingerprint
+        self._key = key
+        return key
+
+    def leave_out(self, notes: frozenset[Note]) -> None:
+        """Leave attributes out of the key that the module's forward writes to and does not depend on."""
+        former = self._key.structure
+        self.state.leave_out(notes)
+        self._key = self.state.read()
+        for structure, signature in [key for key in self._executables if key[0] == former]:
+            self._executables[self._key.structure, signature] = self._executables.pop((structure, signature))
+        self.binder.forget()
+
+    @property
+    def key(self) -> ModelKey:
+        """The module's key as it was seen last."""
+        return self._key
 
     def prepare(self, arguments: Mapping[str, Any]) -> Executable:
         """Compile for a typical call ahead of the first one."""
-        self._structure = structure_key(self.module)
+        self.refresh()
         return self._executable(*self.binder.sign(arguments))
+
+    def capture_again(self, call: Call) -> Executable:
+        """The program of a call, captured anew and not read from disk: the one at hand computes something else."""
+        for key in [key for key, executable in self._executables.items() if executable is call.executable]:
+            del self._executables[key]
+        self.binder.forget()
+        return self._executable(call.signature, call.arguments(), fresh=True)
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Call, Callable[[Any], Any]]:
         """The call made ready for a session, and how its result must be wrapped for the caller."""
@@ -54,25 +89,37 @@ class ProgramStore:
         signature = bound.form.signature
 
         def find() -> Executable:
-            executable = bound.form.found.get(self._structure)
+            executable = bound.form.found.get(self._key.structure)
             if executable is None:
                 executable = self._executable(signature, bound.canonical())
-                bound.form.found[self._structure] = executable
+                bound.form.found[self._key.structure] = executable
             _check_divisible(call.sample, executable.program.multiple)
             return executable
 
-        call = Call(find, signature, bound.tensors, bound.run, bound.run_part)
+        call = Call(
+            find,
+            signature,
+            bound.tensors,
+            bound.run,
+            bound.run_part,
+            bound.canonical,
+            self._key.structure,
+            self.state.differences,
+        )
         wrap = self.known.wrap if self.known is not None and bound.form.return_dict else _as_it_is
         return call, wrap
 
-    def _executable(self, signature: CallSignature, arguments: dict[str, Any]) -> Executable:
-        key = (self._structure, signature)
+    def _executable(self, signature: CallSignature, arguments: dict[str, Any], fresh: bool = False) -> Executable:
+        structure = self._key.structure
+        key = (structure, signature)
         if key not in self._executables:
             multiple = self.config.multiple
             if multiple is None and self.known is not None:
                 multiple = self.known.multiple(self.module)
+            # What is told apart by identity alone means nothing to another process.
+            on_disk = structure if self.state.structure.portable else ""
             program = compile_program(
-                self.module, arguments, signature, self.config, multiple, structure=self._structure
+                self.module, arguments, signature, self.config, multiple, structure=on_disk, fresh=fresh
             )
             self._executables[key] = Executable(program, self.module, self.config)
         return self._executables[key]

@@ -29,6 +29,7 @@ class CallRecord:
         slots: recorded tensors by slot name; of an edited call a view that puts them together when they are read.
         inputs: copies of the call's inputs without sites by placeholder name (``recorded_inputs.py``); calls with equal
             inputs share them.
+        structure: key of the module's structure at this call, which a pipeline may change within its own run.
         maps: names of the slots that are cross-attention maps, of the first calls only (``record(maps=...)``).
     """
 
@@ -40,6 +41,7 @@ class CallRecord:
     slots: Mapping[str, Tensor]
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     maps: tuple[str, ...] = ()
+    structure: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -58,7 +60,7 @@ class Recording:
     """A base run, indexed by (call, slot). Made by ``compiled.record()`` or by an edit with ``record=True``.
 
     Attributes:
-        model: fingerprint of the module that was recorded (structure and weights).
+        model: key of the module that was recorded (structure and weights), as it was when the run began.
         config: the fields of the configuration that decide what is recorded.
         calls: one record per call, in order.
         complete: whether the recording run ended without an exception.

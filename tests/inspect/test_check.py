@@ -33,7 +33,6 @@ from fisedit_compiler.passes import recording as recording_pass
 from fisedit_compiler.passes.extensions import RULES
 from fisedit_compiler.passes.order import REQUIRED, REWRITES
 from fisedit_compiler.passes.outputs import Outputs
-from fisedit_compiler.runtime import module as module_file
 from fisedit_compiler.runtime import site_plan
 from fisedit_compiler.runtime.hoisting import HoistCache
 
@@ -262,7 +261,7 @@ def test_hoisted_values_of_other_weights(monkeypatch: pytest.MonkeyPatch) -> Non
     with torch.no_grad():
         compiled.original.down_blocks[0].resnets[0].conv1.weight.mul_(2.0)
     with monkeypatch.context() as patched:
-        patched.setattr(module_file, "weights_key", lambda module, known=compiled._programs._fingerprint: known)
+        patched.setattr(compiled._programs.state, "read", lambda: compiled._programs.key)
         report = compiled.check(MASK)
     assert [item.path for item in report.differences] == ["down_blocks.0.resnets.0.conv1"]
     assert report.differences[0].what.startswith("hoisted pack_conv_weight")

@@ -1,0 +1,10 @@
+"""What a module is right now: the key its programs and recordings are found by, and a quick look whether it changed.
+
+``structure.py`` reads everything that a forward can read, ``weights.py`` the contents of parameters and buffers,
+``watch.py`` notices changes between two calls, ``model.py`` puts the three together. Nothing here runs the module.
+"""
+
+from fisedit_compiler.keys.model import ModelKey, ModelState
+from fisedit_compiler.keys.structure import structure_key
+
+__all__ = ["ModelKey", "ModelState", "structure_key"]

@@ -1,0 +1,133 @@
+"""Contents of parameters and buffers as a key that tells a permutation, a changed sign and a single element apart.
+
+Versions and addresses tell for nothing that a tensor was exchanged or written to by an ordinary operation. What is
+written through ``.data``, numpy or dlpack leaves both alone, so a cheap digest of all contents is compared as well. On
+a CUDA device it is exact (``kernels/triton/checksums.py``, one pass over memory). On a CPU it is a product with a fixed
+random vector, and contents are read for good only where one of the three moved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Mapping
+from functools import lru_cache
+from operator import is_
+
+import torch
+from torch import Tensor, nn
+
+from fisedit_compiler.keys.watch import stamps
+
+_WIDTH = 1024
+_EXACT_BELOW = 1 << 14
+"""Bytes below which a tensor is simply read."""
+
+
+class Weights:
+    """The contents of one module's parameters and buffers, digested again only where they may have changed."""
+
+    def __init__(self) -> None:
+        self._tensors: list[Tensor] = []
+        self._stamps: list[tuple[int, int]] = []
+        self._glance: Tensor | None = None
+        self._key = ""
+
+    def key(self, tensors: Mapping[str, Tensor]) -> str:
+        """Digest of the contents of all tensors, whose names and forms are the structure's business; empty on meta."""
+        plain = [part for tensor in tensors.values() for part in plain_parts(tensor)]
+        if any(tensor.is_meta for tensor in plain):
+            return ""
+        with torch.no_grad():
+            glance, now = _glance(plain), stamps(plain)
+            same = len(plain) == len(self._tensors) and all(map(is_, plain, self._tensors))
+            if not (same and now == self._stamps and self._glance is not None and torch.equal(glance, self._glance)):
+                self._key = _digest(plain, glance)
+                self._tensors, self._stamps, self._glance = plain, now, glance
+        return self._key
+
+    def moved(self) -> bool:
+        """Whether a version or an address changed since :meth:`key` (microseconds; contents are not looked at)."""
+        return stamps(self._tensors) != self._stamps
+
+
+def plain_parts(tensor: Tensor) -> list[Tensor]:
+    """A tensor as ordinary ones: those that a quantized or otherwise wrapped tensor is made of."""
+    if type(tensor) in (Tensor, nn.Parameter, nn.Buffer) or not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in plain_parts(getattr(tensor, name))]
+
+
+def _glance(tensors: list[Tensor]) -> Tensor:
+    """What changes if contents do, as one tensor on the host (int64 or float64)."""
+    exact = [tensor for tensor in tensors if tensor.is_cuda]
+    others = [tensor for tensor in tensors if not tensor.is_cuda]
+    parts = [_exact_on_cuda(exact)] if exact else []
+    if others:
+        parts.append(torch.tensor([_product(tensor) for tensor in others], dtype=torch.float64).view(torch.int64))
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+
+
+def _product(tensor: Tensor) -> float:
+    """A weighted sum of the elements; small tensors and those of whole numbers by their CRC."""
+    if not tensor.is_floating_point() or tensor.nbytes < _EXACT_BELOW or tensor.device.type != "cpu":
+        return float(_crc(tensor))
+    flat = _flat(tensor)
+    if flat.element_size() == 1:
+        return float(_crc(tensor))
+    rows = flat[: flat.numel() // _WIDTH * _WIDTH].view(-1, _WIDTH)
+    vector = _vector(_WIDTH, tensor.dtype)
+    sums = (rows @ vector).double()
+    tail = flat[rows.numel() :]
+    total = torch.dot(sums, _vector(len(sums), torch.float64))
+    return float(total + torch.dot(tail.double(), _vector(_WIDTH, torch.float64)[: len(tail)]))
+
+
+@lru_cache(maxsize=64)
+def _vector(length: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(length)
+    return (torch.rand(length, generator=generator, dtype=torch.float64, device="cpu") + 0.5).to(dtype)
+
+
+def _digest(tensors: list[Tensor], glance: Tensor) -> str:
+    digest = hashlib.sha256()
+    position = 0
+    for tensor in tensors:
+        if tensor.is_cuda:
+            digest.update(f"{int(glance[position])}:{_order(tensor)},".encode())
+            position += 1
+        else:
+            digest.update(f"{_crc(tensor)}:{_order(tensor)},".encode())
+    return digest.hexdigest()
+
+
+def _crc(tensor: Tensor) -> int:
+    flat = _flat(tensor)
+    if flat.device.type != "cpu":
+        flat = flat.cpu()
+    return zlib.crc32(flat.view(torch.uint8).numpy().data) if flat.numel() else 0
+
+
+def _order(tensor: Tensor) -> str:
+    """How the elements lie in memory, for tensors that are not contiguous."""
+    return "" if tensor.layout is not torch.strided or tensor.is_contiguous() else str(tensor.stride())
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """All elements in the order of memory, without a copy where they are dense."""
+    tensor = tensor.detach()
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
+    if tensor.is_contiguous():
+        return tensor.reshape(-1)
+    order = sorted(range(tensor.dim()), key=lambda axis: tensor.stride(axis), reverse=True)
+    return tensor.permute(order).reshape(-1)
+
+
+def _exact_on_cuda(tensors: list[Tensor]) -> Tensor:
+    try:
+        from fisedit_compiler.kernels.triton.checksums import checksums
+    except ImportError:  # no Triton: every tensor is read by the host
+        return torch.tensor([_crc(tensor) for tensor in tensors], dtype=torch.int64)
+    return checksums([_flat(tensor) for tensor in tensors]).cpu()

@@ -1,0 +1,177 @@
+"""The first recorded call of every program is compared with the module itself, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fisedit_compiler import SparseModule, SparsifyConfig, sparsify
+from fisedit_compiler.errors import CaptureError
+from fisedit_compiler.keys import structure
+from fisedit_compiler.runtime.executable import Executable
+
+SAMPLE = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+MASK = torch.zeros(8, 8, dtype=torch.bool)
+MASK[2:5, 3:6] = True
+
+
+class Scaled(nn.Module):
+    """One convolution and a factor that the key knows."""
+
+    def __init__(self, factor: float = 2.0) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self._factor = factor
+
+    def forward(self, sample: Tensor) -> Tensor:
+        return self.conv(sample) * self._factor
+
+
+class Noting(Scaled):
+    """Notes a shape on itself, as CompVis' decoder does."""
+
+    def forward(self, sample: Tensor) -> Tensor:
+        self.last_shape = sample.shape
+        self._seen = {"size": sample.shape[2:]}
+        return super().forward(sample)
+
+
+class Logging(Scaled):
+    """Appends to a list that it never reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[int] = []
+
+    def forward(self, sample: Tensor) -> Tensor:
+        self.calls.append(1)
+        return super().forward(sample)
+
+
+class Counting(Scaled):
+    """Depends on how often it was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def forward(self, sample: Tensor) -> Tensor:
+        self.count += 1
+        return super().forward(sample) * self.count
+
+
+def compiled(module: nn.Module, **options: Any) -> SparseModule:
+    torch.manual_seed(0)
+    config = SparsifyConfig(multiple=1, dense_above=1.0, cache=False, **options)
+    return sparsify(module.eval(), config, example_inputs={"sample": SAMPLE})
+
+
+def count_checks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    calls: list[int] = []
+    record = Executable.record
+
+    def counted(self: Executable, *args: Any, **kwargs: Any) -> Any:
+        calls.append(int(self.checked))
+        return record(self, *args, **kwargs)
+
+    monkeypatch.setattr(Executable, "record", counted)
+    return calls
+
+
+def recorded(module: SparseModule) -> tuple[Any, Tensor]:
+    with module.record() as recording:
+        output = module(SAMPLE)
+    return recording, output
+
+
+def test_a_program_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = compiled(Scaled())
+    checked = count_checks(monkeypatch)
+    recorded(module)
+    recorded(module)
+    assert checked == [0, 1]
+
+
+def test_a_program_of_another_module_is_captured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key that misses something serves the wrong program: the check finds it, and the second capture is right."""
+    monkeypatch.setattr(structure, "_SILENT", structure._SILENT | {"_factor"})
+    module = compiled(Scaled())
+    module.original._factor = 3.0
+    recording, output = recorded(module)
+    assert torch.equal(output, module.original(SAMPLE))
+    with module.edit(recording, MASK):
+        assert torch.allclose(module(SAMPLE), output, atol=1e-6)
+
+
+def test_a_wrong_entry_on_disk_is_replaced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FISEDIT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(structure, "_SILENT", structure._SILENT | {"_factor"})
+
+    def made(factor: float) -> SparseModule:
+        torch.manual_seed(0)
+        config = SparsifyConfig(multiple=1, dense_above=1.0)
+        return sparsify(Scaled(factor).eval(), config, example_inputs={"sample": SAMPLE})
+
+    recorded(made(2.0))
+    for _ in range(2):
+        module = made(3.0)
+        assert torch.equal(recorded(module)[1], module.original(SAMPLE))
+
+
+def test_a_second_difference_is_an_error_that_names_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = compiled(Scaled())
+    record = Executable.record
+
+    def wrong(self: Executable, *args: Any, **kwargs: Any) -> Any:
+        outputs, slots = record(self, *args, **kwargs)
+        return [output + 1 for output in outputs], slots
+
+    monkeypatch.setattr(Executable, "record", wrong)
+    with pytest.raises(CaptureError, match=r"Scaled computes something else than its captured graph \(output 0"):
+        recorded(module)
+    monkeypatch.undo()
+    assert torch.equal(recorded(module)[1], module.original(SAMPLE)), "the module stays usable"
+
+
+@pytest.mark.parametrize("build", [Noting, Logging])
+def test_what_a_forward_only_writes_does_not_spoil_its_recordings(build: Callable[[], nn.Module]) -> None:
+    module = compiled(build())
+    recording, output = recorded(module)
+    for _ in range(3):
+        module.original(SAMPLE[:1])
+        module(SAMPLE)
+        with module.edit(recording, MASK):
+            assert torch.allclose(module(SAMPLE), output, atol=1e-6)
+    assert len(module.programs) == 1
+    assert recorded(module)[0].model == recording.model
+
+
+def test_a_note_holds_no_symbolic_size_after_capture() -> None:
+    module = compiled(Noting())
+    assert not hasattr(module.original, "last_shape")
+
+
+def test_a_forward_that_depends_on_what_it_wrote_is_refused() -> None:
+    module = compiled(Counting())
+    with pytest.raises(CaptureError, match=r"writes to the module itself: count"):
+        recorded(module)
+
+
+def test_random_numbers_go_on_as_if_nothing_was_checked() -> None:
+    module = compiled(Scaled())
+    torch.manual_seed(5)
+    recorded(module)
+    after = torch.rand(3)
+    torch.manual_seed(5)
+    assert torch.equal(after, torch.rand(3))
+
+
+def test_outputs_that_are_no_numbers_are_compared_too() -> None:
+    module = compiled(Scaled(float("nan")))
+    _, output = recorded(module)
+    assert output.isnan().all()
