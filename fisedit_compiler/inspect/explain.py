@@ -28,7 +28,7 @@ from fisedit_compiler.inspect.explanation import (
     SlotBytes,
     Work,
 )
-from fisedit_compiler.masks import to_site_mask
+from fisedit_compiler.masks import mask_pixels, to_site_mask
 from fisedit_compiler.runtime.fallback import dense_reason
 from fisedit_compiler.runtime.site_plan import SitePlan
 
@@ -132,13 +132,11 @@ def fates(program: CompiledProgram) -> dict[str, Fate]:
 
 def _site_mask(mask: Any, size: tuple[int, int] | None) -> torch.Tensor:
     if size is None:
-        shape = getattr(mask, "shape", None)
-        if shape is None:
+        if getattr(mask, "shape", None) is None:
             raise MaskError(
                 f"explain() cannot tell the latent's size from a {type(mask).__name__}; pass it as size=(height, width)"
             )
-        # A mask of another rank is refused below, whatever its size.
-        size = (int(shape[-2]), int(shape[-1])) if len(shape) >= 2 else (1, 1)
+        return mask_pixels(mask)
     return to_site_mask(mask, *size)
 
 

@@ -19,7 +19,7 @@ from fisedit_compiler.errors import ConfigError, MaskError, RecordingError
 from fisedit_compiler.inspect.samples import edited_inputs, sample_inputs
 from fisedit_compiler.inspect.stages import choose_program
 from fisedit_compiler.layout import Layout
-from fisedit_compiler.masks import to_site_mask
+from fisedit_compiler.masks import mask_pixels, to_site_mask
 from fisedit_compiler.program import CompiledProgram
 from fisedit_compiler.runtime.recording import Recording
 from fisedit_compiler.runtime.site_plan import SitePlan
@@ -156,9 +156,8 @@ def _own_size(mask: Any, multiple: int) -> Tensor:
     """The mask at its own size, which is the size of the call that is made up."""
     if isinstance(mask, (str, Path)):
         raise MaskError("A mask that is a file has no size of its own here; open it, or pass inputs= as well.")
-    size = getattr(mask, "shape", None)
-    height, width = size[-2:] if size is not None and len(size) >= 2 else reversed(getattr(mask, "size", (1, 1)))
-    sites = to_site_mask(mask, int(height), int(width))
+    sites = mask_pixels(mask)  # a photo turned by its EXIF orientation has another size than it says
+    height, width = sites.shape
     if height % multiple or width % multiple:
         raise MaskError(
             f"The mask is {height}x{width}, but the model scales its maps down to 1/{multiple}: both sizes must be "

@@ -1,12 +1,12 @@
 """Masks as the compiler wants them: one boolean per latent site, and the tools to make and mend them.
 
-Pure functions only: no model, no recording and no file is written here. ``convert`` takes what a user has, ``shapes``
-draws boxes, ellipses and polygons, ``morphology`` opens, grows and sieves masks and lists their regions, ``feather``
-gives the weights of a soft border. Site plans, which turn a mask into index tables, live in
-``fisedit_compiler.runtime``.
+Pure functions only: no model, no recording and no file is written here. ``convert`` takes what a user has, ``painted``
+says which pixels of an image count, ``shapes`` draws boxes, ellipses and polygons, ``morphology`` opens, grows and
+sieves masks and lists their regions, ``feather`` gives the weights of a soft border. Site plans, which turn a mask into
+index tables, live in ``fisedit_compiler.runtime``.
 """
 
-from fisedit_compiler.masks.convert import MaskLike, to_site_mask
+from fisedit_compiler.masks.convert import MaskLike, mask_pixels, to_site_mask
 from fisedit_compiler.masks.feather import feather_weights, weights_per_step
 from fisedit_compiler.masks.morphology import Region, area, dilated, grown, minimum_area, opened, regions
 from fisedit_compiler.masks.shapes import (
@@ -32,6 +32,7 @@ __all__ = [
     "feather_weights",
     "grown",
     "intersection",
+    "mask_pixels",
     "minimum_area",
     "opened",
     "polygon_mask",

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from fisedit_compiler import images
 from fisedit_compiler.errors import MaskError
+from fisedit_compiler.masks.painted import GREY_THRESHOLD, painted
 
-MaskLike: TypeAlias = torch.Tensor | np.ndarray[Any, Any] | Image.Image | str | os.PathLike[str]
+MaskLike: TypeAlias = images.ImageLike
 """What a user may pass as a mask: a tensor, an array, an image, or the path of an image or ``.npy`` file."""
 
 _THRESHOLD = 0.5
-_GREY_THRESHOLD = 128
 
 
 def to_site_mask(mask: MaskLike, height: int, width: int, *, image_scale: int | None = None) -> torch.Tensor:
@@ -27,8 +26,8 @@ def to_site_mask(mask: MaskLike, height: int, width: int, *, image_scale: int | 
 
     Args:
         mask: ``[H, W]``, ``[1, H, W]`` or ``[1, 1, H, W]`` of bool, uint8 (0 and 1, or grey 0 to 255, active
-            from 128) or float in [0, 1] (active above 0.5); a PIL image (active from grey 128; an alpha channel
-            is taken only where it is opaque throughout); or the path of an image file or of an array that
+            from 128) or float in [0, 1] (active above 0.5); a PIL image, turned by its EXIF orientation (what is active
+            in it: :func:`~fisedit_compiler.masks.painted.painted`); or the path of an image file or of an array that
             ``numpy.save`` wrote (``.npy``).
         height: rows of the latent.
         width: columns of the latent.
@@ -40,82 +39,28 @@ def to_site_mask(mask: MaskLike, height: int, width: int, *, image_scale: int | 
         the CPU.
 
     Raises:
-        MaskError: wrong type, dtype, number of dimensions, size, range, NaN, or an unreadable file.
+        MaskError: wrong type, dtype, number of dimensions, size, range, NaN, an image of which something is painted
+            and nothing is active, or an unreadable file.
     """
-    pixels = _threshold(_as_tensor(mask))
-    pixels = _drop_leading_ones(pixels)
-    factor = _pixels_per_site(pixels, height, width, image_scale)
+    with images.naming(mask, images.MASK):
+        pixels = mask_pixels(mask)
+        factor = _pixels_per_site(pixels, height, width, image_scale)
     if factor == 1:
         return pixels.contiguous()
     return pixels.reshape(height, factor, width, factor).any(dim=3).any(dim=1)
 
 
-def _as_tensor(mask: MaskLike) -> torch.Tensor:
-    """The mask's values as a bool, uint8 or floating tensor, its dimensions untouched."""
-    if isinstance(mask, torch.Tensor):
-        return mask.detach()
-    if isinstance(mask, (str, os.PathLike)):
-        path = Path(mask)
-        mask = _load_array(path) if path.suffix.lower() == ".npy" else _open(path)
-    if isinstance(mask, Image.Image):
-        return torch.from_numpy(_grey(mask))
-    if isinstance(mask, np.ndarray):
-        if mask.dtype != np.bool_ and mask.dtype != np.uint8 and not np.issubdtype(mask.dtype, np.floating):
-            raise _wrong_dtype(mask.dtype)
-        # The copy gives negative strides, foreign byte orders and read-only buffers a form torch accepts.
-        native = mask.astype(np.float64) if np.issubdtype(mask.dtype, np.floating) else mask.copy()
-        return torch.from_numpy(native)
-    raise MaskError(
-        f"a mask cannot be a {type(mask).__name__}; pass a torch tensor, a numpy array, a PIL image or the "
-        "path of an image or .npy file"
-    )
-
-
-def _load_array(path: Path) -> np.ndarray[Any, Any]:
-    try:
-        # Never pickles: a mask file may come from anywhere.
-        loaded: np.ndarray[Any, Any] = np.load(path, allow_pickle=False)
-    except FileNotFoundError as error:
-        raise MaskError(f"there is no mask file {str(path)!r}; check the path") from error
-    except (ValueError, EOFError, OSError) as error:
-        raise MaskError(
-            f"the mask file {str(path)!r} is not an array that numpy reads ({error}); write it by numpy.save as bool, "
-            "uint8 or float"
-        ) from error
-    return loaded
-
-
-def _open(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except FileNotFoundError as error:
-        raise MaskError(f"there is no mask file {str(path)!r}; check the path") from error
-    except (UnidentifiedImageError, OSError) as error:
-        raise MaskError(
-            f"the mask file {str(path)!r} is not an image that Pillow reads ({error}); save it as PNG"
-        ) from error
-
-
-def _grey(image: Image.Image) -> np.ndarray[Any, Any]:
-    """Grey values 0 or 255 of an image; cut here so that a faint drawing is not taken for one of 0 and 1."""
-    if "transparency" in image.info:
-        image = image.convert("RGBA")
-    if "A" in image.getbands() and image.getchannel("A").getextrema() == (255, 255):
-        image = image.convert("RGB")  # opaque throughout, as many programs save any picture: the alpha says nothing
-    if "A" in image.getbands():
-        raise MaskError(
-            f"the mask image has an alpha channel (mode {image.mode!r}), so it is unclear which pixels are "
-            "active; pass image.convert('RGBA').getchannel('A') for the opaque ones or "
-            "image.convert('RGB') to ignore the alpha"
-        )
-    if image.mode not in {"1", "L", "P", "RGB"}:
-        raise MaskError(
-            f"a mask image of mode {image.mode!r} is not supported; convert it to mode 'L', where white is active"
-        )
-    grey = np.asarray(image.convert("L"))
-    return np.where(grey >= _GREY_THRESHOLD, 255, 0).astype(np.uint8)
+def mask_pixels(mask: MaskLike) -> torch.Tensor:
+    """The mask at its own size: a bool tensor ``[H, W]``; arguments and errors are those of :func:`to_site_mask`."""
+    held = images.read(mask, images.MASK)
+    with images.naming(mask, images.MASK):
+        if isinstance(held, Image.Image):
+            return torch.from_numpy(painted(held))
+        if isinstance(held, np.ndarray):
+            if held.dtype.kind != "f" and held.dtype not in (np.bool_, np.uint8):
+                raise _wrong_dtype(held.dtype)
+            held = torch.from_numpy(held)
+        return _drop_leading_ones(_threshold(held))
 
 
 def _threshold(values: torch.Tensor) -> torch.Tensor:
@@ -139,12 +84,12 @@ def _threshold_bytes(values: torch.Tensor) -> torch.Tensor:
     highest = int(values.max()) if values.numel() else 0
     if highest <= 1:
         return values != 0
-    if highest < _GREY_THRESHOLD:
+    if highest < GREY_THRESHOLD:
         raise MaskError(
-            f"a uint8 mask holds 0 and 1, or grey values with active pixels from {_GREY_THRESHOLD}; the "
+            f"a uint8 mask holds 0 and 1, or grey values with active pixels from {GREY_THRESHOLD}; the "
             f"highest value here is {highest}. For a map of labels pass labels == your_label"
         )
-    return values >= _GREY_THRESHOLD
+    return values >= GREY_THRESHOLD
 
 
 def _wrong_dtype(dtype: object) -> MaskError:

@@ -6,21 +6,16 @@ Every function answers or raises an error with the remedy; only :func:`encoded` 
 from __future__ import annotations
 
 import math
-import os
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
+from fisedit_compiler import images
 from fisedit_compiler.errors import ConfigError, PictureError
+from fisedit_compiler.images import ImageLike
 
-ImageLike: TypeAlias = Image.Image | np.ndarray[Any, Any] | torch.Tensor | str | os.PathLike[str]
-"""What a user may load: a PIL image, an array, a tensor, or the path of an image file."""
-
-_PLAIN_MODES = ("RGB", "L", "1", "CMYK", "YCbCr", "HSV")
-_TRANSPARENT_MODES = ("RGBA", "LA", "PA", "P", "RGBa", "La")
 _PIPELINE_MULTIPLE = 8  # diffusers refuses other sizes, whatever the VAE's factor is
 _MAX_ASPECT = 8.0
 
@@ -29,28 +24,28 @@ def read_picture(image: ImageLike) -> Image.Image:
     """An RGB picture, 8 bits a channel, upright (the EXIF orientation is applied).
 
     Args:
-        image: a PIL image of 8-bit channels; a path; a numpy array ``[height, width]`` or ``[height, width, C]`` with
-            1, 3 or 4 channels, uint8 or float in [0, 1]; a torch tensor ``[C, height, width]`` or ``[1, C, height,
-            width]``, likewise. Grey becomes RGB; an alpha channel must be opaque. Floats are rounded to 8 bits.
+        image: a PIL image of 8-bit channels; the path of an image or ``.npy`` file; a numpy array
+            ``[height, width]`` or ``[height, width, C]`` with 1, 3 or 4 channels, uint8 or float in [0, 1]; a torch
+            tensor ``[C, height, width]`` or ``[1, C, height, width]``, likewise. Grey becomes RGB; an alpha channel
+            must be opaque. Floats are rounded to 8 bits.
 
     Raises:
-        PictureError: an unreadable file, another type, shape or mode, transparency, values out of range, NaN.
+        PictureError: an unreadable or animated file, another type, shape or mode, more than 8192 x 8192 pixels,
+            transparency, values out of range, NaN.
     """
-    if isinstance(image, (str, os.PathLike)):
-        image = _open(Path(image))
-    elif isinstance(image, torch.Tensor):
-        image = _from_values(_tensor_values(image))
-    elif isinstance(image, np.ndarray):
-        image = _from_values(_array_values(image))
-    elif not isinstance(image, Image.Image):
-        raise PictureError(
-            f"a picture cannot be a {type(image).__name__}; pass a PIL image, a numpy array [height, width, 3], a "
-            "torch tensor [3, height, width] or the path of an image file"
-        )
-    try:
-        return _to_rgb(ImageOps.exif_transpose(image))
-    except OSError as error:  # PIL reads pixels late: a truncated file shows itself here
-        raise PictureError(f"the picture cannot be read: {error}; open it in a viewer and save it again") from error
+    held = images.read(image, images.PICTURE)
+    with images.naming(image, images.PICTURE):
+        if isinstance(held, torch.Tensor):
+            held = _from_values(_tensor_values(held))
+        elif isinstance(held, np.ndarray):
+            held = _from_values(_array_values(held))
+        flat = images.opaque(held, images.PICTURE)
+        if flat is None:
+            raise PictureError(
+                "the picture has transparent pixels, and the model knows none; put it on a background first, e.g. "
+                'Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))'
+            )
+        return flat.convert("RGB")
 
 
 def size_unit(pipe: Any) -> int:
@@ -138,36 +133,6 @@ def _means(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
         )
         return (means - mean) * config.scaling_factor / std
     return means * config.scaling_factor
-
-
-def _open(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as opened:
-            opened.load()
-            return opened.copy() if not opened.getexif() else ImageOps.exif_transpose(opened)
-    except FileNotFoundError as error:
-        raise PictureError(f"there is no picture {path}; check the path") from error
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        raise PictureError(f"{path} cannot be read as a picture: {error}; save it as PNG or JPEG") from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if 0 in image.size:
-        raise PictureError(f"the picture is empty: {image.width} x {image.height} pixels")
-    if image.mode in _TRANSPARENT_MODES or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        if rgba.getchannel("A").getextrema() != (255, 255):
-            raise PictureError(
-                "the picture has transparent pixels, and the model knows none; put it on a background first, e.g. "
-                'Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))'
-            )
-        return rgba.convert("RGB")
-    if image.mode not in _PLAIN_MODES:
-        raise PictureError(
-            f"the picture has mode {image.mode!r}, whose range is not known; convert it to 8 bits a channel first, "
-            'e.g. image.convert("RGB") after scaling its values to 0..255'
-        )
-    return image.copy() if image.mode == "RGB" else image.convert("RGB")
 
 
 def _tensor_values(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
