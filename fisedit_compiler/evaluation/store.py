@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -25,7 +26,10 @@ from PIL import Image
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from fisedit_compiler.errors import ConfigError, FiseditError
+from fisedit_compiler.errors import ConfigError, FiseditError, PictureError
+from fisedit_compiler.pipelines.pictures import read_picture
+
+logger = logging.getLogger(__name__)
 
 _OURS = ("config.json", "run.json", "results.json", "report.html", "quality.md")
 _FOLDERS = ("pairs", "images")
@@ -151,12 +155,15 @@ class Store:
         self.write_bytes(f"images/{line:06d}/{name}.jpg", buffer.getvalue())
 
     def image(self, line: int, name: str) -> Image.Image | None:
-        """A picture that was kept."""
+        """A picture that was kept; ``None``, and a warning, if its file is damaged."""
         path = self.folder / f"images/{line:06d}/{name}.jpg"
         if not path.is_file():
             return None
-        with Image.open(path) as image:
-            return image.convert("RGB")
+        try:
+            return read_picture(path)
+        except PictureError as error:  # one picture less, not a report less
+            logger.warning("%s; it is left out: delete the pair's record and run again to make it anew", error)
+            return None
 
     def write_text(self, name: str, text: str) -> Path:
         """Write a file of the folder whole or not at all."""

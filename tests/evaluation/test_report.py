@@ -206,6 +206,14 @@ def test_the_document_shows_pictures_of_the_first_results(store: Store, tmp_path
         documents.main([results, "--pictures", str(tmp_path), str(sheet)])
 
 
+def test_a_damaged_picture_is_left_out_of_the_page(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    damaged = next(store.folder.glob("images/*/base.jpg"))
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    write_report(store.folder)
+    assert store.image(int(damaged.parent.name), "base") is None
+    assert "base.jpg" in caplog.text and "left out" in caplog.text
+
+
 def test_something_else_is_no_results_file(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('{"format": 9}')
     with pytest.raises(FiseditError, match="format 9"):
