@@ -22,7 +22,9 @@ class Watch:
     """Places that were read, and what they held then."""
 
     def __init__(self) -> None:
-        self._pairs: list[tuple[Any, Any]] = []
+        # Two lists, so that one comparison in C looks at all of them.
+        self._live: list[Any] = []
+        self._kept: list[Any] = []
         self._empty: list[Any] = []
         self._tensors_of: list[tuple[Mapping[str, Tensor | None], tuple[int, ...]]] = []
         self._tensors: list[Tensor] = []
@@ -36,21 +38,27 @@ class Watch:
 
     def attributes(self, values: Mapping[str, Any]) -> None:
         """Attributes of an object, a module or a class."""
-        self._pairs.append((values, dict(values)))
+        self._pair(values, dict(values))
 
     def container(self, value: Any) -> None:
         """A dictionary, list, set or deque."""
         if not value:
             self._empty.append(value)
         else:
-            self._pairs.append((value, dict(value) if isinstance(value, Mapping) else _copied(value)))
+            self._pair(value, dict(value) if isinstance(value, Mapping) else _copied(value))
+
+    def _pair(self, live: Any, kept: Any) -> None:
+        self._live.append(live)
+        self._kept.append(kept)
 
     def tensors_of(self, values: Mapping[str, Tensor | None]) -> None:
-        """Parameters or buffers of a module: by identity, since comparing tensors compares elements."""
-        if values:
+        """Parameters or buffers of a module, by identity: exchanged ones of several elements refuse to be compared."""
+        if not values:
+            self._empty.append(values)
+        elif any(value is not None and value.numel() < 2 for value in values.values()):
             self._tensors_of.append((values, tuple(map(id, values.values()))))
         else:
-            self._empty.append(values)
+            self._pair(values, dict(values))
 
     def tensor(self, value: Tensor) -> None:
         """A tensor whose contents were read."""
@@ -79,9 +87,8 @@ class Watch:
         if any(self._empty):
             return True
         try:
-            for live, kept in self._pairs:
-                if live != kept:
-                    return True
+            if self._live != self._kept:
+                return True
         except Exception:  # values that cannot be compared were exchanged: identical ones are never asked
             return True
         for values, identities in self._tensors_of:
