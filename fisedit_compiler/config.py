@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 Norm = Literal["recorded", "incremental"]
 Attention = Literal["cached", "active"]
-Backend = Literal["eager", "inductor"]
+Backend = Literal["auto", "eager", "inductor"]
+RunsOn = Literal["eager", "inductor"]
+"""What a backend comes to on one device."""
 BLOCK_SIZES = (1, 2, 4, 8)
 
 
@@ -28,8 +30,10 @@ class SparsifyConfig:
         attention: ``"cached"`` attends from active queries to recorded keys and values whose active rows are
             replaced; ``"active"`` attends among active rows only (fastest, roughest, records no keys or values).
         dilation: sites by which every mask is grown before it is used (square neighbourhood, latent resolution).
-        backend: how the sparse step runs; ``"eager"`` runs it as it is read, ``"inductor"`` compiles it once with
-            torch.compile and replays CUDA graphs (on a CUDA device; elsewhere it runs eagerly).
+        backend: how the sparse step runs. ``"inductor"`` compiles it once with torch.compile and replays CUDA graphs
+            on a CUDA device, and raises :class:`LoweringError` where that fails; ``"eager"`` runs it as it is read.
+            ``"auto"`` is ``"inductor"``, except that a step which cannot be compiled or captured runs eagerly from
+            then on, after one warning that says why. On every other device all three run eagerly.
         dense_above: share of active sites (of the mask grown by ``dilation``, at latent resolution) above which an
             edit's calls run densely, their outputs outside the mask still the recorded ones. ``None`` is the break-even
             measured on this device type and backend, or never where nobody measured one (``runtime/break_even.json``);
@@ -57,7 +61,7 @@ class SparsifyConfig:
     norm: Norm = "recorded"
     attention: Attention = "cached"
     dilation: int = 0
-    backend: Backend = "eager"
+    backend: Backend = "auto"
     dense_above: float | None = None
     block_size: int | None = None
     disabled_passes: frozenset[str] = field(default_factory=frozenset)
@@ -94,9 +98,9 @@ class SparsifyConfig:
         object.__setattr__(self, "disabled_passes", frozenset(self.disabled_passes))
         object.__setattr__(self, "extra_passes", tuple(self.extra_passes))
 
-    def backend_on(self, device_type: str) -> Backend:
-        """What sparse calls really run on there: ``"inductor"`` needs CUDA."""
-        return "inductor" if self.backend == "inductor" and device_type == "cuda" else "eager"
+    def backend_on(self, device_type: str) -> RunsOn:
+        """What sparse calls run on there if nothing goes wrong: ``"inductor"`` needs CUDA."""
+        return "inductor" if self.backend != "eager" and device_type == "cuda" else "eager"
 
     def program_key(self) -> Mapping[str, Any]:
         """The fields that change the compiled program, for the cache key (run-time switches are left out)."""

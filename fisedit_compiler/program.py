@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from fisedit_compiler.passes.instruments import Instruments, Observer, PassRepor
 from fisedit_compiler.passes.instruments import operations as operations_of
 from fisedit_compiler.passes.recording import SlotUpdate, recording_graph, with_updates
 from fisedit_compiler.passes.simplify import simplify
+from fisedit_compiler.progress import compiling
 from fisedit_compiler.runtime.block_sizes import ConvLayer
 from fisedit_compiler.runtime.conv_tables import ConvKey
 
@@ -133,13 +135,16 @@ def compile_program(
     entry = cache.entry_path(structure, signature, multiple) if structure and config.cache else None
     captured = cache.load(entry, signature) if entry and not fresh else None
     cached = captured is not None
+    lowered = any(config.backend_on(tensor.device.type) == "inductor" for tensor in islice(module.parameters(), 1))
     if captured is None:
-        captured = capture(module, arguments, signature, multiple)
-        simplify(captured)
+        with compiling("capture", lowered):
+            captured = capture(module, arguments, signature, multiple)
+            simplify(captured)
         if entry:
             cache.save(entry, captured)
     captured_at = time.perf_counter()
-    compiled = compile_captured(captured, config, capture_seconds=captured_at - start)
+    with compiling("rewrite", lowered):
+        compiled = compile_captured(captured, config, capture_seconds=captured_at - start)
     compiled.operations = dict(operations_of(captured.graph))
     compiled.seconds = {"capture": captured_at - start, "rewrite": time.perf_counter() - captured_at}
     compiled.from_cache = cached

@@ -208,7 +208,7 @@ def _judge_lowered(
     """The step as Inductor and CUDA graphs run it; of one that differs, the first node that does."""
     program = subject.executable.program
     try:
-        found, _ = _run(subject, slots, hoisted)
+        found, _ = _run(subject, slots, hoisted, strict=True)
     except LoweringError as error:
         judge.note(error.node or "the step", "lowering", problem=str(error).splitlines()[0])
         return
@@ -234,13 +234,15 @@ def _judge_edited_slots(
 
 
 def _run(
-    subject: Subject, slots: Mapping[str, Tensor], hoisted: HoistCache, *, update: bool = False
+    subject: Subject, slots: Mapping[str, Tensor], hoisted: HoistCache, *, update: bool = False, strict: bool = False
 ) -> tuple[list[Any], Mapping[str, Tensor]]:
     """The step as an edit runs it: its outputs, and with ``update`` every slot after the edit."""
     executable = subject.executable
     scalars = scalars_of(executable.program, subject.edited)
     with _hoisting_by(executable, hoisted):
-        outputs, updates = executable.step(subject.edited, slots, subject.plan, update=update, scalars=scalars)
+        outputs, updates = executable.step(
+            subject.edited, slots, subject.plan, update=update, scalars=scalars, strict=strict
+        )
     if not update:
         return outputs, {}
     return outputs, after_sparse_call(executable.program, slots, Turn(subject.plan.active), updates)

@@ -123,10 +123,12 @@ def make_subject(module: SparseModule, mask: Any, options: CheckOptions) -> Subj
         executable, base = bound.executable, dict(bound.tensors)
         sites = to_site_mask(mask, *bound.sample.shape[2:])
     if options.lowered and not executable.is_lowered(base):
+        refused = executable.backend.refused
+        because = "" if refused is None else f" ({refused})"
         raise ConfigError(
             "check(lowered=True) compares what Inductor and CUDA graphs make of a step, but this module runs it "
-            'eagerly here. Move it to a CUDA device and sparsify it with SparsifyConfig(backend="inductor"), or leave '
-            "lowered= away."
+            f"eagerly here{because}. Move it to a CUDA device and sparsify it with "
+            'SparsifyConfig(backend="inductor"), or leave lowered= away.'
         )
     sites = sites.cpu()
     if not bool(sites.any()):

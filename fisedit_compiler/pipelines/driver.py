@@ -18,6 +18,7 @@ from PIL import Image
 from fisedit_compiler.pipelines import checks
 from fisedit_compiler.pipelines.corrections import Corrections
 from fisedit_compiler.pipelines.runs import RunSettings
+from fisedit_compiler.progress import shown
 
 StepCallback = Callable[..., dict[str, torch.Tensor]]
 """``callback(pipe, step, timestep, tensors)``; sees the latents after every step and returns those to go on with."""
@@ -135,7 +136,7 @@ class Driver:
         description: str,
     ) -> list[Image.Image]:
         corrections: Corrections | None = settings.corrections
-        with self._progress_bar(description):
+        with self._progress_bar(description), shown(self.shows_progress):
             output = self.pipe(
                 prompt=prompt,
                 negative_prompt=negative_prompt,

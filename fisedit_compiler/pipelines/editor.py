@@ -20,7 +20,7 @@ from fisedit_compiler.masks.feather import check_feather
 from fisedit_compiler.pipelines import batch, checks
 from fisedit_compiler.pipelines.detectors import MaskDetector
 from fisedit_compiler.pipelines.driver import Driver
-from fisedit_compiler.pipelines.instruments import status, timed_calls
+from fisedit_compiler.pipelines.instruments import timed_calls
 from fisedit_compiler.pipelines.inversion import DdimInversion, Loaded, Method, load
 from fisedit_compiler.pipelines.pictures import ImageLike
 from fisedit_compiler.pipelines.plan import EditPlan, detection_steps, mask_argument
@@ -28,6 +28,7 @@ from fisedit_compiler.pipelines.region import region_argument
 from fisedit_compiler.pipelines.runs import DenseRun, Edit, Generation
 from fisedit_compiler.pipelines.single import run_edit
 from fisedit_compiler.pipelines.steps import KeepLatents
+from fisedit_compiler.progress import shown
 from fisedit_compiler.runtime.module import SparseModule
 
 EDITOR_CONFIG = SparsifyConfig(norm="incremental")
@@ -89,7 +90,7 @@ class Editor:
         if self._compiled is None:
             from fisedit_compiler import sparsify
 
-            with status("compiling the UNet", self._driver.shows_progress):
+            with shown(self._driver.shows_progress):
                 self._compiled = sparsify(self._given, self.config or EDITOR_CONFIG)
         elif self.pipe.unet is not self._compiled:
             raise ModeError(

@@ -1,4 +1,4 @@
-"""A stopwatch and a spinner for runs of a pipeline; neither changes what it watches."""
+"""A stopwatch for runs of a pipeline, which does not change what it watches."""
 
 from __future__ import annotations
 
@@ -7,17 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from rich.console import Console
-
-
-@contextmanager
-def status(message: str, enabled: bool) -> Iterator[None]:
-    """A spinner on stderr for phases without countable steps."""
-    if not enabled:
-        yield
-        return
-    with Console(stderr=True).status(message):
-        yield
 
 
 @contextmanager

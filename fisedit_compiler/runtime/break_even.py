@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from functools import cache
 from importlib import resources
 
-from fisedit_compiler.config import Backend
+from fisedit_compiler.config import RunsOn
 
 FILE = "break_even.json"
 NEVER = 1.0
@@ -24,7 +24,7 @@ def figures() -> Mapping[tuple[str, str], float]:
     return {(entry["device"], entry["backend"]): float(entry["break_even"]) for entry in json.loads(text)["figures"]}
 
 
-def break_even(device_type: str, backend: Backend) -> float:
+def break_even(device_type: str, backend: RunsOn) -> float:
     """Share of active sites above which a dense call is faster than a sparse one.
 
     Args:

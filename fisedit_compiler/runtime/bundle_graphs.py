@@ -17,6 +17,7 @@ from fisedit_compiler.kernels.addresses import is_plain
 from fisedit_compiler.passes.hoist import Bundle
 from fisedit_compiler.runtime.bundle_values import BundleValues, FlatLayout, FlatValues, SeparateValues
 from fisedit_compiler.runtime.contents import version
+from fisedit_compiler.runtime.graph_capture import capturing
 from fisedit_compiler.runtime.lowering_errors import lowering_error
 
 KEPT = 16
@@ -40,7 +41,7 @@ class _BundleGraph:
         with torch.cuda.stream(stream):
             module(*self.inputs)  # libraries allocate their workspaces outside the capture
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self.graph):
+        with capturing(self.graph):
             torch._foreach_copy_(targets, list(module(*self.inputs)))
 
     def run(self, arguments: Sequence[Any]) -> FlatValues:

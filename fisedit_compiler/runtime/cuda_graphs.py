@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, fx
 
 from fisedit_compiler.kernels.addresses import is_plain
+from fisedit_compiler.progress import compiling
 from fisedit_compiler.runtime.conv_tables import ConvKey
+from fisedit_compiler.runtime.graph_capture import capturing
 from fisedit_compiler.runtime.hoisting import Hoisted, HoistedGroup
 from fisedit_compiler.runtime.lowering import compile_step
 from fisedit_compiler.runtime.lowering_errors import lowering_error
@@ -117,11 +119,13 @@ class GraphPool:
 
         ``slot_names`` gives the order of the table of addresses, ``bundles`` describes the groups of hoisted values in
         theirs. ``rows`` says which outputs are rows, by position: on which axis, and of which level's active sites.
+        :attr:`strict` may be changed between runs, see :func:`~.lowering_errors.lowering_error`.
         """
         self.rows = rows
         self.identities, self.slot_names, self.bundles = list(identities), tuple(slot_names), tuple(bundles)
         self.step = step
-        self.compiled: Callable[..., Any] = compile_step(step)
+        self.strict = True
+        self._compiled: Callable[..., Any] | None = None
         self._calls = [identity[1] for identity in self.identities if identity[0] == "call"]
         self._graphs: OrderedDict[tuple[Any, ...], _Graph] = OrderedDict()
         self._layouts: dict[tuple[Any, ...], SlotLayout] = {}
@@ -152,7 +156,7 @@ class GraphPool:
         """Replay (or first capture) the step; returned tensors are the caller's own.
 
         Raises:
-            LoweringError: the step cannot be compiled or captured. It is never run eagerly instead: that would be slow
+            LoweringError: the step cannot be compiled or captured. It is not run eagerly here: that would be slow
                 without anybody knowing why.
         """
         shapes = tuple(tensors[name].shape for name in self._calls)
@@ -183,32 +187,33 @@ class GraphPool:
         )
         builder = _Inputs(self, prepared, device, layout)
         arguments = [builder.add(identity, tensors, slots, hoisted) for identity in self.identities]
-        graph = builder.graph(hoisted)
-        for name, buffer in graph.calls:
-            buffer.copy_(tensors[name])
-        _fill(graph, prepared, slots, hoisted)
+        try:
+            graph = builder.graph(hoisted)
+            for name, buffer in graph.calls:
+                buffer.copy_(tensors[name])
+            _fill(graph, prepared, slots, hoisted)
+            if self._compiled is None:
+                self._compiled = compile_step(self.step)
+            self._capture_into(graph, self._compiled, arguments)
+        except Exception as error:
+            raise lowering_error(error, self.step, arguments, compile_step, self.strict) from error
+        return graph
 
+    def _capture_into(self, graph: _Graph, compiled: Callable[..., Any], arguments: Sequence[Tensor]) -> None:
         def body() -> list[Tensor]:
             for stager in graph.stagers:
                 stager.run(graph.table)
-            return list(self.compiled(*arguments))
+            return list(compiled(*arguments))
 
-        try:
-            self._capture_into(graph, body)
-        except Exception as error:
-            raise lowering_error(error, self.step, arguments, compile_step) from error
-        return graph
-
-    def _capture_into(self, graph: _Graph, body: Callable[[], list[Tensor]]) -> None:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with compiling("Inductor"), torch.cuda.stream(stream):
             for _ in range(2):
                 body()
         torch.cuda.current_stream().wait_stream(stream)
         if self._memory is None:
             self._memory = torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph.graph, pool=self._memory):
+        with compiling("CUDA graph"), capturing(graph.graph, self._memory):
             graph.outputs.extend(body())
 
 

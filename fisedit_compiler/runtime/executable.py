@@ -18,9 +18,11 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fisedit_compiler.config import SparsifyConfig
+from fisedit_compiler.errors import LoweringError
 from fisedit_compiler.passes.hoist import Bundle
 from fisedit_compiler.passes.stage import stage
 from fisedit_compiler.program import CompiledProgram
+from fisedit_compiler.runtime.backend import ProgramBackend
 from fisedit_compiler.runtime.block_sizes import BlockSizes
 from fisedit_compiler.runtime.copies import BatchAxes, batch_axes
 from fisedit_compiler.runtime.cuda_graphs import GraphPool, HoistedNames, PreparedPlan
@@ -43,7 +45,8 @@ class Executable:
     def __init__(self, program: CompiledProgram, module: nn.Module, config: SparsifyConfig) -> None:
         self.program, self.module, self.config = program, module, config
         self.checked = False
-        self.hoisted = HoistCache(PER_CALL, graphs=config.backend == "inductor")
+        self.backend = ProgramBackend(config, type(module).__name__)
+        self.hoisted = HoistCache(PER_CALL, graphs=config.backend != "eager")
         self.dense = DenseModule(module)
         self.slot_names = tuple(slot.name for slot in program.slots)
         samples = [s.name for s in program.slots if s.origin == program.spatial[0] and s.kind == "canvas"]
@@ -69,8 +72,7 @@ class Executable:
         if self._attributes:
             self._graphs.clear()
             self._bundles.clear()
-            self._pool = self._update_pool = None
-            self._prepared.clear()
+            self._drop_pools()
             self._attributes.clear()
             self.hoisted.clear()
 
@@ -143,13 +145,45 @@ class Executable:
         *,
         update: bool,
         scalars: Mapping[str, float] | None = None,
+        strict: bool = False,
     ) -> tuple[list[Any], dict[str, Tensor]]:
-        """The sparse call; with ``update`` also what it changes of its slots, by name (see ``program.updates``)."""
+        """The sparse call; with ``update`` also what it changes of its slots, by name (see ``program.updates``).
+
+        With ``backend="auto"`` a call that cannot be lowered is made again eagerly, as all later ones are.
+
+        Raises:
+            LoweringError: it cannot be lowered, and the backend is ``"inductor"`` or ``strict`` is set.
+        """
+        strict = strict or self.backend.is_strict
+        try:
+            return self._step(tensors, slots, plan, update, scalars or {}, strict)
+        except LoweringError as error:
+            if strict:
+                raise
+            self.backend.give_up(error)
+        # Outside of the handler: the error's frames hold what the attempt had allocated.
+        self._drop_pools()
+        self.hoisted.run_eagerly()
+        return self._step(tensors, slots, plan, update, scalars or {}, strict)
+
+    def _step(
+        self,
+        tensors: Mapping[str, Tensor],
+        slots: Mapping[str, Tensor],
+        plan: SitePlan,
+        update: bool,
+        scalars: Mapping[str, float],
+        strict: bool,
+    ) -> tuple[list[Any], dict[str, Tensor]]:
+        lowered = self.is_lowered(tensors)
+        if not lowered and self.backend.refused is not None:
+            self.hoisted.run_eagerly()
         batch = tensors[self.program.spatial[0]].shape[0]
-        hoisted = self.hoisted.evaluate(self._bundle_modules(), tensors, batch, scalars or {})
+        hoisted = self.hoisted.evaluate(self._bundle_modules(), tensors, batch, scalars)
         names = [changed.slot for changed in self.program.updates] if update else []
-        if self._uses_cuda_graphs(tensors) and not plan.is_empty:
+        if lowered and not plan.is_empty:
             pool, prepared = self._graph_pool(update), self._prepare(plan, update)
+            pool.strict = strict
             return self._divide(pool.run(prepared, tensors, SlotTable.of(slots), hoisted), names)
         graph: fx.Graph = self.program.update if update else self.program.step
         arguments: list[Any] = []
@@ -174,7 +208,7 @@ class Executable:
         return self._uses_cuda_graphs(tensors)
 
     def _uses_cuda_graphs(self, tensors: Mapping[str, Tensor]) -> bool:
-        return self.config.backend_on(tensors[self.program.spatial[0]].device.type) == "inductor"
+        return self.backend.on(tensors[self.program.spatial[0]].device) == "inductor"
 
     def interpreted_step(self) -> fx.GraphModule:
         """The step's graph on the module's weights, as nothing has compiled or staged it."""
@@ -190,6 +224,10 @@ class Executable:
             else:
                 self._pool = pool
         return pool
+
+    def _drop_pools(self) -> None:
+        self._pool = self._update_pool = None
+        self._prepared.clear()
 
     def _make_pool(self, update: bool) -> GraphPool:
         program = self.program

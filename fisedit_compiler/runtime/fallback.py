@@ -88,8 +88,7 @@ def run_densely(call: Call, base: CallRecord, plan: Pinning, *, record: bool) ->
             if output.slot is not None:
                 slots[output.slot] = value.clone(memory_format=torch.contiguous_format)
         return executable.assemble(pinned), slots
-    compiles = executable.config.backend_on(call.sample.device.type) == "inductor"
-    result = call.run_original(executable.dense) if compiles else call.run_original()
+    result = call.run_original(executable.dense) if executable.is_lowered(call.tensors) else call.run_original()
     flat, structure = pytree.tree_flatten(result)
     return pytree.tree_unflatten(pin(flat, program, base.slots, plan), structure), {}
 

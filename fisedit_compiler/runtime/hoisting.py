@@ -75,6 +75,11 @@ class HoistCache:
         self.numbers.clear()
         self.runner.clear()
 
+    def run_eagerly(self) -> None:
+        """Evaluate without CUDA graphs from now on; what was evaluated stays."""
+        if self.runner.graphs:
+            self.runner = BundleRunner(graphs=False)
+
     def fork(self) -> HoistCache:
         """A cache that knows what this one knows, and whose use changes nothing here."""
         other = copy(self)

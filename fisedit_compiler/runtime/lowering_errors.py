@@ -28,7 +28,11 @@ _LINES_SHOWN = 6
 
 
 def lowering_error(
-    error: Exception, step: fx.GraphModule, arguments: Sequence[Any], compile_with: Compile | None
+    error: Exception,
+    step: fx.GraphModule,
+    arguments: Sequence[Any],
+    compile_with: Compile | None,
+    strict: bool = True,
 ) -> Exception:
     """What to raise for an error of compiling, capturing or first running a step.
 
@@ -37,18 +41,21 @@ def lowering_error(
         step: what was to be compiled, as it was handed to the compiler.
         arguments: its arguments.
         compile_with: compiles a graph module as the step was; ``None`` if nothing was compiled.
+        strict: whether the error ends the call. If it is to be made again eagerly, nothing is compiled to find the
+            node, which takes minutes, and memory that ran out is a reason like every other.
 
     Returns:
-        A :class:`LoweringError` naming node, module and source line, with the remedy; the error itself if memory ran
-        out, which is no fault of the step.
+        A :class:`LoweringError` naming node, module and source line, with the remedy; if ``strict``, the error itself
+        if memory ran out, which is no fault of the step.
     """
-    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
+    out_of_memory = isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError))
+    if out_of_memory and strict:
         return error
     node = _named(error, step.graph)
     # After an error of the device itself every further call fails, so that running anything would blame its first node.
-    if node is None and not isinstance(error, torch.AcceleratorError):
+    if node is None and not out_of_memory and not isinstance(error, torch.AcceleratorError):
         node = _raising(step, arguments)
-        if node is None and compile_with is not None:
+        if node is None and compile_with is not None and strict:
             node = first_failing(step, lambda prefix: _fails(compile_with, prefix, arguments))
     place = "the whole step" if node is None else described(node)
     raised = LoweringError(

@@ -6,7 +6,7 @@ was brought to the captured tensors. That kernels and compilation are right, onl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -117,4 +117,9 @@ def patch_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
-    monkeypatch.setattr(Executable, "_uses_cuda_graphs", lambda self, tensors: self.config.backend == "inductor")
+    monkeypatch.setattr(Executable, "_uses_cuda_graphs", _would_use_cuda_graphs)
+
+
+def _would_use_cuda_graphs(executable: Executable, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the executable would, were the CPU a GPU on which everything needed is there."""
+    return executable.backend.refused is None and executable.config.backend != "eager"

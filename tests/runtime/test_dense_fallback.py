@@ -260,7 +260,8 @@ def test_the_break_even_is_that_of_what_really_runs(monkeypatch: pytest.MonkeyPa
     assert inductor.backend_on("cuda") == "inductor"
     assert inductor.backend_on("cpu") == "eager"
     assert SparsifyConfig(backend="inductor", norm="incremental").backend_on("cuda") == "inductor"
-    assert SparsifyConfig().backend_on("cuda") == "eager"
+    assert SparsifyConfig().backend_on("cuda") == "inductor"
+    assert SparsifyConfig(backend="eager").backend_on("cuda") == "eager"
     assert break_even("meta", "eager") == NEVER
     assert dense_reason(FULL, SparsifyConfig(), "meta") is None
     monkeypatch.setattr("fisedit_compiler.runtime.fallback.break_even", lambda kind, backend: 0.5)
