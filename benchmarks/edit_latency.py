@@ -27,7 +27,7 @@ if not __package__:  # run as a script: make the repository's root importable
 import torch
 from rich.table import Table
 
-from benchmarks import pipelines
+from benchmarks import editors, pipelines
 from benchmarks.harness import (
     Report,
     Stopwatch,
@@ -72,11 +72,18 @@ class Subject:
 
     @property
     def device(self) -> torch.device:
-        return self.base.latents[0].device
+        return self.pipe.device  # type: ignore[no-any-return]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of the base, for :meth:`Editor.generate`."""
+        side = {"height": self.side, "width": self.side}
+        return {"seed": SEED, "num_inference_steps": self.steps, "guidance_scale": GUIDANCE, **side}
 
     def mask(self, fraction: float) -> torch.Tensor:
         """A compact mask at the size of the latents, on the CPU as a user's is."""
-        return square_mask(fraction, *self.base.latents[0].shape[-2:])
+        side = self.side // self.pipe.vae_scale_factor
+        return square_mask(fraction, side, side)
 
     def run(self, prompt: str) -> Any:
         """The stock pipeline with whatever UNet it has, from the base's noise; a PIL image."""
@@ -218,14 +225,7 @@ def prepare_subject(name: str, options: argparse.Namespace, device: torch.device
     with _fact(facts, "sparsify_s", device):
         subject.sparse = editor.compiled
     with _fact(facts, "base_s", device):
-        subject.base = editor.generate(
-            BASE_PROMPT,
-            seed=SEED,
-            num_inference_steps=steps,
-            guidance_scale=GUIDANCE,
-            height=subject.side,
-            width=subject.side,
-        )
+        subject.base = editor.generate(BASE_PROMPT, **subject.settings)
     if not all(bool(torch.isfinite(latents).all()) for latents in subject.base.latents):
         raise SystemExit(f"{name}: the base's latents are not finite in {dtype}; choose another --dtype")
     facts["unet_calls"] = subject.base.recording.num_calls
@@ -334,6 +334,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=positive, help="of the scheduler; default: 50 on a GPU, 10 on a CPU")
     parser.add_argument("--size", type=positive, help="side of the image in pixels; default: the model's")
     parser.add_argument("--record", action="store_true", help="record the edits too, as the Editor does by default")
+    parser.add_argument(
+        "--as-it-comes", action="store_true", help="also time Editor(pipe) with no setting beside each backend by name"
+    )
     parser.add_argument("--warmup", type=positive, default=1, help="untimed repeats before the timed ones")
     return parser.parse_args(arguments)
 
@@ -352,6 +355,7 @@ def main(arguments: list[str] | None = None) -> Report:
         "warmup": options.warmup,
     }
     rows: list[dict[str, Any]] = []
+    by_editors: list[dict[str, Any]] = []
     report = Report("edit_latency", settings, machine(device), versions(), rows)
     for name in options.models:
         print(f"{name}: building and recording", flush=True)
@@ -364,9 +368,20 @@ def main(arguments: list[str] | None = None) -> Report:
             if options.json is not None:
                 report.write(options.json)
         subject.editor.close()
+        if options.as_it_comes:
+            # Its recording first: each of the others makes one.
+            subject.base = subject.sparse = subject.editor = None
+            for row in editors.measure(subject, subject.dense[EAGER], BASE_PROMPT, subject.settings):
+                by_editors.append(row)
+                print(row, flush=True)
         del subject
         forget_compiled(device)
-    report.publish(draw(rows), options.json)
+    tables = Table.grid()
+    tables.add_row(draw(rows))
+    if by_editors:
+        tables.add_row(editors.draw(by_editors))
+        rows += by_editors
+    report.publish(tables, options.json)
     return report
 
 

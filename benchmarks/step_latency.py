@@ -105,6 +105,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=positive, help="length of the text; default: 32 embedded, else 77")
     parser.add_argument("--norm", default="recorded", help="SparsifyConfig.norm")
     parser.add_argument("--attention", default="cached", help="SparsifyConfig.attention")
+    parser.add_argument("--backend", default="inductor", help="SparsifyConfig.backend; auto is how sparsify() comes")
     parser.add_argument("--dense-above", type=area, metavar="F", help="SparsifyConfig.dense_above; 1 is never")
     parser.add_argument("--warmup", type=positive, default=2, help="untimed repeats before the timed ones")
     parser.add_argument("--calls", type=positive, default=6, help="with --models: UNet calls of the recorded run")
@@ -122,6 +123,12 @@ def area(text: str) -> float:
     """A mask area for ``argparse``: 0.05 and 5 are the same, 1 is everything."""
     value = float(text)
     return value / 100 if value > 1 else value
+
+
+def ran_on(compiled: Any, device: torch.device) -> str:
+    """What the sparse calls of a module ran on, which a refusal under ``backend="auto"`` may have changed."""
+    refused = any(executable.backend.refused for executable in compiled._programs.executables())
+    return "eager" if refused else str(compiled.sparsify_config.backend_on(device.type))
 
 
 def main(arguments: list[str] | None = None) -> Report:
@@ -143,9 +150,10 @@ def main(arguments: list[str] | None = None) -> Report:
         width=options.width,
         tokens=options.tokens or (77 if options.model else 32),
     )
-    compiled = sparsify(
-        unet, SparsifyConfig(norm=options.norm, attention=options.attention, dense_above=options.dense_above)
+    config = SparsifyConfig(
+        norm=options.norm, attention=options.attention, backend=options.backend, dense_above=options.dense_above
     )
+    compiled = sparsify(unet, config)
     with torch.no_grad():
         rows = [
             measure(unet, compiled, call, fraction, repeats=options.repeats, warmup=options.warmup)
@@ -157,7 +165,8 @@ def main(arguments: list[str] | None = None) -> Report:
         "dtype": str(dtype).removeprefix("torch."),
         "norm": options.norm,
         "attention": options.attention,
-        "backend": compiled.sparsify_config.backend_on(device.type),
+        "backend": ran_on(compiled, device),
+        "backend_asked": options.backend,
         "dense_above": options.dense_above,
         "repeats": options.repeats,
         "warmup": options.warmup,

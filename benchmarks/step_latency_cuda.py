@@ -256,7 +256,7 @@ def measure_models(options: argparse.Namespace, device: torch.device, dtype: tor
     from fisedit_compiler import SparsifyConfig
 
     config = SparsifyConfig(
-        norm=options.norm, attention=options.attention, backend="inductor", dense_above=options.dense_above
+        norm=options.norm, attention=options.attention, backend=options.backend, dense_above=options.dense_above
     )
     settings = {
         "models": options.models,
@@ -267,6 +267,7 @@ def measure_models(options: argparse.Namespace, device: torch.device, dtype: tor
         "norm": options.norm,
         "attention": options.attention,
         "backend": config.backend_on(device.type),
+        "backend_asked": options.backend,
         "dense_above": options.dense_above,
         "repeats": options.repeats,
         "warmup": options.warmup,
@@ -287,6 +288,8 @@ def measure_models(options: argparse.Namespace, device: torch.device, dtype: tor
                     print({key: value for key, value in row.items() if key not in subject.facts}, flush=True)
                 if options.json is not None:
                     report.write(options.json)
+            if any(executable.backend.refused for executable in subject.sparse._programs.executables()):
+                settings["backend"] = "eager"
             if options.profile is not None:
                 profile(subject, options.profile)
         print(f"{name}: {subject.facts}", flush=True)

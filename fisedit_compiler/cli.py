@@ -142,7 +142,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(min=0, help="Of --make-pairs; else of pairs without a seed.")] = 0,
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1 ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
-    backend: Annotated[str, typer.Option(help="How sparse calls run: eager or inductor.")] = "eager",
+    backend: Annotated[str, typer.Option(help="How sparse calls run: auto, eager or inductor.")] = "auto",
     shard: Annotated[
         str, typer.Option(help="i/n: run every n-th pair from the i-th on, beside other processes.")
     ] = "1/1",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import ablation, edit_latency, peers, pipelines
+from benchmarks import ablation, edit_latency, editors, peers, pipelines
 from benchmarks.harness import Stopwatch
 from benchmarks.peers import Peer, prepare_peers
 from benchmarks.subjects import UNETS, Run
@@ -83,6 +83,18 @@ def test_edit_latency_says_where_the_time_goes(tmp_path):
     for run in ("baseline", "sparse"):
         assert all(row[f"{run}_{part}_ms"] > 0 for part in edit_latency.PARTS if (run, part) != ("baseline", "enter"))
     assert row["editor_ms"] > 0 and row["first_edit_s"] > 0
+
+
+def test_edit_latency_measures_the_editor_as_it_comes(tmp_path):
+    path = tmp_path / "rows.json"
+    edit_latency.main(["--size", "64", "--steps", "2", *ONCE, "--as-it-comes", "--json", str(path)])
+    rows = [row for row in json.loads(path.read_text())["rows"] if "row" in row]
+    assert [row["row"] for row in rows] == [editors.AS_IT_COMES, "editor, eager"]
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["baseline_ms"] / row["editor_ms"], rel=0.01)
+        assert row["unchanged_outside"] and row["refused"] is None and row["baseline"] == "eager"
+    gpu = editors.configs(torch.device("cuda"))
+    assert list(gpu) == [editors.AS_IT_COMES, "editor, inductor", "editor, eager"] and gpu[editors.AS_IT_COMES] is None
 
 
 def test_timing_a_pipelines_parts_leaves_it_as_it_was():

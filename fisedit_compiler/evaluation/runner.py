@@ -76,7 +76,7 @@ class Evaluation:
     seed: int = 0
     device: str = "cpu"
     dtype: str = "float32"
-    backend: str = "eager"
+    backend: str = "auto"
     shard: tuple[int, int] = (1, 1)
     limit: int | None = None
     images: bool = True
