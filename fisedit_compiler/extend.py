@@ -105,6 +105,16 @@ def cost_rule(operation: Any) -> Callable[[CostRule], CostRule]:
     return _register(operation, COSTS, "cost rule")
 
 
+def registered_namespaces() -> frozenset[str]:
+    """Namespaces of ``torch.ops`` that rules were registered for."""
+    return frozenset(
+        operation.namespace
+        for rules in (LAYOUT_RULES, RULES, COSTS)
+        for operation in tuple(rules)
+        if isinstance(operation, torch._ops.OpOverload)
+    )
+
+
 def _register(operation: Any, rules: dict[Any, Any], what: str) -> Callable[[_Rule], _Rule]:
     if not isinstance(operation, torch._ops.OpOverload):
         raise ConfigError(

@@ -1,11 +1,12 @@
 """A compiled program: every graph one call signature needs, and what they must be given.
 
 ``compile_program`` is the pipeline of the compiler in one function: capture, rewrite, hoist. Running programs is
-``runtime/``'s business, keeping them on disk is ``cache.py``'s.
+``runtime/``'s business, keeping them on disk is ``cache/``'s.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -31,6 +32,8 @@ from fisedit_compiler.passes.simplify import simplify
 from fisedit_compiler.progress import compiling
 from fisedit_compiler.runtime.block_sizes import ConvLayer
 from fisedit_compiler.runtime.conv_tables import ConvKey
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -134,21 +137,36 @@ def compile_program(
     start = time.perf_counter()
     entry = cache.entry_path(structure, signature, multiple) if structure and config.cache else None
     captured = cache.load(entry, signature) if entry and not fresh else None
-    cached = captured is not None
+    captured_at = time.perf_counter()
     lowered = any(config.backend_on(tensor.device.type) == "inductor" for tensor in islice(module.parameters(), 1))
-    if captured is None:
+    compiled = _compile_cached(captured, config, captured_at - start) if captured else None
+    cached = compiled is not None
+    if captured is None or compiled is None:
         with compiling("capture", lowered):
             captured = capture(module, arguments, signature, multiple)
             simplify(captured)
         if entry:
             cache.save(entry, captured)
-    captured_at = time.perf_counter()
-    with compiling("rewrite", lowered):
-        compiled = compile_captured(captured, config, capture_seconds=captured_at - start)
+        captured_at = time.perf_counter()
+        with compiling("rewrite", lowered):
+            compiled = compile_captured(captured, config, capture_seconds=captured_at - start)
     compiled.operations = dict(operations_of(captured.graph))
     compiled.seconds = {"capture": captured_at - start, "rewrite": time.perf_counter() - captured_at}
     compiled.from_cache = cached
     return compiled
+
+
+def _compile_cached(captured: CapturedGraph, config: SparsifyConfig, seconds: float) -> CompiledProgram | None:
+    """Compile a capture from disk; ``None`` if that fails, since the fault may be the file's."""
+    try:
+        return compile_captured(captured, config, capture_seconds=seconds)
+    except Exception as error:
+        logger.warning(
+            "a capture from disk could not be compiled (%s: %s); the model is captured again",
+            type(error).__name__,
+            error,
+        )
+        return None
 
 
 def compile_captured(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -11,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from compiled_zoo import base_inputs, edit_inputs, make_mask, output_of, zoo_model
-from safetensors import safe_open
 from torch import fx, nn
 
 from fisedit_compiler import SparseModule, SparsifyConfig, cache, ir, sparsify
+from fisedit_compiler.cache import store
 from fisedit_compiler.keys import structure_key
 
 SIZE = (8, 24)
@@ -119,9 +121,11 @@ def test_a_damaged_entry_is_ignored_and_replaced(damage: str, folder: Path) -> N
 def test_an_entry_holds_no_code_and_no_weights(folder: Path) -> None:
     module = compiled("vae_decoder")
     (entry,) = entries(folder)
-    with safe_open(entry, framework="pt") as stored:
-        assert set(stored.keys()) == set(module.programs[0].constants)
-        assert set(stored.metadata()) == {"graph"}
+    content = store.read(entry)
+    assert content is not None
+    assert set(safetensors.torch.load(content)) == set(module.programs[0].constants)
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    assert set(header["__metadata__"]) == {"graph"}
     assert entry.stat().st_size < sum(p.nbytes for p in module.original.parameters())
 
 
@@ -139,14 +143,16 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch
 
 
 def test_old_entries_are_pruned(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "KEPT_ENTRIES", 2)
+    monkeypatch.setattr(store, "KEPT_ENTRIES", 2)
     folder.mkdir(parents=True)
-    for index in range(4):
-        old = folder / f"{index}.safetensors"
-        old.write_bytes(b"")
-        os.utime(old, (index, index))
+    foreign = folder / "notes.safetensors"
+    for index, name in enumerate(
+        ["0" * 64 + ".safetensors", "1" * 64 + ".capture", "2" * 64 + ".capture", foreign.name]
+    ):
+        (folder / name).write_bytes(b"")
+        os.utime(folder / name, (index, index))
     compiled()
-    assert len(entries(folder)) == 2
+    assert len(entries(folder)) == 3 and foreign.exists(), "only entries are deleted"
     assert compiled().programs[0].from_cache, "the newest one stayed"
 
 
