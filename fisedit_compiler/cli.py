@@ -129,7 +129,7 @@ def evaluate(
     model: Annotated[Path | None, typer.Option(help="Directory of a pipeline; else the embedded one.")] = None,
     clip: Annotated[Path | None, typer.Option(help="Directory of the CLIP that judges; else the embedded one.")] = None,
     features: Annotated[
-        Path | None, typer.Option(help="Extractor of FID's features: TorchScript or .pt2 file, or a CLIP directory.")
+        Path | None, typer.Option(help="Extractor of FID's features: TorchScript file, or a CLIP directory.")
     ] = None,
     methods: Annotated[
         list[str] | None, typer.Option(help="Methods to run (repeat, or separate by commas): sdedit, sdedit@0.4, ...")

@@ -17,6 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fisedit_compiler.errors import ConfigError, ModelNotFoundError
+from fisedit_compiler.models.parts import (
+    check_complete,
+    load_transformer,
+    load_transformers_parts,
+    named_failure,
+    read_index,
+)
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin, StableDiffusionPipeline
@@ -83,29 +90,31 @@ def load_pipeline(
         device: where the pipeline is put.
 
     Raises:
-        ModelNotFoundError: the directory does not exist, is not in diffusers layout, or lacks files.
+        ModelNotFoundError: the directory does not exist, is not in diffusers layout, or lacks files or weights; or its
+            weights are pickled: only safetensors are read.
         ConfigError: the scheduler's name is unknown.
     """
     # Checked before anything is read: a misspelt name should not cost the loading of a large model.
     _scheduler_class_name(scheduler)
     path = embedded_model_path("emoji-scenes") if model in (None, "emoji-scenes") else Path(str(model))
     _check_diffusers_layout(path)
+    parts = read_index(path)
     with _quiet(advice=True):
         from diffusers import StableDiffusionPipeline
-    try:
-        with _quiet(advice=False):
-            pipeline = StableDiffusionPipeline.from_pretrained(
-                str(path),
-                dtype=dtype,
-                local_files_only=True,
-                safety_checker=None,
-                requires_safety_checker=False,
-            )
-    except (OSError, ValueError) as error:
-        raise ModelNotFoundError(
-            f"the model in {path} could not be loaded: {error}. The directory must hold every part its "
-            "model_index.json names, as written by StableDiffusionPipeline.save_pretrained()."
-        ) from error
+    remedy = (
+        "The directory must hold every part its model_index.json names, as written by "
+        "StableDiffusionPipeline.save_pretrained()."
+    )
+    with named_failure("model", path, remedy), _quiet(advice=False):
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            str(path),
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            requires_safety_checker=False,
+            **{"safety_checker": None, **load_transformers_parts(path, parts, dtype, leave_out=("safety_checker",))},
+        )
+        check_complete(path, pipeline.components)
     if scheduler is not None:
         pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler)
     pipeline.set_progress_bar_config(disable=True)
@@ -173,7 +182,8 @@ def load_clip(
             ``None`` for the embedded one.
 
     Raises:
-        ModelNotFoundError: the directory does not exist or lacks files, or the installation lacks the embedded ones.
+        ModelNotFoundError: the directory does not exist or lacks files or weights, its weights are pickled, or the
+            installation lacks the embedded ones.
     """
     path = embedded_model_path("emoji-clip") if model is None else Path(model)
     if not (path / "config.json").is_file():
@@ -183,16 +193,15 @@ def load_clip(
         )
     with _quiet(advice=True):
         from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
-    try:
-        with _quiet(advice=False):
-            clip = CLIPModel.from_pretrained(str(path), dtype=dtype, local_files_only=True).to(device).eval()
-            return Clip(
-                model=clip,
-                tokenizer=CLIPTokenizer.from_pretrained(str(path), local_files_only=True),
-                image_processor=CLIPImageProcessor.from_pretrained(str(path), local_files_only=True),
-            )
-    except (OSError, ValueError) as error:
-        raise ModelNotFoundError(f"the CLIP model in {path} could not be loaded: {error}") from error
+    remedy = (
+        "The directory must hold a CLIPModel, its tokenizer and its image processor, as save_pretrained() writes them."
+    )
+    with named_failure("CLIP model", path, remedy), _quiet(advice=False):
+        return Clip(
+            model=load_transformer(CLIPModel, path, dtype).to(device).eval(),
+            tokenizer=CLIPTokenizer.from_pretrained(str(path), local_files_only=True),
+            image_processor=CLIPImageProcessor.from_pretrained(str(path), local_files_only=True),
+        )
 
 
 @contextmanager

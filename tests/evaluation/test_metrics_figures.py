@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import pickle
+import shutil
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from fisedit_compiler.errors import ModelNotFoundError
+from fisedit_compiler.errors import ConfigError, ModelNotFoundError
 from fisedit_compiler.evaluation.features import frechet_distance, load_extractor
 from fisedit_compiler.evaluation.judge import Judge, directional_similarity, layer_distance, similarity
 from fisedit_compiler.evaluation.pixels import EQUAL_DB, outside_mask, psnr, ssim, with_base_inside
@@ -114,9 +118,36 @@ def test_an_extractor_from_a_file(tmp_path: Path) -> None:
     torch.jit.script(MeanColour()).save(str(tmp_path / "mean.pt"))
     picture = Image.new("RGB", (8, 8), (1, 2, 3))
     assert load_extractor(tmp_path / "mean.pt")(picture).tolist() == [1.0, 2.0, 3.0]
-    program = torch.export.export(MeanColour(), (torch.zeros(1, 3, 8, 8, dtype=torch.uint8),))
-    torch.export.save(program, tmp_path / "mean.pt2")
-    assert load_extractor(tmp_path / "mean.pt2")(picture).tolist() == [1.0]
+
+
+class Marker:
+    """Pickles as a call that leaves a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.path,))
+
+
+def test_nothing_pickled_is_read(tmp_path: Path) -> None:
+    """Archives of torch.export and files of torch.save, whatever their names."""
+    ran = tmp_path / "ran"
+    torch.save({"weight": Marker(ran)}, tmp_path / "saved.pt")
+    torch.save({"weight": Marker(ran)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "bare.pt2").write_bytes(pickle.dumps(Marker(ran)))
+    with zipfile.ZipFile(tmp_path / "crafted.pt2", "w") as archive:
+        archive.writestr("a/archive_format", "pt2")
+        archive.writestr("a/data/sample_inputs/model.pt", (tmp_path / "saved.pt").read_bytes())
+    shutil.copy(tmp_path / "crafted.pt2", tmp_path / "renamed.pt")
+    program = torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),))
+    torch.export.save(program, tmp_path / "real.pt2")
+    for name in ("saved.pt", "bare.pt2", "crafted.pt2", "renamed.pt", "real.pt2"):
+        with pytest.raises(ConfigError, match=r"could run any code.*torch\.jit\.trace"):
+            load_extractor(tmp_path / name)
+    with pytest.raises(ModelNotFoundError, match="must be a TorchScript file"):
+        load_extractor(tmp_path / "old.pt")
+    assert not ran.exists()
 
 
 def test_a_clip_directory_is_an_extractor(judge: Judge) -> None:
