@@ -6,6 +6,10 @@ inside it, so that the others start fast.
 
 from __future__ import annotations
 
+import io
+import math
+import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +28,9 @@ if TYPE_CHECKING:
 
 USER_ERROR = 2
 """Exit code of a mistake the user can mend; the message says how."""
+
+LARGEST_SEED = 2**63 - 1
+"""Of torch's generators, which take 64 bits."""
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -55,6 +62,10 @@ def root(
     ] = False,
 ) -> None:
     """Edit images with diffusion models, computing only the pixels that change."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Names of files may hold bytes that are no characters, and terminals may know few.
+            stream.reconfigure(errors="backslashreplace")
 
 
 @app.command()
@@ -65,7 +76,7 @@ def demo(
     ] = None,
     output: Annotated[Path, typer.Option(help="Directory for the pictures.")] = Path("fisedit-demo"),
     steps: Annotated[int, typer.Option(min=6, max=1000, help="Steps of the scheduler.")] = 25,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 7,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the noise.")] = 7,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's own choice.")] = None,
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1 ...")] = "cpu",
     progress: Annotated[bool, typer.Option(help="Show progress bars.")] = True,
@@ -75,20 +86,17 @@ def demo(
     started = time.perf_counter()
     with _clean_errors():
         _check_output(output)
-        import torch
-
         from fisedit_compiler.models import load_pipeline
         from fisedit_compiler.pipelines import Editor
         from fisedit_compiler.pipelines.demo import run_demo, save_pictures
 
-        if threads is not None:
-            torch.set_num_threads(threads)
+        _set_threads(threads)
         _check_device(device)
         with Editor(load_pipeline(model, device=device), progress=progress) as editor:
             comparisons = run_demo(editor, seed=seed, steps=steps)
         paths = save_pictures(comparisons, output)
     console.print(_demo_table(comparisons, steps))
-    console.print(f"{len(paths)} pictures in {output}, all of them on {paths[-1]}", soft_wrap=True)
+    console.print(f"{len(paths)} pictures in {output}, all of them on {paths[-1]}", markup=False, soft_wrap=True)
     console.print(f"{time.perf_counter() - started:.0f} s in all", highlight=False)
 
 
@@ -112,7 +120,7 @@ def inspect(
         from fisedit_compiler.inspect.page.command import inspect_model
 
         for path in inspect_model(model, mask, html=html, svg=svg, profile=profile):
-            Console().print(f"wrote {path}", soft_wrap=True, highlight=False)
+            Console().print(f"wrote {path}", markup=False, soft_wrap=True, highlight=False)
 
 
 @app.command(name="eval")
@@ -139,7 +147,9 @@ def evaluate(
     ] = "methods",
     steps: Annotated[int, typer.Option(min=6, max=1000, help="Steps of the scheduler.")] = 25,
     guidance: Annotated[float, typer.Option(min=0.0, help="Weight of classifier-free guidance.")] = 5.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of --make-pairs; else of pairs without a seed.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Of --make-pairs; else of pairs without a seed.")
+    ] = 0,
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1 ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
     backend: Annotated[str, typer.Option(help="How sparse calls run: auto, eager or inductor.")] = "auto",
@@ -165,14 +175,13 @@ def evaluate(
         elif pairs is None:
             raise FiseditError("name the file of pairs: `fisedit eval PAIRS.jsonl`, or make one with --make-pairs N")
         elif make_pairs is not None:
-            console.print(command.make_pairs_file(pairs, make_pairs, seed), soft_wrap=True, highlight=False)
+            done = command.make_pairs_file(pairs, make_pairs, seed)
+            console.print(done, markup=False, soft_wrap=True, highlight=False)
             return
         else:
-            import torch
-
-            if threads is not None:
-                torch.set_num_threads(threads)
+            _set_threads(threads)
             _check_device(device)
+            _check_guidance(guidance)
             evaluation = command.Evaluation(
                 pairs=pairs,
                 output=output,
@@ -200,7 +209,9 @@ def evaluate(
     console.print(command.summary_table(results))
     for line in command.check_lines(results):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    console.print(f"results.json, report.html and quality.md in {output}", soft_wrap=True, highlight=False)
+    console.print(
+        f"results.json, report.html and quality.md in {output}", markup=False, soft_wrap=True, highlight=False
+    )
     if not results["counts"]["done"]:
         console.print("no pair could be run", style="bold red")
         raise typer.Exit(1)
@@ -249,7 +260,25 @@ def _check_output(folder: Path) -> None:
         raise FiseditError(f"cannot write to {str(folder)!r} ({error.strerror}); choose another --output") from error
 
 
+def _set_threads(threads: int | None) -> None:
+    """Use so many CPU threads; torch starts as many as it is told, until the process dies of it."""
+    if threads is None:
+        return
+    import torch
+
+    most = max(4 * (os.cpu_count() or 1), 64)
+    if threads > most:
+        raise FiseditError(f"--threads {threads} is more than this machine can use; name {most} or fewer")
+    torch.set_num_threads(threads)
+
+
+def _check_guidance(guidance: float) -> None:
+    if not math.isfinite(guidance):
+        raise FiseditError(f"--guidance {guidance} is no weight; name a finite number, such as 5")
+
+
 def _check_device(device: str) -> None:
+    """Fail before the work if nothing can be computed there."""
     import torch
 
     try:
@@ -258,16 +287,24 @@ def _check_device(device: str) -> None:
         raise FiseditError(f"{device!r} is not a device; use --device cpu or --device cuda") from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise FiseditError("no CUDA device is available here; use --device cpu")
+    try:
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # every backend that is not there raises another error
+        raise FiseditError(f"nothing can be computed on {device!r} here; use --device cpu or --device cuda") from error
 
 
 @contextmanager
 def _clean_errors() -> Iterator[None]:
-    """Print errors that were raised on purpose without a traceback, and exit with :data:`USER_ERROR`."""
+    """Print mistakes that a user can mend without a traceback, and exit with :data:`USER_ERROR`.
+
+    Those are the errors raised on purpose, and what disks and memory do: a full disk is no defect of the program.
+    """
     try:
         yield
-    except FiseditError as error:
+    except (FiseditError, OSError, MemoryError) as error:
+        text = str(error) or "out of memory"
         Console(stderr=True).print(f"[bold red]error:[/] {type(error).__name__}:", end=" ", soft_wrap=True)
-        Console(stderr=True).print(str(error), markup=False, highlight=False, soft_wrap=True)
+        Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(USER_ERROR) from error
 
 

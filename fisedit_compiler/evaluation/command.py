@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
@@ -26,7 +27,7 @@ from fisedit_compiler.evaluation.runner import Evaluation, Progress, evaluate
 from fisedit_compiler.evaluation.store import Store
 
 PROBLEMS_SHOWN = 20
-_SHARD = re.compile(r"(\d+)/(\d+)")
+_SHARD = re.compile(r"([0-9]{1,9})/([0-9]{1,9})")
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def parse_shard(text: str) -> tuple[int, int]:
     match = _SHARD.fullmatch(text)
     number, shards = (int(part) for part in match.groups()) if match else (0, 0)
     if not 1 <= number <= shards:
-        raise ConfigError(f"--shard {text!r} must be i/n with i from 1 to n, as in 1/4 to 4/4")
+        raise ConfigError(f"--shard {text[:40]!r} must be i/n with i from 1 to n, as in 1/4 to 4/4")
     return number, shards
 
 
@@ -124,7 +125,7 @@ def summary_table(results: dict[str, Any]) -> Table:
         cells = [
             form.format(figures[name][which]) if name in figures else "-" for name, which, form in columns.values()
         ]
-        table.add_row(method["name"], str(figures["pairs"]), *cells)
+        table.add_row(escape(method["name"]), str(figures["pairs"]), *cells)
     return table
 
 

@@ -53,6 +53,9 @@ _CYCLE = (
 )  # fmt: skip
 """Kinds of twenty pairs in a row: 70 % object swaps, and every kind among the first that ``--limit`` leaves."""
 
+MOST_PAIRS = 100_000
+"""In one file; the grammar has more, but drawing the last of them would take forever."""
+
 _PLAIN = re.compile(rf"\b({'|'.join(COLOURS)}) background$")
 
 
@@ -93,10 +96,10 @@ def make_pairs(count: int, seed: int = 0) -> list[EditPair]:
     Every pair has a seed for the noise, a kind and a region.
 
     Raises:
-        ConfigError: ``count`` is less than 1.
+        ConfigError: ``count`` is less than 1, or more than :data:`MOST_PAIRS`.
     """
-    if count < 1:
-        raise ConfigError(f"--make-pairs {count}: the number of pairs must be 1 or more")
+    if not 1 <= count <= MOST_PAIRS:
+        raise ConfigError(f"--make-pairs {count}: the number of pairs must be from 1 to {MOST_PAIRS}")
     rng = random.Random(seed)
     pairs: list[EditPair] = []
     seen: set[tuple[str, str]] = set()

@@ -98,5 +98,5 @@ def test_plain_backgrounds_are_told_from_scenes() -> None:
 
 
 def test_a_number_below_one_is_refused() -> None:
-    with pytest.raises(ConfigError, match="1 or more"):
+    with pytest.raises(ConfigError, match="from 1 to"):
         make_pairs(0)

@@ -49,17 +49,23 @@ def inspect_model(
         if path is not None:
             _check_writable(path)
     unet = load_pipeline(model).unet.eval()
-    side = int(unet.config["sample_size"])
+    side = unet.config["sample_size"]
+    if not isinstance(side, int) or side < 1:
+        raise FiseditError(
+            f"the config of the UNet says that its latents are {side!r} wide; only squares are drawn here"
+        )
     sites = square(side) if mask is None else masks.to_site_mask(mask, side, side)
     compiled = sparsify(unet, SparsifyConfig(dense_above=1.0))
     written = []
     if html is not None:
         events = profile_edit(compiled, sites) if profile else None
         title = f"{'emoji-scenes' if model is None else model.name}: {type(unet).__name__}"
-        html.write_text(build_page(compiled, sites, title=title, events=events), encoding="utf-8")
+        html.write_text(
+            build_page(compiled, sites, title=title, events=events), encoding="utf-8", errors="backslashreplace"
+        )
         written.append(html)
     if svg is not None:
-        svg.write_text(draw_program(compiled.programs[0]), encoding="utf-8")
+        svg.write_text(draw_program(compiled.programs[0]), encoding="utf-8", errors="backslashreplace")
         written.append(svg)
     return written
 
