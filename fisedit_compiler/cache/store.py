@@ -14,9 +14,10 @@ import logging
 import os
 import re
 import stat
-import tempfile
 import time
 from pathlib import Path
+
+from fisedit_compiler.files import TEMPORARY, write_whole
 
 logger = logging.getLogger(__name__)
 KEPT_ENTRIES = 64
@@ -28,7 +29,6 @@ SUFFIX = ".capture"
 _MAGIC = b"fisedit capture\n"
 _ENTRY = re.compile(r"[0-9a-f]{64}\.(capture|safetensors)")
 """Names of entries, those of earlier versions too: nothing else in the folder is ever deleted."""
-_TEMPORARY = re.compile(r"fisedit-.*\.tmp")
 _warned: set[str] = set()
 
 
@@ -74,37 +74,10 @@ def write(path: Path, payload: bytes) -> None:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         _check_private(path.parent, os.stat(path.parent))
-        _replace(path, _MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
+        write_whole(path, _MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload, mode=0o600)
         _prune(path.parent)
     except (OSError, ValueError) as error:
         _refuse(path.parent, error)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix="fisedit-", suffix=".tmp")  # mode 0600
-    try:
-        with open(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:  # Ctrl-C too leaves nothing behind
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new name last. Not every system can; the content was synced before in any case."""
-    if os.name != "posix":
-        return
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _check_private(path: Path, found: os.stat_result) -> None:
@@ -137,7 +110,7 @@ def _prune(folder: Path) -> None:
         with contextlib.suppress(FileNotFoundError):  # another process prunes too
             if _ENTRY.fullmatch(file.name):
                 ages.append((file.stat().st_mtime, file))
-            elif _TEMPORARY.fullmatch(file.name) and now - file.stat().st_mtime > STALE_SECONDS:
+            elif file.match(TEMPORARY) and now - file.stat().st_mtime > STALE_SECONDS:
                 file.unlink()
     for _, file in sorted(ages, reverse=True)[KEPT_ENTRIES:]:
         file.unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,9 +32,8 @@ def aggregate(store: Store) -> dict[str, Any]:
     methods = choose_methods(config["methods"])
     records = store.records()
     done = [record for record in records if record["status"] == "done"]
-    features = {record["line"]: store.features(record["line"]) for record in done}
-    run_path = store.folder / "run.json"
-    run = json.loads(run_path.read_text(encoding="utf-8")) if run_path.is_file() else {}
+    features = comparable({record["line"]: store.features(record["line"]) for record in done})
+    run = store.run_facts
     return {
         "format": FORMAT,
         "configuration": config,
@@ -53,6 +52,16 @@ def aggregate(store: Store) -> dict[str, Any]:
             for record in records
             if record["status"] != "done"
         ],
+    }
+
+
+def comparable(features: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
+    """The same without what distances cannot be taken of: numbers that are none, and another length than most."""
+    lengths = Counter(len(item["base"]) for item in features.values() if "base" in item)
+    length = lengths.most_common(1)[0][0] if lengths else 0
+    return {
+        line: item if all(len(value) == length and bool(value.isfinite().all()) for value in item.values()) else {}
+        for line, item in features.items()
     }
 
 

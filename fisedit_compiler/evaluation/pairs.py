@@ -156,6 +156,8 @@ def parse_line(line: bytes | str, number: int = 0) -> EditPair:
     for name in ("input", "edit", "output"):
         if not isinstance(fields[name], str):
             raise ValueError(f"{name} must be text, not {type(fields[name]).__name__}")
+        if not is_text(fields[name]):
+            raise ValueError(f"{name} has half of a surrogate pair (\\ud800 to \\udfff), which no text encoder reads")
     before, after = fields["input"].strip(), fields["output"].strip()
     for name, value in (("input", before), ("output", after)):
         if not value:
@@ -175,6 +177,8 @@ def _json_object(line: bytes | str) -> dict[str, Any]:
         raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from error
     except RecursionError as error:
         raise ValueError("not a pair: nested too deeply") from error
+    except ValueError as error:  # Python reads no numbers of thousands of digits
+        raise ValueError(f"not JSON that can be read ({error})") from error
     if not isinstance(fields, dict):
         raise ValueError(f"a line must be a JSON object, not {type(fields).__name__}")
     return fields
@@ -185,7 +189,7 @@ def _seed(fields: dict[str, Any]) -> int | None:
     if seed is None:
         return None
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= _LARGEST_SEED:
-        raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, not {seed!r}")
+        raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, not {_short(seed)}")
     return seed
 
 
@@ -197,18 +201,28 @@ def _region(fields: dict[str, Any]) -> Box | None:
         isinstance(end, (int, float)) and not isinstance(end, bool) for end in region
     )
     if not numbers or len(region) != 4:
-        raise ValueError(f"region must be four numbers [top, left, bottom, right], not {region!r}")
-    top, left, bottom, right = (float(end) for end in region)
+        raise ValueError(f"region must be four numbers [top, left, bottom, right], not {_short(region)}")
+    top, left, bottom, right = region  # compared as they are: a whole number may be too large for a float
     if not (0.0 <= top < bottom <= 1.0 and 0.0 <= left < right <= 1.0):
         raise ValueError(
-            f"region {region!r} is not [top, left, bottom, right] in fractions of the picture, "
+            f"region {_short(region)} is not [top, left, bottom, right] in fractions of the picture, "
             "with 0 <= top < bottom <= 1 and 0 <= left < right <= 1"
         )
-    return top, left, bottom, right
+    return float(top), float(left), float(bottom), float(right)
 
 
 def _kind(fields: dict[str, Any]) -> str | None:
     kind = fields.get("kind")
     if kind is not None and kind not in KINDS:
-        raise ValueError(f"kind {kind!r} is unknown; leave it out or use one of {', '.join(KINDS)}")
+        raise ValueError(f"kind {_short(kind)} is unknown; leave it out or use one of {', '.join(KINDS)}")
     return kind
+
+
+def is_text(value: str) -> bool:
+    """Whether every character stands for itself: JSON may hold one half of a pair that makes a character."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -28,7 +28,7 @@ from fisedit_compiler.evaluation.measure import Reference
 from fisedit_compiler.evaluation.objects import ground_truth
 from fisedit_compiler.evaluation.pairs import EditPair, PairFile, check_prompts, read_pairs
 from fisedit_compiler.evaluation.registry import Method, choose_methods
-from fisedit_compiler.evaluation.store import Store
+from fisedit_compiler.evaluation.store import Store, StoreError
 from fisedit_compiler.pipelines.drawing import mask_overlay
 from fisedit_compiler.pipelines.editor import EDITOR_CONFIG
 
@@ -203,7 +203,11 @@ class Runner:
         return cls(evaluation, store, methods, Bench(pipe, config), judge, extractor)
 
     def run(self, pair: EditPair, tell: Callable[[str], None], *, on_sheet: bool) -> str:
-        """Run one pair and keep its record; returns the error's text, empty if there was none."""
+        """Run one pair and keep its record; returns the error's text, empty if there was none.
+
+        Raises:
+            StoreError: the folder cannot be written to; that is no fault of the pair, and ends the run.
+        """
         seed = self.evaluation.seed + pair.line if pair.seed is None else pair.seed
         record: dict[str, Any] = {"line": pair.line, "pair": pair.to_dict(), "seed": seed}
         started = time.perf_counter()
@@ -211,6 +215,8 @@ class Runner:
             tell("base")
             reference = Reference.of(self._case(pair, seed), self.judge)
             figures, features = self._run_methods(reference, tell, on_sheet=on_sheet)
+        except StoreError:
+            raise
         except Exception as error:
             logger.debug("pair in line %d failed", pair.line, exc_info=True)
             text = f"{type(error).__name__}: {error}"

@@ -8,7 +8,9 @@ OUT/pairs/000123.safetensors   its features, for FID
 OUT/images/000123/       its pictures
 OUT/results.json, OUT/report.html
 ```
-Several processes may write to one folder: every file is made under another name and then renamed.
+Several processes may write to one folder: every file is made under another name, synced and then renamed. A pair's
+record is written after its features and pictures, so what a record names is there, after a crash too. A file that is
+damaged counts as not there: :mod:`~fisedit_compiler.evaluation.records` says what a record must hold.
 """
 
 from __future__ import annotations
@@ -16,23 +18,28 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from fisedit_compiler.errors import ConfigError, FiseditError, PictureError
+from fisedit_compiler.evaluation import records
+from fisedit_compiler.files import sync_folder, write_whole
 from fisedit_compiler.pipelines.pictures import read_picture
 
 logger = logging.getLogger(__name__)
 
 _OURS = ("config.json", "run.json", "results.json", "report.html", "quality.md")
 _FOLDERS = ("pairs", "images")
+
+
+class StoreError(FiseditError):
+    """The folder cannot be written to, such as when the disk is full; what was finished stays."""
 
 
 class Store:
@@ -50,17 +57,20 @@ class Store:
         """The configuration its results are of.
 
         Raises:
-            FiseditError: there is none, so this is no evaluation's folder.
+            FiseditError: there is none, or it is damaged, so this is no evaluation's folder.
         """
-        path = self.folder / "config.json"
         try:
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
+            return records.check_config(json.loads((self.folder / "config.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, RecursionError) as error:
             raise FiseditError(
-                f"{str(self.folder)!r} holds no evaluation ({path.name}: {error}); name the --output of one, or run "
+                f"{str(self.folder)!r} holds no evaluation (config.json: {error}); name the --output of one, or run "
                 "`fisedit eval PAIRS.jsonl --output ...` first"
             ) from error
-        return found
+
+    @property
+    def run_facts(self) -> dict[str, Any]:
+        """What is known of the run (``run.json``): command, machine, versions; without what is missing or damaged."""
+        return records.sound_facts(_json(self.folder / "run.json"))
 
     def prepare(self, config: Mapping[str, Any]) -> None:
         """Make the folder if need be, before anything expensive is done, and check what is in it.
@@ -81,10 +91,7 @@ class Store:
         """From now on the folder's results are of this configuration. Same errors as :meth:`prepare`."""
         self.prepare(config)
         if not (self.folder / "config.json").is_file():
-            try:
-                self.write_text("config.json", json.dumps(dict(config), indent=1))
-            except OSError as error:
-                raise self._unwritable(error) from error
+            self.write_text("config.json", json.dumps(dict(config), indent=1))
         # Read back: another process may have been first, with another configuration.
         self._check(config)
 
@@ -102,43 +109,66 @@ class Store:
             "with it, choose another --output, or start over with --fresh, which deletes them"
         )
 
-    def _unwritable(self, error: OSError) -> FiseditError:
-        return FiseditError(f"cannot write to {str(self.folder)!r} ({error.strerror}); choose another --output")
+    def _unwritable(self, error: OSError) -> StoreError:
+        return StoreError(
+            f"cannot write to {str(self.folder)!r} ({error.strerror or error}); choose another --output, or make room "
+            "and repeat the command: pairs that are finished stay"
+        )
 
     def clear(self) -> None:
-        """Delete what an evaluation wrote, nothing else."""
+        """Delete what an evaluation wrote, nothing else.
+
+        Raises:
+            StoreError: it cannot be deleted.
+        """
         if not (self.folder / "config.json").is_file():
             return
+        try:
+            for name in _OURS:
+                (self.folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise self._unwritable(error) from error
         for name in _FOLDERS:
             shutil.rmtree(self.folder / name, ignore_errors=True)
-        for name in _OURS:
-            (self.folder / name).unlink(missing_ok=True)
 
     def record(self, line: int) -> dict[str, Any] | None:
         """The record of a pair; ``None`` if it was not run yet or its file is damaged."""
-        try:
-            found: dict[str, Any] = json.loads(self._path(line).read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
-            return None
-        return found
+        found = _json(self._path(line))
+        return found if records.is_sound(found, line) else None
 
     def is_done(self, line: int) -> bool:
-        """Whether a pair was run; one that failed was not and is tried again."""
+        """Whether a pair was run; one that failed, or whose files are damaged, was not and is tried again."""
         record = self.record(line)
-        return record is not None and record.get("status") == "done"
+        return record is not None and record["status"] == "done" and self._features(line) is not None
 
     def records(self) -> list[dict[str, Any]]:
-        """All records by line."""
-        lines = sorted(int(path.stem) for path in (self.folder / "pairs").glob("*.json") if path.stem.isdigit())
+        """All records by line, without those that are damaged."""
+        names = [path.stem for path in (self.folder / "pairs").glob("*.json")]
+        lines = sorted({int(name) for name in names if name.isascii() and name.isdecimal() and len(name) < 19})
         return [record for record in map(self.record, lines) if record is not None]
 
     def features(self, line: int) -> dict[str, Tensor]:
-        """Features of a pair's pictures by name, each ``[D]``; ``{}`` if there are none."""
+        """Features of a pair's pictures by name, each ``[D]``; ``{}`` if there are none or they are damaged."""
+        return self._features(line) or {}
+
+    def _features(self, line: int) -> dict[str, Tensor] | None:
+        """Features, ``{}`` without a file, ``None`` if it is damaged."""
         path = self._path(line).with_suffix(".safetensors")
-        return load_file(path) if path.is_file() else {}
+        try:
+            found = load(path.read_bytes())
+        except FileNotFoundError:
+            return {}
+        except Exception:  # anything may stand in a damaged file, and safetensors raises in many ways
+            return None
+        sound = "base" in found and all(tensor.ndim == 1 and tensor.is_floating_point() for tensor in found.values())
+        return found if sound else None
 
     def write(self, record: Mapping[str, Any], features: Mapping[str, Tensor]) -> None:
-        """Keep a pair's record; it counts as run from then on, so it is the last file to be written."""
+        """Keep a pair's record; it counts as run from then on, so it is the last file to be written.
+
+        Raises:
+            StoreError: it cannot be written.
+        """
         line = int(record["line"])
         if features:
             self.write_bytes(f"pairs/{line:06d}.safetensors", save(dict(features)))
@@ -151,11 +181,15 @@ class Store:
             picture.thumbnail((size, size), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
         picture.save(buffer, "JPEG", quality=92)
-        (self.folder / f"images/{line:06d}").mkdir(parents=True, exist_ok=True)
+        try:
+            (self.folder / f"images/{line:06d}").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        sync_folder(self.folder / "images")
         self.write_bytes(f"images/{line:06d}/{name}.jpg", buffer.getvalue())
 
     def image(self, line: int, name: str) -> Image.Image | None:
-        """A picture that was kept; ``None``, and a warning, if its file is damaged."""
+        """A picture that was kept; ``None`` if there is none, and with a warning if its file is damaged."""
         path = self.folder / f"images/{line:06d}/{name}.jpg"
         if not path.is_file():
             return None
@@ -166,22 +200,32 @@ class Store:
             return None
 
     def write_text(self, name: str, text: str) -> Path:
-        """Write a file of the folder whole or not at all."""
-        return self.write_bytes(name, text.encode("utf-8"))
+        """Write a file of the folder whole or not at all; what is no character is written as an escape."""
+        return self.write_bytes(name, text.encode("utf-8", "backslashreplace"))
 
     def write_bytes(self, name: str, content: bytes) -> Path:
-        """Write a file of the folder whole or not at all."""
+        """Write a file of the folder whole or not at all.
+
+        Raises:
+            StoreError: it cannot be written.
+        """
         path = self.folder / name
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+            write_whole(path, content)
+        except OSError as error:
+            raise self._unwritable(error) from error
         return path
 
     def _path(self, line: int) -> Path:
         return self.folder / f"pairs/{line:06d}.json"
+
+
+def _json(path: Path) -> Any:
+    """What a file holds; ``None`` if it is not there or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def _short(value: object) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from io import StringIO
@@ -19,6 +21,7 @@ from fisedit_compiler.evaluation.command import parse_shard, run_evaluation
 from fisedit_compiler.evaluation.grammar import make_pairs
 from fisedit_compiler.evaluation.pairs import read_pairs
 from fisedit_compiler.evaluation.runner import Evaluation, Runner
+from fisedit_compiler.evaluation.store import Store
 
 ORIGINAL_LOAD = Runner.__dict__["load"]
 METHODS = ("--methods", "dense,sparse", "--methods", "sdedit@0.5")
@@ -140,3 +143,44 @@ def test_wrong_arguments_are_clean_errors(tmp_path: Path) -> None:
     assert_clean(run(pairs, "--output", tmp_path / "q", "--clip", tmp_path), "no config.json")
     assert_clean(run(pairs, "--output", tmp_path / "r", "--dtype", "int3"), "unknown dtype")
     assert_clean(run(pairs, "--output", tmp_path / "s", "--backend", "magic"), "SparsifyConfig.backend")
+
+
+def test_an_evaluation_in_a_folder_with_brackets(evaluation: Evaluation, tmp_path: Path) -> None:
+    output = tmp_path / "[" / "x]"
+    result = run(evaluation.pairs, "--output", output, "--steps", "6", "--limit", "1", *METHODS)
+    assert result.exit_code == 0, result.output
+    assert str(output) in result.output
+    assert run("--report-only", "--output", output).exit_code == 0
+
+
+def test_a_disk_that_fills_up_ends_the_run_and_keeps_what_is_finished(
+    evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pair that met it is not called failed, and the same command goes on."""
+    write = Store.write_bytes
+    with monkeypatch.context() as full:
+
+        def failing(store: Store, name: str, content: bytes) -> Path:
+            if "000002" in name:
+                full.setattr("os.fsync", no_space)
+            return write(store, name, content)
+
+        full.setattr(Store, "write_bytes", failing)
+        arguments = (evaluation.pairs, "--output", evaluation.output, "--steps", "6", *METHODS)
+        result = run(*arguments)
+        assert_clean(result, "StoreError", "No space left", "pairs that are finished stay")
+    assert [record["line"] for record in Store(evaluation.output).records()] == [1]
+    assert not list(evaluation.output.rglob("*.tmp")), "no litter"
+    assert run("--report-only", "--output", evaluation.output).exit_code == 0
+    assert run(*arguments).exit_code == 0
+    assert json.loads((evaluation.output / "results.json").read_text())["counts"]["done"] == 3
+
+
+def no_space(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "", "null", "\x00", '{"methods": 3}', "[" * 100_000])
+def test_a_damaged_configuration_is_a_clean_error(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    assert_clean(run("--report-only", "--output", tmp_path), "holds no evaluation")

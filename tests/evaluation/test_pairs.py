@@ -56,6 +56,15 @@ def test_other_fields_and_empty_lines_do_not_matter(tmp_path: Path) -> None:
         (line(region=[0.5, 0, 0.5, 1]), "top < bottom"),
         (line(region=[0, 0, 1, 256]), "fractions of the picture"),
         (line(kind="colour"), "kind 'colour' is unknown"),
+        (line(kind=["object"]), "is unknown"),
+        (line(region=[0, 0, 1, 10**400]), "fractions of the picture"),
+        (line(region=[-(10**400), 0, 1, 1]), "fractions of the picture"),
+        (line(region=[0, 0, 1, float("nan")]), "fractions of the picture"),
+        (line(region=[0, 0, 1, float("inf")]), "fractions of the picture"),
+        (line(seed=10**400), "seed must be a whole number"),
+        ('{"input": "a", "edit": "", "output": "b", "seed": ' + "9" * 5000 + "}", "not JSON that can be read"),
+        (line(input="a \ud83d cat"), "input has half of a surrogate pair"),
+        (line(edit="\udc00"), "edit has half of a surrogate pair"),
     ],
 )
 def test_a_wrong_line_is_named_and_the_others_count(text: str, words: str, tmp_path: Path) -> None:
@@ -64,7 +73,7 @@ def test_a_wrong_line_is_named_and_the_others_count(text: str, words: str, tmp_p
     file = read_pairs(path)
     assert [pair.line for pair in file.pairs] == [1, 3]
     assert [item.line for item in file.rejected] == [2]
-    assert words in file.rejected[0].reason
+    assert words in file.rejected[0].reason and len(file.rejected[0].reason) < 300
     assert file.problems()[0].startswith(f"{path}:2: ")
 
 
