@@ -51,7 +51,8 @@ def masks_of_copies(mask: Any, copies: int, height: int, width: int) -> tuple[Te
     """
     each = _each(mask, copies)
     if each is None:
-        return to_site_mask(mask, height, width, image_scale=None), None
+        # A mask that fits comes back as it is; whoever passed it may write to it afterwards.
+        return to_site_mask(mask, height, width, image_scale=None).clone(), None
     if len(each) != copies:
         raise MaskError(
             f"{len(each)} masks were given for {copies} {'copy' if copies == 1 else 'copies'} of the recording; pass "
