@@ -16,7 +16,6 @@ from torch import Tensor, fx
 from fisedit_compiler.kernels.addresses import is_plain
 from fisedit_compiler.passes.hoist import Bundle
 from fisedit_compiler.runtime.bundle_values import BundleValues, FlatLayout, FlatValues, SeparateValues
-from fisedit_compiler.runtime.contents import version
 from fisedit_compiler.runtime.graph_capture import capturing
 from fisedit_compiler.runtime.lowering_errors import lowering_error
 
@@ -31,7 +30,7 @@ class _BundleGraph:
         """``values`` are the bundle's values for ``arguments``: they tell the layout."""
         self.module = module
         self.inputs = [value.clone() if isinstance(value, Tensor) else value for value in arguments]
-        self.filled: list[tuple[Any, int]] = [(None, 0)] * len(arguments)
+        self.filled: list[Any] = [None] * len(arguments)
         self.where = FlatLayout(values)
         self.flat = self.where.buffer()
         targets = self.where.views(self.flat)
@@ -48,11 +47,10 @@ class _BundleGraph:
         for index, (buffer, value) in enumerate(zip(self.inputs, arguments, strict=True)):
             if not isinstance(value, Tensor):
                 continue
-            # Most inputs of a call are the previous call's. Writes to an inference tensor go unseen.
-            last, written = self.filled[index]
-            if last is not value or written != version(value) or value.is_inference():
+            # Most inputs of a call are the previous call's. Nobody writes to them, see BundleRunner.run().
+            if self.filled[index] is not value:
                 buffer.copy_(value)
-                self.filled[index] = (value, version(value))
+                self.filled[index] = value
         self.graph.replay()
         return FlatValues(self.where, self.flat.clone())
 
@@ -69,7 +67,11 @@ class BundleRunner:
         self._captured.clear()
 
     def run(self, bundle: Bundle, module: fx.GraphModule, arguments: Sequence[Any]) -> BundleValues:
-        """The bundle's values, each dense and aligned."""
+        """The bundle's values, each dense and aligned.
+
+        ``arguments`` are tensors that are never written to, so that one that comes again holds what it held. A caller's
+        tensor is none: writes through ``.data`` or dlpack are not counted. The values may be views of them.
+        """
         # Values of the weights alone are computed once, and are as large as the weights.
         if not self.graphs or not bundle.dependences or not self._capturable(arguments):
             return _dense(bundle, module(*arguments))

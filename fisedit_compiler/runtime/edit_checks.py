@@ -14,6 +14,7 @@ from fisedit_compiler.errors import RecordingError
 from fisedit_compiler.inputs import CallSignature
 from fisedit_compiler.masks import grown
 from fisedit_compiler.runtime.call import Call
+from fisedit_compiler.runtime.contents import Later
 from fisedit_compiler.runtime.copies import repeated
 from fisedit_compiler.runtime.deferred import DeferredChecks
 from fisedit_compiler.runtime.recording import CallRecord, Recording
@@ -83,8 +84,14 @@ class EditChecks:
                 "both runs change it at the same calls, or neither; the recording itself is untouched."
             )
 
-    def after(self, call: Call, number: int, base: CallRecord) -> None:
-        """Compare what :meth:`before` did not wait for."""
+    def later(self, call: Call, number: int) -> Later | None:
+        """Where comparisons of a call's contents wait for :meth:`after`; ``None`` if they are made at once."""
+        return None if _is_checked_at_once(call, number) else Later()
+
+    def after(self, call: Call, number: int, base: CallRecord, later: Later | None = None) -> None:
+        """Compare what :meth:`before` did not wait for, and what was put into ``later``."""
+        if later is not None and later.pairs:
+            later.defer(self._deferred, call.executable.hoisted.clear)
         if not _is_checked_at_once(call, number):
             self._compare(call, number, base)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from fisedit_compiler.runtime.contents import Later
 from fisedit_compiler.runtime.copies import OwnSites, take_copies, take_copy
 from fisedit_compiler.runtime.edited_slots import EditedSlots, Turn
 from fisedit_compiler.runtime.recorded_inputs import InputCopies
@@ -28,11 +29,13 @@ class EditRecorder:
 
     Attributes:
         results: one recording per copy; none if nothing is recorded.
+        later: takes the comparisons of the current call's inputs that a CUDA device need not be waited for.
     """
 
     def __init__(self, recording: Recording, copies: int, record: bool) -> None:
         self.recording, self.copies = recording, copies
         self.results = tuple(Recording(recording.model, recording.config) for _ in range(copies if record else 0))
+        self.later: Later | None = None
         self._inputs = InputCopies()
         self._apart: dict[int, tuple[Tensor, list[Tensor]]] = {}
 
@@ -113,7 +116,7 @@ class EditRecorder:
         if recorded.timestep is None:
             known = {}
         number, slot = self.results[0].num_calls, call.executable.sample_slot
-        kept = self._inputs.of(number, call.signature, call.tensors, slot, known)
+        kept = self._inputs.of(number, call.signature, call.tensors, slot, known, self.later)
         if self.copies == 1:
             return {name: (value, []) for name, value in kept.items()}
         batched = {spec.identifier() for spec in call.signature.tensors if spec.axes and spec.axes[0] == "b"}

@@ -22,6 +22,7 @@ from fisedit_compiler.inspect.explain import TEXT_TOKENS, explain_program
 from fisedit_compiler.inspect.explanation import Explanation, Measured, Setting
 from fisedit_compiler.masks import grown
 from fisedit_compiler.runtime.call import Call, CallKind
+from fisedit_compiler.runtime.contents import Later
 from fisedit_compiler.runtime.copies import OwnSites, masks_of_copies
 from fisedit_compiler.runtime.dense_calls import DenseCalls
 from fisedit_compiler.runtime.edit_checks import EditChecks
@@ -75,6 +76,7 @@ class EditSession:
         self.computed_samples: list[int] = []
         self.reused_maps: list[bool] = []
         self._computed, self._reused = 0, False
+        self._later: Later | None = None
         self._dense = DenseCalls(recording, config.skip_recorded, copies)
         self._checks = EditChecks(recording, config, copies)
         self._empty = False
@@ -147,13 +149,14 @@ class EditSession:
 
     def handle(self, call: Call) -> Any:
         base = self._checks.before(call, self.call)
+        self._later = self._recorder.later = self._checks.later(call, self.call)
         start = time.perf_counter()
         self._computed, self._reused = base.batch, False
         kind, result = self._run(call, base)
         self.timings.append((kind, time.perf_counter() - start))
         self.computed_samples.append(self._computed)
         self.reused_maps.append(self._reused)
-        self._checks.after(call, self.call, base)
+        self._checks.after(call, self.call, base, self._later)
         if self.programs is not None and not self._checks.looks_first(self.call):
             now = self.programs.glance()
             self._checks.weights(now.weights, self.call)
@@ -240,7 +243,9 @@ class EditSession:
         sample = call.sample
         self._ran = (executable, sample.shape[0], sample.element_size(), sample.device.type)
         update = bool(self._recorder)
-        outputs, updates = executable.step(call.tensors, base.slots, self.plan, update=update, scalars=scalars)
+        outputs, updates = executable.step(
+            call.tensors, base.slots, self.plan, update=update, scalars=scalars, later=self._later
+        )
         own = self._own(executable, sample.device)
         if own is not None:
             outputs = pin(outputs, executable.program, base.slots, own)

@@ -24,6 +24,7 @@ from fisedit_compiler.passes.stage import stage
 from fisedit_compiler.program import CompiledProgram
 from fisedit_compiler.runtime.backend import ProgramBackend
 from fisedit_compiler.runtime.block_sizes import BlockSizes
+from fisedit_compiler.runtime.contents import Later
 from fisedit_compiler.runtime.copies import BatchAxes, batch_axes
 from fisedit_compiler.runtime.cuda_graphs import GraphPool, HoistedNames, PreparedPlan
 from fisedit_compiler.runtime.fallback import DenseModule
@@ -146,9 +147,11 @@ class Executable:
         update: bool,
         scalars: Mapping[str, float] | None = None,
         strict: bool = False,
+        later: Later | None = None,
     ) -> tuple[list[Any], dict[str, Tensor]]:
         """The sparse call; with ``update`` also what it changes of its slots, by name (see ``program.updates``).
 
+        ``scalars`` and ``later`` are those of :meth:`HoistCache.evaluate`.
         With ``backend="auto"`` a call that cannot be lowered is made again eagerly, as all later ones are.
 
         Raises:
@@ -156,7 +159,7 @@ class Executable:
         """
         strict = strict or self.backend.is_strict
         try:
-            return self._step(tensors, slots, plan, update, scalars or {}, strict)
+            return self._step(tensors, slots, plan, update, scalars or {}, strict, later)
         except LoweringError as error:
             if strict:
                 raise
@@ -164,7 +167,7 @@ class Executable:
         # Outside of the handler: the error's frames hold what the attempt had allocated.
         self._drop_pools()
         self.hoisted.run_eagerly()
-        return self._step(tensors, slots, plan, update, scalars or {}, strict)
+        return self._step(tensors, slots, plan, update, scalars or {}, strict, later)
 
     def _step(
         self,
@@ -174,12 +177,13 @@ class Executable:
         update: bool,
         scalars: Mapping[str, float],
         strict: bool,
+        later: Later | None,
     ) -> tuple[list[Any], dict[str, Tensor]]:
         lowered = self.is_lowered(tensors)
         if not lowered and self.backend.refused is not None:
             self.hoisted.run_eagerly()
         batch = tensors[self.program.spatial[0]].shape[0]
-        hoisted = self.hoisted.evaluate(self._bundle_modules(), tensors, batch, scalars)
+        hoisted = self.hoisted.evaluate(self._bundle_modules(), tensors, batch, scalars, later)
         names = [changed.slot for changed in self.program.updates] if update else []
         if lowered and not plan.is_empty:
             pool, prepared = self._graph_pool(update), self._prepare(plan, update)
@@ -200,6 +204,10 @@ class Executable:
             else:
                 arguments.append(getattr(plan, rest[0])[rest[1]])
         outputs, stored = self._divide(self._graph("update" if update else "step")(*arguments), names)
+        if any(output.slot is None for output in self.program.outputs):
+            # An output without sites may be a hoisted value itself, or a view of one.
+            kept = [*hoisted.values(), *slots.values()]
+            outputs = [_own(value, kept) if isinstance(value, Tensor) else value for value in outputs]
         # The caller gets the outputs and may write to them; what is recorded must not follow.
         return outputs, {name: _own(value, outputs) for name, value in stored.items()}
 

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from fisedit_compiler.passes.hoist import BATCH_SIZE, Bundle
 from fisedit_compiler.runtime.bundle_graphs import BundleRunner
 from fisedit_compiler.runtime.bundle_values import BundleValues
-from fisedit_compiler.runtime.contents import ContentNumbers, Contents
+from fisedit_compiler.runtime.contents import ContentNumbers, Contents, Later
 
 
 @dataclass(eq=False)
@@ -101,11 +101,13 @@ class HoistCache:
         tensors: Mapping[str, Tensor],
         batch: int,
         scalars: Mapping[str, float] = MappingProxyType({}),
+        later: Later | None = None,
     ) -> Hoisted:
         """All hoisted values for one call's tensors (by placeholder name) and batch.
 
         ``scalars`` are values of one-element tensors that the caller knows already: comparing them needs no wait for
-        the device.
+        the device. ``later`` takes the comparisons of tensors that a CUDA device need not be waited for; without it
+        all are compared at once.
         """
         groups: list[HoistedGroup] = []
         known: dict[str, Any] = {**scalars, BATCH_SIZE: batch}
@@ -116,14 +118,25 @@ class HoistCache:
             for name in bundle.ordered:
                 if name not in known and name not in contents:
                     kept = self.calls if name in self.per_call else self.prompts
-                    contents[name] = self.numbers.of(name, tensors[name], kept)
+                    contents[name] = self.numbers.of(name, tensors[name], kept, later)
             named = tuple(contents[name] for name in bundle.ordered if name in contents)
             group = self._find(bundle, key, named)
             if group is None:
-                group = self._compute(bundle, module, tensors, batch, groups, named)
+                group = self._compute(bundle, module, self._owned(bundle, tensors, contents), batch, groups, named)
                 self._keep(bundle, key, group)
             groups.append(group)
         return Hoisted(tuple(groups))
+
+    def _owned(
+        self, bundle: Bundle, tensors: Mapping[str, Tensor], contents: Mapping[str, Contents]
+    ) -> dict[str, Tensor]:
+        """The inputs of a bundle in memory that nobody else writes to: its values may be views of them."""
+        found = {}
+        for node in bundle.graph.nodes:
+            if node.op == "placeholder" and node.meta["input"][0] == "call":
+                name = node.meta["input"][1]
+                found[name] = self.numbers.known(contents[name]) if name in contents else tensors[name].clone()
+        return found
 
     def _find(self, bundle: Bundle, key: tuple[Any, ...], named: tuple[Contents, ...]) -> HoistedGroup | None:
         kept = self._kept.get(bundle.name)

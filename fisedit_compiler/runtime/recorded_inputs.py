@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fisedit_compiler.inputs import CallSignature
-from fisedit_compiler.runtime.contents import ContentNumbers, Contents
+from fisedit_compiler.runtime.contents import ContentNumbers, Later
 
 FIRST_CALLS = 2
 """Calls of a run whose spatial inputs are copied; two, because guidance may come in two calls of the same latents."""
@@ -27,7 +27,6 @@ class InputCopies:
 
     def __init__(self) -> None:
         self._numbers = ContentNumbers()
-        self._copies: dict[str, dict[Contents, Tensor]] = {}  # of each name the most recent last
 
     def of(
         self,
@@ -36,6 +35,7 @@ class InputCopies:
         tensors: Mapping[str, Tensor],
         slot_of_sample: str | None,
         known: Mapping[str, Tensor] | None = None,
+        later: Later | None = None,
     ) -> dict[str, Tensor]:
         """The inputs to keep of one call, by placeholder name.
 
@@ -45,6 +45,7 @@ class InputCopies:
             tensors: its tensors by placeholder name.
             slot_of_sample: the slot that holds the primary spatial input, if one does.
             known: copies that exist already, such as the timestep of the recorded call that this one repeats.
+            later: takes the comparisons that a CUDA device need not be waited for.
         """
         kept = dict(known or {})
         for spec in signature.tensors:
@@ -55,12 +56,7 @@ class InputCopies:
                 if call < FIRST_CALLS and not (spec.name == signature.primary and slot_of_sample is not None):
                     kept[name] = _copy(tensors[name])
                 continue
-            number = self._numbers.of(name, tensors[name], _KEPT)
-            copies = self._copies.setdefault(name, {})
-            copy = copies.pop(number, None)
-            kept[name] = copies[number] = _copy(tensors[name]) if copy is None else copy
-            if len(copies) > _KEPT:
-                del copies[next(iter(copies))]
+            kept[name] = self._numbers.copy_of(name, tensors[name], _KEPT, later)
         return kept
 
 
