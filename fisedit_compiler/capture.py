@@ -173,8 +173,10 @@ def _export(module: nn.Module, arguments: dict[str, Any], signature: CallSignatu
     try:
         with torch.no_grad():
             exported = torch.export.export(module, (), kwargs, dynamic_shapes=shapes, strict=False)
-            if any(_is_mutable(node) for node in exported.graph.nodes):
-                # Functionalize; skipped otherwise because it costs as much as the capture itself.
+            casts = torch.is_autocast_enabled(torch.device(signature.device).type)
+            if casts or any(_is_mutable(node) for node in exported.graph.nodes):
+                # Functionalize, and make autocast's casts nodes; skipped otherwise because it costs as much as the
+                # capture itself.
                 exported = exported.run_decompositions({})
     except Exception as error:
         raise _ExportError(error) from error

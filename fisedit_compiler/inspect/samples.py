@@ -85,4 +85,4 @@ def _sample(spec: TensorSpec, height: int, width: int, tokens: int, device: str,
 
 
 def _noise(shape: tuple[int, ...], dtype: torch.dtype, device: str, generator: torch.Generator) -> Tensor:
-    return torch.randn(shape, generator=generator).to(device, dtype)
+    return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32).to(device, dtype)

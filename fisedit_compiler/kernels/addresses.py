@@ -19,7 +19,7 @@ def address_table(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
 
     The table knows addresses only: the tensors must be kept alive for as long as somebody reads through it.
     """
-    addresses = torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64)
+    addresses = torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64, device="cpu")
     if device.type != "cuda":
         return addresses
     # Pinned memory comes from a pool that waits for copies under way before it is used again.

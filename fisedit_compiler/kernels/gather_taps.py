@@ -29,7 +29,7 @@ def _reference(values: Tensor, taps: Tensor) -> Tensor:
     batch, sites, channels = values.shape
     if batch > 1 and values.is_cpu:
         # On the CPU, index_select along dimension 0 copies whole rows and is several times faster.
-        start = torch.arange(0, batch * sites, sites)
+        start = torch.arange(0, batch * sites, sites, device=values.device)
         index = (taps.reshape(1, -1) + start[:, None]).reshape(-1)
         gathered = values.reshape(-1, channels).index_select(0, index)
     else:

@@ -78,7 +78,7 @@ def polygon_mask(height: int, width: int, points: Polygon) -> torch.Tensor:
     """
     corners = _checked_polygon(points)
     y, x = _centres(height)[:, None], _centres(width)[None, :]
-    inside = torch.zeros(height, width, dtype=torch.bool)
+    inside = torch.zeros(height, width, dtype=torch.bool, device="cpu")
     for first, second in zip(corners, [*corners[1:], corners[0]], strict=True):
         # From top to bottom whatever the order, so that a common edge of two polygons rounds alike in both.
         (upper, upper_x), (lower, lower_x) = sorted((first, second))
@@ -120,7 +120,7 @@ def regions_mask(height: int, width: int, regions: Iterable[Box | Polygon | Mask
         MaskError: as :func:`box_mask`, :func:`polygon_mask` and ``to_site_mask``; its text begins with the number of
             the region at fault, counted from 0.
     """
-    mask = torch.zeros(height, width, dtype=torch.bool)
+    mask = torch.zeros(height, width, dtype=torch.bool, device="cpu")
     for number, region in enumerate(regions):
         try:
             mask |= _region(height, width, region)
@@ -145,7 +145,7 @@ def _region(height: int, width: int, region: Any) -> torch.Tensor:
 
 
 def _centres(size: int) -> torch.Tensor:
-    return (torch.arange(size, dtype=torch.float64) + 0.5) / size
+    return (torch.arange(size, dtype=torch.float64, device="cpu") + 0.5) / size
 
 
 def _combined(masks: Sequence[torch.Tensor]) -> torch.Tensor:

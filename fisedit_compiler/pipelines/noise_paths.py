@@ -103,7 +103,7 @@ def noise_schedule(scheduler: Any, num_inference_steps: int) -> NoiseSchedule:
         )
     asked = copy.deepcopy(scheduler)
     asked.set_timesteps(num_inference_steps, device="cpu")
-    ones = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    ones = torch.ones(1, 1, 1, 1, dtype=torch.float64, device="cpu")
     levels = []
     for timestep in asked.timesteps:
         signal = float(asked.add_noise(ones, 0 * ones, timestep[None]))

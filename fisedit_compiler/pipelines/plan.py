@@ -95,7 +95,7 @@ class EditPlan:
         detection: Detection | None = None,
     ) -> Edit:
         """The base as an edit: same picture, latents and recording."""
-        empty = torch.zeros(self.base.latents[0].shape[-2:], dtype=torch.bool)
+        empty = torch.zeros(self.base.latents[0].shape[-2:], dtype=torch.bool, device="cpu")
         report = EditReport(
             mask_source=source or self.source,
             area=0.0,

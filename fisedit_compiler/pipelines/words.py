@@ -116,7 +116,7 @@ def token_columns(
         column if column < (source_length if place >= end else base_end) else -1
         for place, column in enumerate(columns[:length])
     ]
-    return torch.tensor(kept, dtype=torch.int64)
+    return torch.tensor(kept, dtype=torch.int64, device="cpu")
 
 
 def guided_columns(columns: Tensor, images: int = 1) -> Tensor:

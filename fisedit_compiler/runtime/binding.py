@@ -55,13 +55,14 @@ class CallForm:
         signature: what their program is compiled for.
         paths: by placeholder name, where in ``(args, kwargs)`` a tensor is; ``None`` for one that is converted.
         return_dict: whether the caller wants the model's output class.
-        found: the program that served such a call, by the module's structure; whoever looks programs up keeps it here.
+        found: the program that served such a call, by the module's structure and the ambient state; whoever looks
+            programs up keeps it here.
     """
 
     signature: CallSignature
     paths: Mapping[str, Path | None]
     return_dict: bool
-    found: dict[str, Any] = field(default_factory=dict, compare=False)
+    found: dict[Hashable, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)

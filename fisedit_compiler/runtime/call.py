@@ -13,6 +13,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from fisedit_compiler.inputs import CallSignature
+from fisedit_compiler.runtime.ambient import PLAIN, Ambient
 from fisedit_compiler.runtime.executable import Executable
 from fisedit_compiler.runtime.recording import CallRecord
 from fisedit_compiler.runtime.slot_table import SlotTable
@@ -34,6 +35,7 @@ class Call:
         arguments: the arguments by name, in the form that is captured.
         structure: key of the module's structure at this call.
         differences: paths of the submodules in which two structures differ.
+        ambient: the state that the call was made in.
     """
 
     find_executable: Callable[[], Executable]
@@ -44,6 +46,7 @@ class Call:
     arguments: Callable[[], dict[str, Any]] = dict
     structure: str = ""
     differences: Callable[[str, str], list[str]] = lambda now, then: []
+    ambient: Ambient = PLAIN
 
     @cached_property
     def executable(self) -> Executable:
@@ -68,6 +71,7 @@ class Call:
         """A record of the call, with the slots of a dense run."""
         batch, _, height, width = self.sample.shape
         maps = () if len(slots) == len(self.executable.slot_names) else self.executable.map_names
+        table = SlotTable.of(slots)
         return CallRecord(
-            self.signature, batch, height, width, timestep, SlotTable.of(slots), inputs, maps, self.structure
+            self.signature, batch, height, width, timestep, table, inputs, maps, self.structure, self.ambient
         )

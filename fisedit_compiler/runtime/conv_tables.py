@@ -80,7 +80,7 @@ def tabulate(
     x = _reads(rows_out % out_width, key, 1)[:, None, :]  # [N_out, 1, kw]
     site = _sites(y, x, key, height, width).flatten(1)  # [N_out, K]
 
-    is_ring = torch.zeros(site_count + 1, dtype=torch.bool)
+    is_ring = torch.zeros(site_count + 1, dtype=torch.bool, device=site.device)
     is_ring[site.flatten()] = True
     is_ring[rows_in] = False
     is_ring[site_count] = False
@@ -90,7 +90,7 @@ def tabulate(
 
 def _reads(coordinate: Tensor, key: ConvKey, axis: int) -> Tensor:
     """Where output ``coordinate`` ``[N]`` reads along one axis of the upsampled source: ``[N, kernel]``."""
-    offsets = torch.arange(key.kernel[axis]) * key.dilation[axis] - key.padding[axis]
+    offsets = torch.arange(key.kernel[axis], device=coordinate.device) * key.dilation[axis] - key.padding[axis]
     return coordinate[:, None] * key.stride[axis] + offsets
 
 

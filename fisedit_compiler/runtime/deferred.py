@@ -32,7 +32,7 @@ class DeferredChecks:
         if not wrong.is_cuda:
             _judge(_Pending(wrong, None, error))
             return
-        host = torch.empty((), dtype=torch.bool, pin_memory=True)
+        host = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
         host.copy_(wrong.reshape(()), non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()

@@ -118,7 +118,7 @@ class DenseCalls:
         self._follows = all(spatial)
         if self.columns is not None and base.maps:
             # The recorded output is that of the recorded columns: nothing else may stand in their place.
-            own = (self.columns < 0) | (self.columns == torch.arange(self.columns.shape[-1]))
+            own = (self.columns < 0) | (self.columns == torch.arange(self.columns.shape[-1], device="cpu"))
             rows = own.all(-1).expand(base.batch).tolist()
             same = [recorded and unmoved for recorded, unmoved in zip(same, rows, strict=True)]
         changed = [sample for sample, recorded in enumerate(same) if not recorded]

@@ -121,6 +121,12 @@ class EditChecks:
                 "more inference steps, or guidance in two calls instead of one batch. Edit with the recorded settings."
             )
         base = self.recording.calls[number]
+        if not call.ambient.fits(base.ambient):
+            raise RecordingError(
+                f"Call {number} is made under {call.ambient.describe()}, the recording under "
+                f"{base.ambient.describe()}: their values have other dtypes. Edit as the run was "
+                "recorded, or record again."
+            )
         batch, _, height, width = call.sample.shape
         if (height, width) != (base.height, base.width):
             raise RecordingError(

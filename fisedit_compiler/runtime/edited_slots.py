@@ -49,10 +49,10 @@ class Turn:
         if key not in self._merged:
             tables = [turn.sites[level].cpu() for turn in turns]
             last = max((int(table[-1]) for table in tables if table.numel()), default=-1)
-            owner = torch.full((last + 1,), -1, dtype=torch.int64)
+            owner = torch.full((last + 1,), -1, dtype=torch.int64, device="cpu")
             start = 0
             for table in tables:
-                owner[table] = torch.arange(start, start + table.shape[0])
+                owner[table] = torch.arange(start, start + table.shape[0], device="cpu")
                 start += table.shape[0]
             sites = (owner >= 0).nonzero().flatten()
             device = self.sites[level].device

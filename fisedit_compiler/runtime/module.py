@@ -20,6 +20,7 @@ from fisedit_compiler.inspect.explain import TEXT_TOKENS, explain_module
 from fisedit_compiler.inspect.explanation import Explanation, Measured
 from fisedit_compiler.inspect.stages import Stages, choose_program, stages_of
 from fisedit_compiler.program import CompiledProgram
+from fisedit_compiler.runtime import ambient
 from fisedit_compiler.runtime.edit_session import EditSession
 from fisedit_compiler.runtime.programs import ProgramStore
 from fisedit_compiler.runtime.record_session import RecordSession
@@ -64,14 +65,21 @@ class SparseModule(nn.Module):
         session = self._session
         if session is None:
             return self.original(*args, **kwargs)
+        return self._in_mode(session, args, kwargs)
+
+    @torch.compiler.disable(reason="calls inside record() and edit() run programs of their own")  # type: ignore[untyped-decorator]
+    def _in_mode(self, session: RecordSession | EditSession, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if threading.get_ident() != self._owner:
             raise ModeError(
                 f"This module is inside {self._mode}() in another thread. Finish that run first, or sparsify a second "
                 "copy of the model for concurrent runs."
             )
-        with torch.no_grad():
+        ambient.refuse_foreign_modes()
+        ambient.refuse_arguments(args, kwargs)
+        state = ambient.Ambient.now()
+        with state.neutral(), torch.no_grad():
             session.before()
-            call, wrap = self._programs.bind(args, kwargs)
+            call, wrap = self._programs.bind(args, kwargs, state)
             return wrap(session.handle(call))
 
     # -- modes -----------------------------------------------------------------------------------
@@ -164,6 +172,7 @@ class SparseModule(nn.Module):
             self._refresh()
 
     def _check_evaluating(self) -> None:
+        ambient.refuse_foreign_modes()
         if self.original.training:
             raise ModeError(
                 "The module is in training mode, where dropout would make every run another one; call .eval() first."

@@ -13,6 +13,7 @@ from fisedit_compiler.inputs import CallSignature, known_model
 from fisedit_compiler.keys import ModelKey, ModelState
 from fisedit_compiler.keys.structure import Note
 from fisedit_compiler.program import CompiledProgram, compile_program
+from fisedit_compiler.runtime.ambient import Ambient
 from fisedit_compiler.runtime.binding import Binder
 from fisedit_compiler.runtime.call import Call
 from fisedit_compiler.runtime.executable import Executable
@@ -25,7 +26,7 @@ class ProgramStore:
         self.module, self.config = module, config
         self.known = known_model(module)
         self.binder = Binder(module, self.known, config.spatial_inputs)
-        self._executables: dict[tuple[str, CallSignature], Executable] = {}
+        self._executables: dict[tuple[str, Ambient, CallSignature], Executable] = {}
         self.state = ModelState(module)
         self._key = ModelKey("", "")
 
@@ -46,7 +47,7 @@ class ProgramStore:
     def _follow(self, key: ModelKey) -> ModelKey:
         if key is self._key:
             return key
-        for (structure, _), executable in self._executables.items():
+        for (structure, _, _), executable in self._executables.items():
             if structure == key.structure:
                 executable.rebind()
             else:
@@ -62,8 +63,8 @@ class ProgramStore:
         former = self._key.structure
         self.state.leave_out(notes)
         self._key = self.state.read()
-        for structure, signature in [key for key in self._executables if key[0] == former]:
-            self._executables[self._key.structure, signature] = self._executables.pop((structure, signature))
+        for key in [key for key in self._executables if key[0] == former]:
+            self._executables[self._key.structure, *key[1:]] = self._executables.pop(key)
         self.binder.forget()
 
     @property
@@ -74,25 +75,34 @@ class ProgramStore:
     def prepare(self, arguments: Mapping[str, Any]) -> Executable:
         """Compile for a typical call ahead of the first one."""
         self.refresh()
-        return self._executable(*self.binder.sign(arguments))
+        ambient = Ambient.now()
+        with ambient.neutral():
+            return self._executable(*self.binder.sign(arguments), ambient)
 
     def capture_again(self, call: Call) -> Executable:
         """The program of a call, captured anew and not read from disk: the one at hand computes something else."""
         for key in [key for key, executable in self._executables.items() if executable is call.executable]:
             del self._executables[key]
         self.binder.forget()
-        return self._executable(call.signature, call.arguments(), fresh=True)
+        return self._executable(call.signature, call.arguments(), call.ambient, fresh=True)
 
-    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Call, Callable[[Any], Any]]:
-        """The call made ready for a session, and how its result must be wrapped for the caller."""
+    def bind(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], ambient: Ambient | None = None
+    ) -> tuple[Call, Callable[[Any], Any]]:
+        """The call made ready for a session, and how its result must be wrapped for the caller.
+
+        ``ambient`` is the state the caller is in, by default that of the calling thread.
+        """
+        ambient = ambient or Ambient.now()
         bound = self.binder.bind(args, kwargs)
         signature = bound.form.signature
 
         def find() -> Executable:
-            executable = bound.form.found.get(self._key.structure)
+            structure = self._key.structure
+            executable = bound.form.found.get((structure, ambient))
             if executable is None:
-                executable = self._executable(signature, bound.canonical())
-                bound.form.found[self._key.structure] = executable
+                executable = self._executable(signature, bound.canonical(), ambient)
+                bound.form.found[structure, ambient] = executable
             _check_divisible(call.sample, executable.program.multiple)
             return executable
 
@@ -100,27 +110,31 @@ class ProgramStore:
             find,
             signature,
             bound.tensors,
-            bound.run,
-            bound.run_part,
+            ambient.around(bound.run),
+            None if bound.run_part is None else ambient.around(bound.run_part),
             bound.canonical,
             self._key.structure,
             self.state.differences,
+            ambient,
         )
         wrap = self.known.wrap if self.known is not None and bound.form.return_dict else _as_it_is
         return call, wrap
 
-    def _executable(self, signature: CallSignature, arguments: dict[str, Any], fresh: bool = False) -> Executable:
+    def _executable(
+        self, signature: CallSignature, arguments: dict[str, Any], ambient: Ambient, fresh: bool = False
+    ) -> Executable:
         structure = self._key.structure
-        key = (structure, signature)
+        key = (structure, ambient, signature)
         if key not in self._executables:
             multiple = self.config.multiple
             if multiple is None and self.known is not None:
                 multiple = self.known.multiple(self.module)
             # What is told apart by identity alone means nothing to another process.
-            on_disk = structure if self.state.structure.portable else ""
-            program = compile_program(
-                self.module, arguments, signature, self.config, multiple, structure=on_disk, fresh=fresh
-            )
+            on_disk = f"{structure} {ambient}" if self.state.structure.portable else ""
+            with ambient.capturing():
+                program = compile_program(
+                    self.module, arguments, signature, self.config, multiple, structure=on_disk, fresh=fresh
+                )
             self._executables[key] = Executable(program, self.module, self.config)
         return self._executables[key]
 

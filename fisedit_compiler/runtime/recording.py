@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fisedit_compiler.errors import RecordingError
 from fisedit_compiler.inputs import CallSignature
+from fisedit_compiler.runtime.ambient import PLAIN, Ambient
 from fisedit_compiler.runtime.edited_slots import EditedSlots
 
 
@@ -31,6 +32,7 @@ class CallRecord:
             inputs share them.
         structure: key of the module's structure at this call, which a pipeline may change within its own run.
         maps: names of the slots that are cross-attention maps, of the first calls only (``record(maps=...)``).
+        ambient: the state that the call was made in (autocast, default dtype).
     """
 
     signature: CallSignature
@@ -42,6 +44,7 @@ class CallRecord:
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     maps: tuple[str, ...] = ()
     structure: str = ""
+    ambient: Ambient = PLAIN
 
     @property
     def nbytes(self) -> int:

@@ -106,7 +106,7 @@ class SitePlan:
         ring, taps = {}, {}
         for key in keys:
             ring[key], taps[key] = tabulate(key, active[key.source], active[key.target], masks)
-        places = {level: torch.arange(table.shape[0]) for level, table in active.items()}
+        places = {level: torch.arange(table.shape[0], device=table.device) for level, table in active.items()}
         plan = cls(height, width, active, ring, taps, places)
         if block_sizes:
             plan = plan.blocked(block_sizes)
