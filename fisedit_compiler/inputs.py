@@ -13,11 +13,13 @@ import keyword
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 
+from fisedit_compiler.compiling import one_at_a_time
 from fisedit_compiler.errors import CaptureError
 
 Leaf = tuple[str, Any]
@@ -83,6 +85,8 @@ def _unet_canonical(arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
+@cache
+@one_at_a_time  # two threads that import diffusers for the first time get an ImportError
 def known_models() -> dict[type[nn.Module], KnownModel]:
     """The registry of model classes that need no example inputs. diffusers is imported here, not at import time."""
     from diffusers import UNet2DConditionModel

@@ -10,7 +10,6 @@ import logging
 import time
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import fx, nn
 
 from fisedit_compiler import cache, ir
 from fisedit_compiler.capture import CapturedGraph, capture
+from fisedit_compiler.compiling import made_once, one_at_a_time
 from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.inputs import CallSignature
 from fisedit_compiler.passes import rewrite
@@ -98,16 +98,17 @@ class CompiledProgram:
         """Placeholder names of the spatial inputs, the one that sets height and width first."""
         return self.signature.spatial_names
 
-    @cached_property
+    @property
     def maps(self) -> MapGraphs:
         """Graphs that record and reuse cross-attention maps; made on first use, which ``reports`` then tell."""
-        return self.make_maps(Instruments())
+        return made_once(self.__dict__, "maps", lambda: self.make_maps(Instruments()))
 
     @property
     def has_maps(self) -> bool:
         """Whether :attr:`maps` were made already."""
         return "maps" in self.__dict__
 
+    @one_at_a_time
     def make_maps(self, instruments: Instruments) -> MapGraphs:
         """Make :attr:`maps` under the eyes of ``instruments``."""
         graphs = map_graphs(self.captured, self.recording, instruments)
@@ -115,6 +116,7 @@ class CompiledProgram:
         return graphs
 
 
+@one_at_a_time
 def compile_program(
     module: nn.Module,
     arguments: dict[str, Any],
@@ -169,6 +171,7 @@ def _compile_cached(captured: CapturedGraph, config: SparsifyConfig, seconds: fl
         return None
 
 
+@one_at_a_time
 def compile_captured(
     captured: CapturedGraph, config: SparsifyConfig, observe: Observer | None = None, *, capture_seconds: float = 0.0
 ) -> CompiledProgram:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeGuard
 
+from fisedit_compiler.compiling import one_at_a_time
 from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.errors import ConfigError, ModeError, RecordingError
 from fisedit_compiler.masks import Box, MaskLike, Polygon
@@ -88,10 +89,7 @@ class Editor:
         if self._closed:
             raise ModeError("this Editor is closed; make a new Editor(pipe)")
         if self._compiled is None:
-            from fisedit_compiler import sparsify
-
-            with shown(self._driver.shows_progress):
-                self._compiled = sparsify(self._given, self.config or EDITOR_CONFIG)
+            self._compile()
         elif self.pipe.unet is not self._compiled:
             raise ModeError(
                 "pipe.unet was replaced since this Editor compiled it; put the compiled UNet back "
@@ -99,6 +97,15 @@ class Editor:
             )
         self.pipe.unet = self._compiled
         return self
+
+    @one_at_a_time
+    def _compile(self) -> None:
+        """Compile the UNet, unless another thread did meanwhile."""
+        from fisedit_compiler import sparsify
+
+        if self._compiled is None:
+            with shown(self._driver.shows_progress):
+                self._compiled = sparsify(self._given, self.config or EDITOR_CONFIG)
 
     def close(self) -> None:
         """Put the UNet the editor was given back into the pipeline; closing twice is fine."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fisedit_compiler.compiling import one_at_a_time
 from fisedit_compiler.kernels.addresses import is_plain
 from fisedit_compiler.passes.hoist import Bundle
 from fisedit_compiler.runtime.bundle_values import BundleValues, FlatLayout, FlatValues, SeparateValues
@@ -92,6 +93,7 @@ class BundleRunner:
         return bool(tensors) and all(value.is_cuda for value in tensors)
 
 
+@one_at_a_time
 def _capture(module: fx.GraphModule, arguments: Sequence[Any], values: Mapping[str, Tensor]) -> _BundleGraph:
     try:
         return _BundleGraph(module, arguments, values)

@@ -48,10 +48,14 @@ class Call:
     differences: Callable[[str, str], list[str]] = lambda now, then: []
     ambient: Ambient = PLAIN
 
-    @cached_property
+    @property
     def executable(self) -> Executable:
         """The program for the signature; on first use, so that a call that is refused compiles nothing."""
-        return self.find_executable()
+        # Python 3.11's cached_property has one lock for all instances: who compiles would stop everybody's calls.
+        found = self.__dict__.get("found")
+        if found is None:
+            found = self.__dict__["found"] = self.find_executable()
+        return found
 
     @property
     def sample(self) -> Tensor:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from fisedit_compiler.compiling import one_at_a_time
 from fisedit_compiler.kernels.addresses import is_plain
 from fisedit_compiler.progress import compiling
 from fisedit_compiler.runtime.conv_tables import ConvKey
@@ -180,6 +181,7 @@ class GraphPool:
         axis, level = self.rows[position]
         return output.narrow(axis, 0, prepared.counts[level]).clone(memory_format=torch.contiguous_format)
 
+    @one_at_a_time
     def _capture(self, prepared: PreparedPlan, tensors: Values, slots: SlotTable, hoisted: Hoisted) -> _Graph:
         device = tensors[self._calls[0]].device
         layout = self._layouts.setdefault(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from fisedit_compiler.compiling import made_once, one_at_a_time
 from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.errors import LoweringError
 from fisedit_compiler.passes.hoist import Bundle
@@ -90,9 +91,7 @@ class Executable:
         return bound.eval()
 
     def _graph(self, name: str) -> fx.GraphModule:
-        if name not in self._graphs:
-            self._graphs[name] = self._bind(attrgetter(name)(self.program))
-        return self._graphs[name]
+        return made_once(self._graphs, name, lambda: self._bind(attrgetter(name)(self.program)))
 
     def _bundle_modules(self) -> list[tuple[Bundle, fx.GraphModule]]:
         if not self._bundles:
@@ -237,6 +236,7 @@ class Executable:
         self._pool = self._update_pool = None
         self._prepared.clear()
 
+    @one_at_a_time
     def _make_pool(self, update: bool) -> GraphPool:
         program = self.program
         graph = stage(program.update if update else program.step, self.slot_names)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fisedit_compiler import masks
+from fisedit_compiler.compiling import one_at_a_time
 from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.layout import Layout
 from fisedit_compiler.program import CompiledProgram
@@ -110,9 +111,18 @@ class DenseModule:
         if self._failed:
             return self.module(*args, **kwargs)
         if self._compiled is None:
+            return self._first(*args, **kwargs)
+        return self._run(*args, **kwargs)
+
+    @one_at_a_time
+    def _first(self, *args: Any, **kwargs: Any) -> Any:
+        if self._compiled is None:
             logger.info("compiling the dense call, once per model; this can take a minute")
             # Compiling the module itself would leave an attribute on it.
             self._compiled = torch.compile(self._call, mode="reduce-overhead")
+        return self._run(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         try:
             result = self._compiled(*args, **kwargs)
         except Exception as error:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fisedit_compiler.compiling import one_at_a_time
 from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.errors import RecordingError
 from fisedit_compiler.inputs import CallSignature, known_model
@@ -120,6 +121,7 @@ class ProgramStore:
         wrap = self.known.wrap if self.known is not None and bound.form.return_dict else _as_it_is
         return call, wrap
 
+    @one_at_a_time
     def _executable(
         self, signature: CallSignature, arguments: dict[str, Any], ambient: Ambient, fresh: bool = False
     ) -> Executable:
