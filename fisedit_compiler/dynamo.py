@@ -17,25 +17,27 @@ breaks and compiled functions are refused with the remedy. What a mode does with
 
 from __future__ import annotations
 
-import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import fx, nn
 from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
 
 from fisedit_compiler.api import sparsify
+from fisedit_compiler.compiling import made_once
 from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.errors import ConfigError, ModeError
 from fisedit_compiler.runtime.edit_session import EditSession
+from fisedit_compiler.runtime.modes import Body, Entered, Mode
 from fisedit_compiler.runtime.module import SparseModule
 from fisedit_compiler.runtime.recording import Recording
 from fisedit_compiler.runtime.traced_call import REMEDY, TracedCall
 
 __all__ = ["edit", "fisedit", "record", "sparse_module"]
+
+T = TypeVar("T")
 
 
 def fisedit(
@@ -66,17 +68,17 @@ def fisedit(
 
     def run(*inputs: Any) -> Any:
         active = _active.get(call.module())
-        if active is None or active.sparse.sparsify_config != config:
+        if active is None or not active.alive or active.sparse.sparsify_config != config:
             return graph_module.forward(*inputs)
-        active.calls += 1
         args, kwargs = call.arguments(inputs)
-        return call.outputs(active.sparse(*args, **kwargs))
+        result = active.sparse(*args, **kwargs)
+        active.calls += 1
+        return call.outputs(result)
 
     return run
 
 
-@contextmanager
-def record(compiled: nn.Module, maps: int = 0) -> Iterator[Recording]:
+def record(compiled: nn.Module, maps: int = 0) -> Mode[Recording]:
     """Record every call made inside the block: ``with record(compiled) as recording: pipe(...)``.
 
     Args:
@@ -89,14 +91,13 @@ def record(compiled: nn.Module, maps: int = 0) -> Iterator[Recording]:
             not get to the backend.
         CaptureError: the module cannot be captured.
     """
-    with _mode(compiled, "record") as sparse, sparse.record(maps) as recording:
-        yield recording
+    sparse = _ready(compiled)
+    return Mode(sparse._modes, "record", _through(compiled, sparse, sparse._record(maps)))
 
 
-@contextmanager
 def edit(
     compiled: nn.Module, recording: Recording, mask: Any = None, *, record: bool = False, copies: int = 1
-) -> Iterator[EditSession]:
+) -> Mode[EditSession]:
     """Replay a recorded run under changed inputs: ``with edit(compiled, recording, mask): pipe(new_prompt)``.
 
     Args:
@@ -110,8 +111,8 @@ def edit(
         ConfigError, ModeError, CaptureError: as :func:`record`.
         RecordingError, MaskError: as :meth:`SparseModule.edit`.
     """
-    with _mode(compiled, "edit") as sparse, sparse.edit(recording, mask, record=record, copies=copies) as session:
-        yield session
+    sparse = _ready(compiled)
+    return Mode(sparse._modes, "edit", _through(compiled, sparse, sparse._edit(recording, mask, record, copies)))
 
 
 def sparse_module(compiled: nn.Module) -> SparseModule:
@@ -123,32 +124,36 @@ def sparse_module(compiled: nn.Module) -> SparseModule:
         ConfigError, ModeError, CaptureError: as :func:`record`.
     """
     original, config = _opened(compiled)
-    with _lock:
-        sparse = _sparse_modules.get(compiled)
-        if sparse is None:
-            sparse = _sparse_modules[compiled] = sparsify(original, config)
-    return sparse
+    return made_once(_sparse_modules, compiled, lambda: sparsify(original, config))
 
 
 # -- modes ---------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(eq=False)
 class _Active:
     """The mode that a module is in.
 
     Attributes:
         sparse: whose mode it is.
+        entered: the mode; when it is over, so is this, whether or not anybody could clear it.
         calls: calls that came through the backend.
         seen: how many of them had come when the compiled module last returned.
     """
 
     sparse: SparseModule
+    entered: Entered | None
     calls: int = 0
     seen: int = 0
 
+    @property
+    def alive(self) -> bool:
+        return self.entered is not None and self.sparse._modes.active is self.entered
+
     def check(self, compiled: nn.Module, args: Any, output: Any) -> None:
         """A forward hook of the compiled module: refuse a call that torch.compile ran without the backend."""
+        if not self.alive:
+            return  # an interrupt kept the hook from being removed
         if self.calls == self.seen:
             raise ModeError(
                 "torch.compile ran this call without its backend, so it was neither recorded nor edited: "
@@ -158,33 +163,40 @@ class _Active:
         self.seen = self.calls
 
 
-_lock = threading.RLock()
 _active: dict[nn.Module | None, _Active] = {}
 """Original modules that are in a mode now."""
 _sparse_modules: weakref.WeakKeyDictionary[nn.Module, SparseModule] = weakref.WeakKeyDictionary()
 """By what torch.compile returned; keyed by the original, an entry would keep its own key alive."""
 
 
-@contextmanager
-def _mode(compiled: nn.Module, name: str) -> Iterator[SparseModule]:
+def _ready(compiled: nn.Module) -> SparseModule:
+    """What runs the modes of a compiled module that can have some; errors as :func:`record`."""
     original, _ = _opened(compiled)
     if original._forward_hooks or original._forward_pre_hooks:
         raise ModeError(
             f"{type(original).__name__} has forward hooks, which torch.compile runs outside its graph: they would run "
             "twice. Remove them, " + REMEDY
         )
-    mode = _Active(sparse_module(compiled))
-    if _active.setdefault(original, mode) is not mode:
-        raise ModeError(
-            f"{name}() was entered while the same module is in a mode already. Modes do not nest: leave the first "
-            "`with` block before entering the next."
-        )
-    hook = compiled.register_forward_hook(mode.check)
+    return sparse_module(compiled)
+
+
+def _through(compiled: nn.Module, sparse: SparseModule, body: Body[T]) -> Body[T]:
+    """A mode of ``sparse`` that calls of ``compiled`` go through."""
+    original, active = sparse.original, _Active(sparse, sparse._modes.active)
+    while (holder := _active.setdefault(original, active)) is not active:
+        if holder.alive:
+            raise ModeError(
+                "A mode was entered while the same module, compiled with other options, is in one already. Modes do "
+                "not nest: leave the first `with` block before entering the next."
+            )
+        _active.pop(original, None)
+    hook = compiled.register_forward_hook(active.check)
     try:
-        yield mode.sparse
+        yield from body
     finally:
         hook.remove()
-        del _active[original]
+        if _active.get(original) is active:
+            del _active[original]
 
 
 def _opened(compiled: nn.Module) -> tuple[nn.Module, SparsifyConfig]:

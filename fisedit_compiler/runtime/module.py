@@ -6,7 +6,6 @@ written in ``record_session.py`` and ``edit_session.py``; how programs are found
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from fisedit_compiler.inspect.stages import Stages, choose_program, stages_of
 from fisedit_compiler.program import CompiledProgram
 from fisedit_compiler.runtime import ambient
 from fisedit_compiler.runtime.edit_session import EditSession
+from fisedit_compiler.runtime.modes import Body, Mode, Modes
 from fisedit_compiler.runtime.programs import ProgramStore
 from fisedit_compiler.runtime.record_session import RecordSession
 from fisedit_compiler.runtime.recording import Recording
@@ -48,12 +48,9 @@ class SparseModule(nn.Module):
         self.original = original
         self.sparsify_config = config
         self._programs = ProgramStore(original, config)
-        self._session: RecordSession | EditSession | None = None
-        self._mode = ""
-        self._owner = 0
+        self._modes = Modes()
         self._measured: dict[str, Measured] = {}
         self._recorded_calls: int | None = None
-        self._lock = threading.Lock()
         self.training = original.training
         # diffusers writes module and class name of every part into model_index.json; see also __class__.
         self.__module__ = type(original).__module__
@@ -62,18 +59,13 @@ class SparseModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's forward, or the active mode's version of it; same arguments, same output type."""
-        session = self._session
+        session = self._modes.session()
         if session is None:
             return self.original(*args, **kwargs)
         return self._in_mode(session, args, kwargs)
 
     @torch.compiler.disable(reason="calls inside record() and edit() run programs of their own")  # type: ignore[untyped-decorator]
     def _in_mode(self, session: RecordSession | EditSession, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        if threading.get_ident() != self._owner:
-            raise ModeError(
-                f"This module is inside {self._mode}() in another thread. Finish that run first, or sparsify a second "
-                "copy of the model for concurrent runs."
-            )
         ambient.refuse_foreign_modes()
         ambient.refuse_arguments(args, kwargs)
         state = ambient.Ambient.now()
@@ -84,8 +76,7 @@ class SparseModule(nn.Module):
 
     # -- modes -----------------------------------------------------------------------------------
 
-    @contextmanager
-    def record(self, maps: int = 0) -> Iterator[Recording]:
+    def record(self, maps: int = 0) -> Mode[Recording]:
         """Record every call made inside the block: ``with compiled.record() as recording: pipe(...)``.
 
         Outputs are exactly those of the original module. A recording whose run raised stays ``complete=False``.
@@ -99,22 +90,22 @@ class SparseModule(nn.Module):
             ModeError: another mode is active, or the module is in training mode.
             RecordingError: maps are asked for and the module has no cross-attention that has one.
         """
+        return Mode(self._modes, "record", self._record(maps))
+
+    def _record(self, maps: int) -> Body[Recording]:
         if isinstance(maps, bool) or not isinstance(maps, int) or maps < 0:
             raise ConfigError(f"record(maps={maps!r}) must be a number of calls, 0 or more.")
-        with self._entered("record"):
-            self._check_evaluating()
-            recording = Recording(self._refresh(), self.sparsify_config.program_key())
-            session = RecordSession(recording, self._programs, maps)
-            self._session = session
-            with self._followed():
-                yield recording
-            session.finish()
-            self._recorded_calls = recording.num_calls
+        self._check_evaluating()
+        recording = Recording(self._refresh(), self.sparsify_config.program_key())
+        session = RecordSession(recording, self._programs, maps)
+        with self._followed():
+            yield session, recording
+        session.finish()
+        self._recorded_calls = recording.num_calls
 
-    @contextmanager
     def edit(
         self, recording: Recording, mask: Any = None, *, record: bool = False, copies: int = 1
-    ) -> Iterator[EditSession]:
+    ) -> Mode[EditSession]:
         """Replay a recorded run under changed inputs: ``with compiled.edit(recording, mask): pipe(new_prompt)``.
 
         Args:
@@ -137,31 +128,27 @@ class SparseModule(nn.Module):
                 differs from it (resolution, batch, timesteps, number of calls, input outside the mask).
             MaskError: the mask does not fit the recording.
         """
-        with self._entered("edit"):
-            self._check_evaluating()
-            self._check(recording)
-            session = EditSession(recording, self.sparsify_config, mask, record, copies, self._programs)
-            self._session = session
-            try:
-                with self._followed():
-                    yield session
-            finally:
-                self._measured.update({calls.kind: calls for calls in session.measured()})
-            session.finish()
+        return Mode(self._modes, "edit", self._edit(recording, mask, record, copies))
 
-    @contextmanager
-    def _entered(self, mode: str) -> Iterator[None]:
-        with self._lock:
-            if self._mode:
-                raise ModeError(
-                    f"{mode}() was entered while {self._mode}() is active on the same module. Modes do not nest: leave "
-                    "the first `with` block before entering the next."
-                )
-            self._mode, self._owner = mode, threading.get_ident()
+    def _edit(self, recording: Recording, mask: Any, record: bool, copies: int) -> Body[EditSession]:
+        self._check_evaluating()
+        self._check(recording)
+        session = EditSession(recording, self.sparsify_config, mask, record, copies, self._programs)
         try:
-            yield
+            with self._followed():
+                yield session, session
         finally:
-            self._session, self._mode, self._owner = None, "", 0
+            self._measured.update({calls.kind: calls for calls in session.measured()})
+        session.finish()
+
+    def reset(self) -> None:
+        """Leave whatever mode the module is in, from anywhere, and be the original module again.
+
+        A mode ends with its ``with`` block, however that ends. One that was entered without (by ``ExitStack``, by
+        ``__enter__``) may outlive an interrupt as long as something, such as a kept traceback, holds it. Recordings and
+        programs stay as they are; a block that is still running ends in a ``ModeError``, its recording unfinished.
+        """
+        self._modes.reset()
 
     @contextmanager
     def _followed(self) -> Iterator[None]:
@@ -270,7 +257,7 @@ class SparseModule(nn.Module):
         from fisedit_compiler.inspect.subject import CheckOptions
 
         options = CheckOptions(inputs, edited, recording, call, program, tolerance, seed, lowered)
-        with self._checking("check", mask, options) as subject:
+        with Mode(self._modes, "check", self._checking(mask, options)) as subject:
             return check_subject(subject, subject.executable.hoisted.fork())
 
     def bisect(self, mask: Any, **options: Any) -> BisectReport:
@@ -286,17 +273,16 @@ class SparseModule(nn.Module):
         from fisedit_compiler.inspect.bisect import bisect_subject
         from fisedit_compiler.inspect.subject import CheckOptions
 
-        with self._checking("bisect", mask, CheckOptions(**options)) as subject:
+        with Mode(self._modes, "bisect", self._checking(mask, CheckOptions(**options))) as subject:
             return bisect_subject(subject)
 
-    @contextmanager
-    def _checking(self, mode: str, mask: Any, options: CheckOptions) -> Iterator[Subject]:
+    def _checking(self, mask: Any, options: CheckOptions) -> Body[Subject]:
         from fisedit_compiler.inspect.subject import full_precision, make_subject
 
-        with self._entered(mode), full_precision():
+        with full_precision():
             self._check_evaluating()
             self._refresh()
-            yield make_subject(self, mask, options)
+            yield None, make_subject(self, mask, options)
 
     @property
     def programs(self) -> list[CompiledProgram]:
@@ -347,7 +333,8 @@ class SparseModule(nn.Module):
         return SparseModule if original is None else type(original)
 
     def __repr__(self) -> str:
-        state = f"inside {self._mode}()" if self._mode else "in no mode"
+        active = self._modes.active
+        state = "in no mode" if active is None else f"inside {active.name}()"
         programs = len(self.programs)
         return f"SparseModule({type(self.original).__name__}, {programs} program{'s' * (programs != 1)}, {state})"
 

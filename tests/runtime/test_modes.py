@@ -1,0 +1,336 @@
+"""Whose run a mode is: calls of other threads, tasks and consumers are refused, those made on its behalf are not."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fisedit_compiler import Recording, SparseModule, SparsifyConfig, sparsify
+from fisedit_compiler.errors import ModeError
+
+SAMPLE = torch.linspace(-1, 1, 2 * 3 * 8 * 8).view(2, 3, 8, 8)
+REFUSED = "this call is not made from there"
+
+
+@pytest.fixture(scope="module")
+def shared() -> SparseModule:
+    torch.manual_seed(0)
+    module = nn.Conv2d(3, 3, 3, padding=1).eval()
+    return sparsify(module, SparsifyConfig(), example_inputs={"input": SAMPLE})
+
+
+@pytest.fixture
+def compiled(shared: SparseModule) -> Iterator[SparseModule]:
+    yield shared
+    assert "in no mode" in repr(shared)
+    with shared.record() as recording:
+        assert torch.equal(shared(SAMPLE), shared.original(SAMPLE))
+    assert recording.complete and recording.num_calls == 1
+
+
+def refused(call: Callable[[], Any], message: str = REFUSED) -> None:
+    with pytest.raises(ModeError, match=message):
+        call()
+
+
+# -- generators --------------------------------------------------------------------------------------
+
+
+def recording_generator(compiled: SparseModule) -> Generator[Recording, None, None]:
+    with compiled.record() as recording:
+        compiled(SAMPLE)
+        yield recording
+        compiled(SAMPLE)
+
+
+def test_the_consumer_of_a_suspended_generator_is_refused(compiled: SparseModule) -> None:
+    generator = recording_generator(compiled)
+    recording = next(generator)
+    refused(lambda: compiled(SAMPLE), r"recording_generator\(\) at .*suspended.*contextlib\.contextmanager")
+    assert next(generator, None) is None
+    assert recording.complete and recording.num_calls == 2
+
+
+def test_so_is_the_consumer_of_what_wraps_one(compiled: SparseModule) -> None:
+    class Loader:
+        """Advances a generator from a frame that has returned when the consumer calls."""
+
+        def __init__(self) -> None:
+            self.generator = recording_generator(compiled)
+
+        def __iter__(self) -> Loader:
+            return self
+
+        def __next__(self) -> Recording:
+            return next(self.generator)
+
+    def delegating() -> Iterator[Recording]:
+        yield from recording_generator(compiled)
+
+    def in_a_stack() -> Iterator[Recording]:
+        with contextlib.ExitStack() as stack:
+            recording = stack.enter_context(compiled.record())
+            compiled(SAMPLE)
+            yield recording
+            compiled(SAMPLE)
+
+    for source in (Loader(), delegating(), in_a_stack(), torch.no_grad()(recording_generator)(compiled)):
+        recordings = []
+        for recording in source:
+            recordings.append(recording)
+            refused(lambda: compiled(SAMPLE))
+        assert [(recording.complete, recording.num_calls) for recording in recordings] == [(True, 2)]
+
+
+def test_a_generator_that_is_given_up_leaves_its_mode(compiled: SparseModule) -> None:
+    generator = recording_generator(compiled)
+    recording = next(generator)
+    del generator
+    assert torch.equal(compiled(SAMPLE), compiled.original(SAMPLE))
+    assert not recording.complete and recording.num_calls == 1
+
+
+def test_a_generator_advanced_inside_a_block_calls_for_it(compiled: SparseModule) -> None:
+    def calls() -> Iterator[Tensor]:
+        while True:
+            yield compiled(SAMPLE)
+
+    source = calls()
+    with compiled.record() as recording:
+        next(source), next(source)
+    next(source)
+    assert recording.num_calls == 2
+
+
+# -- blocks entered on somebody's behalf --------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def managed(compiled: SparseModule) -> Iterator[Recording]:
+    with compiled.record() as recording:
+        yield recording
+
+
+class ByHand:
+    """A class that enters a mode for its own block."""
+
+    def __init__(self, compiled: SparseModule) -> None:
+        self.mode = compiled.record()
+
+    def __enter__(self) -> Recording:
+        return self.mode.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.mode.__exit__(*error)
+
+
+@contextlib.contextmanager
+def in_a_stack(compiled: SparseModule) -> Iterator[Recording]:
+    with contextlib.ExitStack() as stack:
+        yield stack.enter_context(managed(compiled))
+
+
+@contextlib.contextmanager
+@torch.no_grad()
+def decorated(compiled: SparseModule) -> Iterator[Recording]:
+    yield from managed.__wrapped__(compiled)
+
+
+@pytest.mark.parametrize("enter", [SparseModule.record, managed, ByHand, in_a_stack, decorated])
+def test_a_context_manager_enters_for_its_block(compiled: SparseModule, enter: Callable[[SparseModule], Any]) -> None:
+    with enter(compiled) as recording:
+        compiled(SAMPLE)
+        (lambda: compiled(SAMPLE))()
+    assert recording.complete and recording.num_calls == 2
+
+    def generator() -> Iterator[None]:
+        with enter(compiled):
+            yield
+
+    for _ in generator():
+        refused(lambda: compiled(SAMPLE))
+
+
+def test_a_stack_kept_by_an_object(compiled: SparseModule) -> None:
+    class Run:
+        def start(self) -> None:
+            self.stack = contextlib.ExitStack()
+            self.recording = self.stack.enter_context(compiled.record())
+
+    run = Run()
+    run.start()
+    compiled(SAMPLE)
+    run.stack.close()
+    assert run.recording.complete and run.recording.num_calls == 1
+
+
+@pytest.fixture
+def fixture_recording(compiled: SparseModule) -> Iterator[Recording]:
+    with compiled.record() as recording:
+        yield recording
+    assert recording.complete and recording.num_calls == 2
+
+
+def test_a_fixture_enters_for_its_test(compiled: SparseModule, fixture_recording: Recording) -> None:
+    compiled(SAMPLE)
+
+    async def call() -> None:
+        compiled(SAMPLE)
+
+    asyncio.run(call())
+
+
+def test_a_mode_that_is_dropped_is_left(compiled: SparseModule) -> None:
+    recording = compiled.record().__enter__()
+    compiled(SAMPLE)
+    assert recording.num_calls == 0
+
+
+def test_each_run_takes_a_mode_of_its_own(compiled: SparseModule) -> None:
+    mode = compiled.record()
+    with mode, pytest.raises(ModeError, match="Call record\\(\\) again"):
+        mode.__enter__()
+    with pytest.raises(ModeError, match="Call record\\(\\) again"), mode:
+        pass
+
+
+# -- tasks and threads --------------------------------------------------------------------------------
+
+
+async def turns(count: int = 3) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+def test_another_task_is_refused(compiled: SparseModule) -> None:
+    async def intruder() -> None:
+        await turns(1)
+        refused(lambda: compiled(SAMPLE))
+
+    async def run() -> None:
+        before = asyncio.create_task(intruder())
+        with compiled.record() as recording:
+            compiled(SAMPLE)
+            inside = asyncio.create_task(intruder())
+            await turns()
+            await asyncio.gather(before, inside)
+            await call()
+        assert recording.complete and recording.num_calls == 2
+
+    async def call() -> None:
+        await turns()
+        compiled(SAMPLE)
+
+    asyncio.run(run())
+
+
+def test_another_task_is_refused_where_no_frame_stays(compiled: SparseModule) -> None:
+    stack = contextlib.ExitStack()
+
+    async def enter() -> Recording:
+        return stack.enter_context(compiled.record())
+
+    async def intruder() -> None:
+        refused(lambda: compiled(SAMPLE))
+
+    async def run() -> None:
+        recording = await enter()
+        await asyncio.create_task(intruder())
+        compiled(SAMPLE)
+        stack.close()
+        assert recording.complete and recording.num_calls == 1
+
+    asyncio.run(run())
+
+
+def test_the_consumer_of_a_suspended_async_generator_is_refused(compiled: SparseModule) -> None:
+    async def generator() -> AsyncIterator[Recording]:
+        with compiled.record() as recording:
+            compiled(SAMPLE)
+            yield recording
+
+    async def run() -> None:
+        async for _ in generator():
+            refused(lambda: compiled(SAMPLE))
+        async with contextlib.asynccontextmanager(generator)() as recording:
+            compiled(SAMPLE)
+            assert recording.num_calls == 2
+        async with contextlib.AsyncExitStack() as stack:
+            recording = await stack.enter_async_context(contextlib.asynccontextmanager(generator)())
+            compiled(SAMPLE)
+            assert recording.num_calls == 2
+
+    asyncio.run(run())
+
+
+def test_an_event_loop_inside_a_block_calls_for_it(compiled: SparseModule) -> None:
+    async def run() -> None:
+        await asyncio.gather(*(asyncio.create_task(call()) for _ in range(2)))
+
+    async def call() -> None:
+        compiled(SAMPLE)
+
+    with compiled.record() as recording:
+        asyncio.run(run())
+    assert recording.complete and recording.num_calls == 2
+
+
+def test_a_thread_that_inherits_the_context_is_refused(compiled: SparseModule) -> None:
+    async def run() -> None:
+        with compiled.record() as recording:
+            with pytest.raises(ModeError, match="in another thread"):
+                await asyncio.to_thread(compiled, SAMPLE)
+            compiled(SAMPLE)
+        assert recording.num_calls == 1
+
+    asyncio.run(run())
+
+
+def test_of_many_threads_that_enter_one_does(compiled: SparseModule) -> None:
+    ready, left = threading.Barrier(8), threading.Barrier(8)
+    entered: list[int] = []
+
+    def enter(number: int) -> None:
+        ready.wait()
+        try:
+            with compiled.record():
+                entered.append(number)
+                left.wait()
+        except ModeError:
+            left.wait()
+
+    for _ in range(20):
+        entered.clear()
+        threads = [threading.Thread(target=enter, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(entered) == 1
+
+
+# -- reset --------------------------------------------------------------------------------------------
+
+
+def test_reset_leaves_a_mode_from_anywhere(compiled: SparseModule) -> None:
+    stack = contextlib.ExitStack()
+    recording = stack.enter_context(compiled.record())
+    compiled(SAMPLE)
+    thread = threading.Thread(target=compiled.reset)
+    thread.start()
+    thread.join()
+    compiled(SAMPLE)
+    assert recording.num_calls == 1
+    with compiled.record() as other:
+        compiled(SAMPLE)
+        with pytest.raises(ModeError, match=r"left by reset\(\)"):
+            stack.close()
+        compiled(SAMPLE)
+    assert not recording.complete and other.complete and other.num_calls == 2
