@@ -310,7 +310,7 @@ def test_weights_changed_since_recording(change: Callable[[nn.Module], None]):
     with compiled.record() as recording:
         before = denoise(compiled, inputs)
     change(compiled.original)
-    with pytest.raises(RecordingError, match=r"weights differ .another checkpoint, a LoRA"):
+    with pytest.raises(RecordingError, match=r"weights differ: another checkpoint, a LoRA"):
         compiled.edit(recording, MASK).__enter__()
     with compiled.record() as recording:
         after = denoise(compiled, inputs)

@@ -65,8 +65,10 @@ def _glance(tensors: list[Tensor]) -> Tensor:
     others = [tensor for tensor in tensors if not tensor.is_cuda]
     parts = [_exact_on_cuda(exact)] if exact else []
     if others:
-        parts.append(torch.tensor([_product(tensor) for tensor in others], dtype=torch.float64).view(torch.int64))
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+        parts.append(
+            torch.tensor([_product(tensor) for tensor in others], dtype=torch.float64, device="cpu").view(torch.int64)
+        )
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device="cpu")
 
 
 def _product(tensor: Tensor) -> float:
@@ -86,7 +88,7 @@ def _product(tensor: Tensor) -> float:
 
 @lru_cache(maxsize=64)
 def _vector(length: int, dtype: torch.dtype) -> Tensor:
-    generator = torch.Generator().manual_seed(length)
+    generator = torch.Generator("cpu").manual_seed(length)
     return (torch.rand(length, generator=generator, dtype=torch.float64, device="cpu") + 0.5).to(dtype)
 
 
@@ -129,5 +131,5 @@ def _exact_on_cuda(tensors: list[Tensor]) -> Tensor:
     try:
         from fisedit_compiler.kernels.triton.checksums import checksums
     except ImportError:  # no Triton: every tensor is read by the host
-        return torch.tensor([_crc(tensor) for tensor in tensors], dtype=torch.int64)
+        return torch.tensor([_crc(tensor) for tensor in tensors], dtype=torch.int64, device="cpu")
     return checksums([_flat(tensor) for tensor in tensors]).cpu()

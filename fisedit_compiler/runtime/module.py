@@ -59,13 +59,15 @@ class SparseModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's forward, or the active mode's version of it; same arguments, same output type."""
+        if self._modes.active is None:
+            return self.original(*args, **kwargs)
+        return self._in_mode(args, kwargs)
+
+    @torch.compiler.disable(reason="calls inside record() and edit() run programs of their own")  # type: ignore[untyped-decorator]
+    def _in_mode(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         session = self._modes.session()
         if session is None:
             return self.original(*args, **kwargs)
-        return self._in_mode(session, args, kwargs)
-
-    @torch.compiler.disable(reason="calls inside record() and edit() run programs of their own")  # type: ignore[untyped-decorator]
-    def _in_mode(self, session: RecordSession | EditSession, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         ambient.refuse_foreign_modes()
         ambient.refuse_arguments(args, kwargs)
         state = ambient.Ambient.now()

@@ -71,7 +71,7 @@ def _make_tables(tensors: list[Tensor], device: torch.device) -> tuple[Tensor, T
     chunks = [(number, first) for number, length in enumerate(lengths) for first in range(0, length, CHUNK)]
 
     def table(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(device)
+        return torch.tensor(values, dtype=torch.int64, device="cpu").to(device)
 
     owners, firsts = [owner for owner, _ in chunks], [first for _, first in chunks]
     return table([tensor.data_ptr() for tensor in tensors]), table(lengths), table(owners), table(firsts)
