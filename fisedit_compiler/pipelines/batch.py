@@ -130,7 +130,15 @@ class FollowBatch:
         self._session = session
         self._copies = [CopySession(session) for _ in plans]
         self._follow = [
-            FollowBase(plan.base.latents, copy, plan.mask, plan.dense_calls, growth, region=plan.region)
+            FollowBase(
+                plan.base.latents,
+                copy,
+                plan.mask,
+                plan.dense_calls,
+                growth,
+                region=plan.region,
+                strict=plan.is_strict,
+            )
             for plan, copy in zip(plans, self._copies, strict=True)
         ]
         self._nothing: dict[int, EmptyMaskFound] = {}
@@ -154,6 +162,11 @@ class FollowBatch:
             self._set_masks()
             self._searching = False
         return {"latents": torch.cat(each)}
+
+    def finish(self) -> None:
+        """Judge what was not waited for while the run went on; see :meth:`FollowBase.finish`."""
+        for follow in self._follow:
+            follow.finish()
 
     def of_copy(self, copy: int) -> CopyFollowed | EmptyMaskFound:
         """What became of one prompt, in tensors of its own; or that there was nothing to change for it."""
@@ -211,6 +224,7 @@ def _run(driver: Driver, compiled: SparseModule, plans: Sequence[EditPlan]) -> l
                     follow,
                     f"edit of {count} prompts",
                 )
+            follow.finish()
     except EmptyMaskFound as found:
         return [_nothing_found(plan, found, count) for plan in plans]
     shares = [took / count for took in seconds]

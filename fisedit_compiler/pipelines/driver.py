@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from PIL import Image
 
+from fisedit_compiler.errors import RecordingError
 from fisedit_compiler.pipelines import checks
 from fisedit_compiler.pipelines.corrections import Corrections
+from fisedit_compiler.pipelines.run_scheduler import scheduler_of_a_run
 from fisedit_compiler.pipelines.runs import RunSettings
 from fisedit_compiler.progress import shown
 
@@ -49,9 +51,11 @@ class Driver:
         """The settings of a new base with the pipeline's scheduler; sizes are the model's own if left out.
 
         Raises:
-            ConfigError: one of ``options`` is no argument of the pipeline's call, or one that is given to it anyway.
+            ConfigError: one of ``options`` is no argument of the pipeline's call, or one that is given to it anyway; or
+                something would mix all sites between two UNet calls.
         """
         checks.check_options(self.pipe, options or {})
+        checks.check_nothing_mixes(self.pipe, options or {})
         default_height, default_width = self.default_size
         return RunSettings(
             seed=seed,
@@ -77,12 +81,27 @@ class Driver:
         settings: RunSettings,
         callback: StepCallback,
         description: str,
+        scheduler: Any = None,
     ) -> Image.Image:
-        """One picture; ``description`` names the progress bar."""
+        """One picture; ``description`` names the progress bar.
+
+        Args:
+            prompt: what to draw.
+            negative_prompt: what to keep away from.
+            settings: of the run.
+            callback: sees the latents after every step.
+            description: names the progress bar.
+            scheduler: instead of a copy of the pipeline's; it is used as it is.
+
+        Raises:
+            RecordingError: the run was stopped before its last step.
+            ConfigError: the scheduler draws numbers that no seed decides.
+        """
         corrections = settings.corrections
         generator, start = _generator(settings), None if corrections is None else corrections.start
-        image: Image.Image = self._call(prompt, negative_prompt, settings, generator, start, callback, description)[0]
-        return image
+        with scheduler_of_a_run(self.pipe, settings.seed, own=scheduler):
+            images = self._call(prompt, negative_prompt, settings, generator, start, callback, description)
+        return images[0]
 
     def run_copies(
         self,
@@ -92,13 +111,19 @@ class Driver:
         callback: StepCallback,
         description: str,
     ) -> list[Image.Image]:
-        """A picture for every prompt, all from the same noise, in one batch; latents are ``[P, C, H, W]``."""
+        """A picture for every prompt, all from the same noise, in one batch; latents are ``[P, C, H, W]``.
+
+        Raises:
+            RecordingError: as :meth:`run` does.
+            ConfigError: likewise.
+        """
         count, corrections = len(prompts), settings.corrections
         negative = None if negative_prompt is None else [negative_prompt] * count
         # Equally seeded generators, not one: every picture draws the same noise, at every step that draws.
         generators = [_generator(settings) for _ in prompts]
         start = None if corrections is None else corrections.start.repeat(count, 1, 1, 1)
-        return self._call(list(prompts), negative, settings, generators, start, callback, description)
+        with scheduler_of_a_run(self.pipe, settings.seed, count):
+            return self._call(list(prompts), negative, settings, generators, start, callback, description)
 
     @contextmanager
     def kept_start(self) -> Iterator[list[torch.Tensor]]:
@@ -136,6 +161,7 @@ class Driver:
         description: str,
     ) -> list[Image.Image]:
         corrections: Corrections | None = settings.corrections
+        counted = _Counted(callback if corrections is None else corrections.before(callback))
         with self._progress_bar(description), shown(self.shows_progress):
             output = self.pipe(
                 prompt=prompt,
@@ -146,11 +172,12 @@ class Driver:
                 width=settings.width,
                 generator=generator,
                 latents=start,
-                callback_on_step_end=callback if corrections is None else corrections.before(callback),
+                callback_on_step_end=counted,
                 callback_on_step_end_tensor_inputs=["latents"],
                 output_type="pil",
                 **settings.options,
             )
+        counted.check(self.pipe, description)
         return list(output.images)
 
     @contextmanager
@@ -162,6 +189,35 @@ class Driver:
             yield
         finally:
             self.pipe.set_progress_bar_config(**saved)
+
+
+class _Counted:
+    """Counts the steps of a run, so that one that was stopped is not taken for a whole one."""
+
+    def __init__(self, callback: StepCallback) -> None:
+        self.callback, self.steps = callback, 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        self.steps += 1
+        return self.callback(*args, **kwargs)
+
+    def check(self, pipe: Any, description: str) -> None:
+        """Look whether all steps were made.
+
+        Raises:
+            RecordingError: some are missing.
+        """
+        planned = getattr(pipe, "num_timesteps", None)
+        if isinstance(planned, int):
+            stopped, of = self.steps < planned, f" of {planned}"
+        else:
+            stopped, of = getattr(pipe, "interrupt", False) is True, ""
+        if stopped:
+            raise RecordingError(
+                f"The run ({description}) was stopped after {self.steps}{of} steps "
+                "(pipe._interrupt was set, or the pipeline left its loop early), so nothing of it is kept. What it "
+                "started from is untouched: run it again, without stopping it."
+            )
 
 
 def _generator(settings: RunSettings) -> torch.Generator:

@@ -291,7 +291,7 @@ class Editor:
         checks.check_same("seed", seed, settings.seed)
         checks.check_same("num_inference_steps", num_inference_steps, settings.num_inference_steps)
         checks.check_same("guidance_scale", guidance_scale, settings.guidance_scale)
-        checks.check_scheduler(settings.scheduler, self.pipe.scheduler)
+        checks.check_scheduler(settings.scheduler, self.pipe.scheduler, settings.num_inference_steps)
         negative = base.negative_prompt if negative_prompt is None else negative_prompt
         self._check_prompts(prompt, negative)
         if base.recording is None:
@@ -340,7 +340,7 @@ class Editor:
         """
         started = time.perf_counter()
         texts = batch.check_prompts(prompts)
-        checks.check_scheduler(base.settings.scheduler, self.pipe.scheduler)
+        checks.check_scheduler(base.settings.scheduler, self.pipe.scheduler, base.settings.num_inference_steps)
         negative = base.negative_prompt if negative_prompt is None else negative_prompt
         for text in texts:
             self._check_prompts(text, negative)
@@ -362,7 +362,7 @@ class Editor:
             PromptError: a prompt is no string, or longer than the text encoder reads.
             RecordingError: the scheduler was changed since the base was made.
         """
-        checks.check_scheduler(base.settings.scheduler, self.pipe.scheduler)
+        checks.check_scheduler(base.settings.scheduler, self.pipe.scheduler, base.settings.num_inference_steps)
         negative = base.negative_prompt if negative_prompt is None else negative_prompt
         self._check_prompts(prompt, negative)
         compiled = self.compiled

@@ -7,8 +7,7 @@ run led in ``pipelines.corrections``, and pixels outside a mask brought back in 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -248,24 +247,12 @@ class _Runs:
                 guidance_scale=method.guidance_scale,
                 corrections=Corrections(start),
             )
-            with _scheduler(self.driver.pipe, walk):
-                self.driver.run(self.prompt, self.negative_prompt, backwards, KeepLatents(), "invert")
+            self.driver.run(self.prompt, self.negative_prompt, backwards, KeepLatents(), "invert", scheduler=walk)
         return _Way("ddim", points | walk.points, walk.num_calls)
 
     def _free_psnr(self, points: dict[float, torch.Tensor]) -> float:
         free = replace(self.settings, corrections=self.start(points))
         return psnr(self.driver.run(self.prompt, self.negative_prompt, free, KeepLatents(), "measure"), self.picture)
-
-
-@contextmanager
-def _scheduler(pipe: Any, scheduler: Any) -> Iterator[None]:
-    """Another scheduler for one run."""
-    given = pipe.scheduler
-    pipe.scheduler = scheduler
-    try:
-        yield
-    finally:
-        pipe.scheduler = given
 
 
 def _relative_size(steps: list[torch.Tensor], latents: list[torch.Tensor]) -> float:

@@ -78,6 +78,11 @@ class EditPlan:
     feather: int = 0
     together: int = 1
 
+    @property
+    def is_strict(self) -> bool:
+        """Whether nothing outside the mask may leave the base after any step: the mask is known from the start."""
+        return isinstance(self.mask, torch.Tensor) and self.base.is_followed_exactly
+
     def without_a_run(self) -> Edit | None:
         """The answer to an edit that its arguments say changes nothing; ``None`` if it must be run."""
         base = self.base

@@ -15,6 +15,7 @@ from PIL import Image
 
 from fisedit_compiler.pipelines.corrections import Corrections
 from fisedit_compiler.pipelines.report import EditReport
+from fisedit_compiler.runtime.bits import differs
 from fisedit_compiler.runtime.recording import Recording
 
 if TYPE_CHECKING:
@@ -69,6 +70,11 @@ class Generation:
     initial_latents: torch.Tensor = field(repr=False)
     recording: Recording | None = field(repr=False)
 
+    @property
+    def is_followed_exactly(self) -> bool:
+        """Whether a sparse run reproduces its latents outside a mask without being set back to them."""
+        return True
+
 
 @dataclass(frozen=True, eq=False)
 class Edit(Generation):
@@ -88,10 +94,16 @@ class Edit(Generation):
     heat: torch.Tensor | None = field(default=None, repr=False)
 
     @property
+    def is_followed_exactly(self) -> bool:
+        """Not if its own latents, or those of what it is an edit of, were set back or blended between two calls."""
+        own = not self.report.restored_steps and not self.report.feather
+        return own and self.base.is_followed_exactly
+
+    @property
     def unchanged_outside(self) -> bool:
         """Whether the final latents outside the mask are the base's, bit for bit."""
         outside = ~self.mask.to(self.latents[-1].device)
-        return torch.equal(self.latents[-1][..., outside], self.base.latents[-1][..., outside])
+        return not bool(differs(self.latents[-1][..., outside], self.base.latents[-1][..., outside]).any())
 
     def show(self) -> Figure:
         """The base with the mask's outline, the heat map if there is one, and the edit, as a matplotlib figure.

@@ -36,10 +36,18 @@ def run_edit(driver: Driver, compiled: SparseModule, plan: EditPlan) -> Edit:
         with compiled.edit(base.recording, mask=mask, record=plan.record) as session:
             _reuse_maps(driver, plan, session)
             follow = FollowBase(
-                base.latents, session, plan.mask, plan.dense_calls, growth, region=plan.region, feather=plan.feather
+                base.latents,
+                session,
+                plan.mask,
+                plan.dense_calls,
+                growth,
+                region=plan.region,
+                feather=plan.feather,
+                strict=plan.is_strict,
             )
             with timed_calls(compiled) as seconds:
                 image = driver.run(plan.prompt, plan.negative_prompt, base.settings, follow, "edit")
+            follow.finish()
     except EmptyMaskFound as found:
         return plan.unchanged(found.note, calls=found.calls, detection=found.detection)
     return plan.edited(image, follow, session, seconds)

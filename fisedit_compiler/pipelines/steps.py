@@ -17,7 +17,9 @@ from fisedit_compiler.errors import MaskError, RecordingError
 from fisedit_compiler.pipelines.detectors import DetectedMask, MaskDetector
 from fisedit_compiler.pipelines.region import cut_found
 from fisedit_compiler.pipelines.report import Detection
+from fisedit_compiler.runtime.bits import differs
 from fisedit_compiler.runtime.call import CallKind
+from fisedit_compiler.runtime.deferred import DeferredChecks
 
 
 class MaskedSession(Protocol):
@@ -69,6 +71,9 @@ class FollowBase:
     multistep scheduler remembers of earlier calls (DPM++, PNDM) is the edit's own, and one that keeps a sample of its
     own (Heun between its two calls, PNDM at its start, UniPC's corrector) sees the blend through the UNet's next
     prediction. ``region`` cuts a mask that is found.
+
+    With ``strict`` nothing outside may need to be set back: the calls are sparse from the first on, and the base's were
+    too. If something does, it is not the base's run that is followed, and what is inside the mask is wrong, too.
     """
 
     def __init__(
@@ -81,6 +86,7 @@ class FollowBase:
         *,
         region: torch.Tensor | None = None,
         feather: int = 0,
+        strict: bool = False,
     ) -> None:
         self.latents: list[torch.Tensor] = []
         self.detected: DetectedMask | None = None
@@ -96,6 +102,7 @@ class FollowBase:
         self._mask: torch.Tensor | None = None
         self._weights: torch.Tensor | None = None
         self._restored: list[torch.Tensor] = []
+        self._checks = DeferredChecks() if strict else None
         if isinstance(mask, torch.Tensor):
             self._keep_outside(mask)
 
@@ -125,13 +132,26 @@ class FollowBase:
             self._find_mask(self._detector, step, latents, base)
         if self._mask is not None:
             # The flag stays on the device: reading it here would make the GPU wait at every step.
-            self._restored.append(((latents != base) & ~self._mask).any())
+            moved = (differs(latents, base) & ~self._mask).any()
+            self._restored.append(moved)
+            if self._checks is not None:
+                self._checks.poll()
+                self._checks.add(moved, lambda: _left_its_base(step))
             if self._weights is not None:
                 # In float32, or half precision would round once a step more than the scheduler does.
                 latents = torch.lerp(base.float(), latents.float(), self._weights).to(base.dtype)
             latents = torch.where(self._mask, latents, base)
         self.latents.append(latents.detach().clone())
         return {"latents": latents}
+
+    def finish(self) -> None:
+        """Judge what was not waited for while the run went on.
+
+        Raises:
+            RecordingError: sites outside the mask left the base.
+        """
+        if self._checks is not None:
+            self._checks.wait()
 
     def _find_mask(self, detector: MaskDetector, step: int, latents: torch.Tensor, base: torch.Tensor) -> None:
         detector.update(latents, base)
@@ -166,3 +186,12 @@ class FollowBase:
         if self._feather:
             weights = masks.feather_weights(grown, self._feather)
             self._weights = masks.weights_per_step(weights, len(self.base_latents)).to(device)
+
+
+def _left_its_base(step: int) -> RecordingError:
+    return RecordingError(
+        f"After step {step + 1} latents outside the mask are not the base's, though every prediction there was: the "
+        "run does not follow its base. Something draws other noise than the base's run did, or mixes all sites between "
+        "two UNet calls (rescaled guidance, dynamic thresholding, a scheduler or a pipeline of your own). Use a "
+        "scheduler whose step is element-wise and draws from the generator it is given; the base is untouched."
+    )

@@ -19,6 +19,7 @@ from fisedit_compiler.pipelines import DetectedMask, Edit, Editor, Generation, L
 from fisedit_compiler.pipelines.batch import EVERYWHERE
 from fisedit_compiler.runtime.site_plan import SitePlan
 from tests.pipelines.conftest import make_tiny_pipeline
+from tests.pipelines.test_following import Sampled
 from tests.reference.pinned import PinnedRun
 
 STEPS = 5
@@ -61,6 +62,15 @@ def unet_batches(editor: Editor) -> Iterator[list[int]]:
 def assert_kept_outside(edit: Edit, base: Generation, first: int = 0) -> None:
     for step in range(first, len(base.latents)):
         assert torch.equal(edit.latents[step][..., ~edit.mask], base.latents[step][..., ~edit.mask]), step
+
+
+def test_every_picture_gets_the_noise_of_the_bases_sampler(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(editor.pipe, "scheduler", Sampled())
+    base = editor.generate("a cat", seed=3, num_inference_steps=STEPS)
+    edits = editor.edit_many(base, PROMPTS, mask=ONE)
+    for edit, prompt in zip(edits, PROMPTS, strict=True):
+        assert edit.report.restored_steps == 0
+        assert_close(edit.latents[-1], editor.edit(base, prompt, mask=ONE).latents[-1], torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,85 @@
+"""The scheduler of one run: a copy of the pipeline's, whose noise is the same in every run.
+
+A base and its edits must walk the same path, and some schedulers keep something of the last run. So every run gets a
+copy of what the user configured, and the user's own object stays as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from fisedit_compiler.errors import ConfigError
+
+
+@contextmanager
+def scheduler_of_a_run(pipe: Any, seed: int, copies: int = 1, own: Any = None) -> Iterator[None]:
+    """Gives ``pipe`` a scheduler for one run, and its own back afterwards.
+
+    Args:
+        pipe: the pipeline.
+        seed: of what a scheduler draws without the run's generator.
+        copies: pictures the run makes; each gets the noise that one alone would get.
+        own: a scheduler of the caller's, used as it is.
+    """
+    given = pipe.scheduler
+    pipe.scheduler = _watched(_seeded(_copied(given), seed, copies)) if own is None else own
+    try:
+        yield
+    finally:
+        pipe.scheduler = given
+
+
+def _copied(scheduler: Any) -> Any:
+    try:
+        return copy.deepcopy(scheduler)
+    except Exception:
+        # It holds a lock or an open file. Configurations are replaced, never written to: a shallow copy protects them.
+        return copy.copy(scheduler)
+
+
+def _seeded(scheduler: Any, seed: int, copies: int) -> Any:
+    """Name the seed of a noise sampler that the scheduler would seed by chance (``DPMSolverSDEScheduler``)."""
+    if "noise_sampler_seed" in scheduler.config:
+        chosen = scheduler.config["noise_sampler_seed"]
+        chosen = seed if chosen is None else chosen
+        # A list is one sampler for each picture, all with the same noise.
+        scheduler.noise_sampler_seed = [chosen] * copies if copies > 1 and isinstance(chosen, int) else chosen
+    return scheduler
+
+
+def _watched(scheduler: Any) -> Any:
+    """Refuse the first step that draws numbers which the run's generator does not decide."""
+    step: Callable[..., Any] = scheduler.step
+    name = type(scheduler).__name__
+
+    @functools.wraps(step)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        device = next((value.device for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
+        before = _global_states(device)
+        result = step(*args, **kwargs)
+        if before != _global_states(device):
+            raise ConfigError(
+                f"{name}.step() drew random numbers of its own, not from the generator it is given, so no edit could "
+                "follow its base. Use a scheduler whose step() draws from `generator`, or one that draws nothing "
+                "(DDIM, DPM++, Euler). If another thread drew numbers at the same moment, run again"
+            )
+        return result
+
+    scheduler.step = watched
+    return scheduler
+
+
+def _global_states(device: torch.device | None) -> tuple[bytes, ...]:
+    """What the generators of the process would draw next. Read on the host: a GPU is not waited for."""
+    keys = np.random.get_state(legacy=False)["state"]
+    states = [torch.get_rng_state().numpy().tobytes(), keys["key"].tobytes() + bytes(str(keys["pos"]), "ascii")]
+    if device is not None and device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device).numpy().tobytes())
+    return tuple(states)
