@@ -47,6 +47,10 @@ class RecordingError(FiseditError):
     """A recording is missing, empty, unfinished, or does not fit the run it is used for."""
 
 
+class NonFiniteError(RecordingError, ArithmeticError):
+    """A recorded run or an edit of it overflowed: its outputs hold NaN or infinity."""
+
+
 class ModeError(FiseditError, RuntimeError):
     """``record()`` or ``edit()`` was entered while another mode is active."""
 

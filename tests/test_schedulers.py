@@ -126,6 +126,41 @@ def test_what_mixes_all_sites_between_calls_is_refused_in_words(pipe: Any):
     assert_edited_inside_only(*record_and_edit(pipe)[:2])
 
 
+def stop_after(steps: int) -> Any:
+    """A step callback that stops the run as diffusers' documentation does."""
+
+    def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = step + 1 == steps
+        return tensors
+
+    return callback
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_a_base_that_was_stopped_is_named_by_its_edit(pipe: Any, steps: int):
+    """The recording sees calls, not the pipeline, but other steps would have shown in the timesteps."""
+    with pipe.unet.record() as recording:
+        run_pipeline(pipe, num_inference_steps=STEPS, callback_on_step_end=stop_after(steps))
+    assert recording.num_calls == steps
+    with (
+        pytest.raises(RecordingError, match=rf"call {steps + 1} .*only {steps}: all timesteps.*stopped.*_interrupt"),
+        pipe.unet.edit(recording, MASK),
+    ):
+        run_pipeline(pipe, prompt="a dog", num_inference_steps=STEPS)
+
+
+def test_an_edit_that_was_stopped_is_named_and_its_base_goes_on(pipe: Any):
+    with pipe.unet.record() as recording:
+        base = run_pipeline(pipe, num_inference_steps=STEPS)
+    with (
+        pytest.raises(RecordingError, match=r"ended after 2 calls, the recording has 4: it was stopped.*_interrupt"),
+        pipe.unet.edit(recording, MASK),
+    ):
+        run_pipeline(pipe, prompt="a dog", num_inference_steps=STEPS, callback_on_step_end=stop_after(2))
+    with pipe.unet.edit(recording, MASK):
+        assert_edited_inside_only(base, run_pipeline(pipe, prompt="a dog", num_inference_steps=STEPS))
+
+
 def test_the_pipelines_dtype_may_change():
     from tests.pipelines.conftest import make_tiny_pipeline
 

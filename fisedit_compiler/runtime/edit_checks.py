@@ -6,6 +6,8 @@ outcome is known (``deferred.py``).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,10 +15,12 @@ from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.errors import RecordingError
 from fisedit_compiler.inputs import CallSignature
 from fisedit_compiler.masks import grown
+from fisedit_compiler.runtime.bits import differs
 from fisedit_compiler.runtime.call import Call
 from fisedit_compiler.runtime.contents import Later
 from fisedit_compiler.runtime.copies import repeated
 from fisedit_compiler.runtime.deferred import DeferredChecks
+from fisedit_compiler.runtime.finite import any_not_finite, edit_overflowed
 from fisedit_compiler.runtime.recording import CallRecord, Recording
 
 CHECKED_AT_ONCE = 2
@@ -88,12 +92,23 @@ class EditChecks:
         """Where comparisons of a call's contents wait for :meth:`after`; ``None`` if they are made at once."""
         return None if _is_checked_at_once(call, number) else Later()
 
-    def after(self, call: Call, number: int, base: CallRecord, later: Later | None = None) -> None:
-        """Compare what :meth:`before` did not wait for, and what was put into ``later``."""
+    def after(self, call: Call, number: int, base: CallRecord, outputs: Any, later: Later | None = None) -> None:
+        """Compare what :meth:`before` did not wait for, and what was put into ``later``.
+
+        Of the last call also whether ``outputs`` are numbers; a NaN stays, whichever call it came from.
+
+        Raises:
+            NonFiniteError: they are not.
+            RecordingError: something differs.
+        """
         if later is not None and later.pairs:
             later.defer(self._deferred, call.executable.hoisted.clear)
         if not _is_checked_at_once(call, number):
             self._compare(call, number, base)
+        if number + 1 == self.recording.num_calls:
+            wrong = any_not_finite(outputs)
+            if wrong is not None:
+                self._deferred.add(wrong, lambda: edit_overflowed(number))
 
     def finish(self, calls: int) -> None:
         """Check that all of ``calls`` fitted, and that they were as many as were recorded.
@@ -104,9 +119,10 @@ class EditChecks:
         self._deferred.wait()
         if calls < self.recording.num_calls:
             raise RecordingError(
-                f"The edit ended after {calls} calls, the recording has {self.recording.num_calls}: another number "
-                "of inference steps or another guidance setting. Edit with the settings of the recorded run; the "
-                "recording itself is untouched and can be used again."
+                f"The edit ended after {calls} calls, the recording has {self.recording.num_calls}: it was stopped "
+                "before its last step (pipe._interrupt, set by a step callback or a stop button), or has another number "
+                "of inference steps or another guidance setting. Edit with the settings of the recorded run, to its end; "
+                "the recording itself is untouched and can be used again."
             )
 
     def _base_of(self, call: Call, number: int) -> CallRecord:
@@ -116,10 +132,8 @@ class EditChecks:
             RecordingError: the run differs from the recorded one; the message says in what.
         """
         if number >= self.recording.num_calls:
-            raise RecordingError(
-                f"This is call {number + 1} of the edit, but the recording has only {self.recording.num_calls}: "
-                "more inference steps, or guidance in two calls instead of one batch. Edit with the recorded settings."
-            )
+            self._deferred.wait()  # what differed before says more
+            raise self._too_many(number)
         base = self.recording.calls[number]
         if not call.ambient.fits(base.ambient):
             raise RecordingError(
@@ -152,6 +166,20 @@ class EditChecks:
         self.structure(call, call.structure, base, number)
         return base
 
+    def _too_many(self, number: int) -> RecordingError:
+        timesteps = [call.timestep for call in self.recording.calls]
+        why = "more inference steps, or guidance in two calls instead of one batch. Edit with the recorded settings."
+        if len(timesteps) > 1 and None not in timesteps:
+            # Another number of steps would have shown at the second timestep.
+            why = (
+                f"all timesteps so far, down to {timesteps[-1]:g}, were the recorded ones, so the recorded run was "
+                "most likely stopped before its last step (pipe._interrupt, set by a step callback or a stop button). "
+                "Record it again, to its end; otherwise edit with the recorded settings."
+            )
+        return RecordingError(
+            f"This is call {number + 1} of the edit, but the recording has only {self.recording.num_calls}: {why}"
+        )
+
     def _compare(self, call: Call, number: int, base: CallRecord) -> None:
         """Compare what is on the device: the timestep, and the input outside the mask.
 
@@ -173,14 +201,17 @@ class EditChecks:
         if slot is not None:
             recorded = base.slots[slot]
             outside = self._outside_masks(number, recorded.device)
-            wrong = (call.sample.flatten(2).transpose(1, 2) != recorded) & outside
+            wrong = differs(call.sample.flatten(2).transpose(1, 2), recorded) & outside
 
             def other_input() -> RecordingError:
+                if bool(any_not_finite(call.sample)):
+                    return edit_overflowed(number)
                 return RecordingError(
                     f"At call {number} the input differs from the recorded one outside the mask. The edit must "
                     "start from the recorded noise and follow the recorded run: the same seed (a fresh generator), "
-                    "the same scheduler, the same guidance scale, and nothing that mixes all sites between two calls "
-                    "(guidance_rescale, dynamic thresholding). SparsifyConfig(check_inputs=False) allows it."
+                    "the same scheduler, the same guidance scale, noise from the generator only "
+                    "(DPMSolverSDEScheduler: set noise_sampler_seed), and nothing that mixes all sites between two "
+                    "calls (guidance_rescale, dynamic thresholding). SparsifyConfig(check_inputs=False) allows it."
                 )
 
             self._deferred.add(wrong.any(), other_input)

@@ -156,7 +156,7 @@ class EditSession:
         self.timings.append((kind, time.perf_counter() - start))
         self.computed_samples.append(self._computed)
         self.reused_maps.append(self._reused)
-        self._checks.after(call, self.call, base, self._later)
+        self._checks.after(call, self.call, base, result, self._later)
         if self.programs is not None and not self._checks.looks_first(self.call):
             now = self.programs.glance()
             self._checks.weights(now.weights, self.call)

@@ -21,6 +21,7 @@ from fisedit_compiler.inspect.stages import Stages, choose_program, stages_of
 from fisedit_compiler.program import CompiledProgram
 from fisedit_compiler.runtime import ambient
 from fisedit_compiler.runtime.edit_session import EditSession
+from fisedit_compiler.runtime.finite import check_finite
 from fisedit_compiler.runtime.modes import Body, Mode, Modes
 from fisedit_compiler.runtime.programs import ProgramStore
 from fisedit_compiler.runtime.record_session import RecordSession
@@ -126,6 +127,7 @@ class SparseModule(nn.Module):
         Raises:
             ModeError: another mode is active, or the module is in training mode.
             ConfigError: ``copies`` is not a positive whole number.
+            NonFiniteError: the recorded run or the edit overflowed: NaN or infinity in its outputs.
             RecordingError: the recording is missing, unfinished, of another model or configuration, or the run
                 differs from it (resolution, batch, timesteps, number of calls, input outside the mask).
             MaskError: the mask does not fit the recording.
@@ -183,6 +185,7 @@ class SparseModule(nn.Module):
                 "The recording is empty: no call went through the compiled module inside `with compiled.record()`. "
                 "Set `pipe.unet = compiled` before running the pipeline."
             )
+        check_finite(recording)
         if recording.config != self.sparsify_config.program_key():
             raise RecordingError(
                 f"The recording was made with {dict(recording.config)}, this module is compiled with "

@@ -11,6 +11,7 @@ from typing import Any
 from fisedit_compiler.errors import RecordingError
 from fisedit_compiler.runtime.call import Call
 from fisedit_compiler.runtime.executable import Executable
+from fisedit_compiler.runtime.finite import FiniteWatch, note_not_finite
 from fisedit_compiler.runtime.programs import ProgramStore
 from fisedit_compiler.runtime.recorded_inputs import InputCopies
 from fisedit_compiler.runtime.recording import Recording
@@ -23,6 +24,7 @@ class RecordSession:
     def __init__(self, recording: Recording, programs: ProgramStore, maps: int = 0) -> None:
         self.recording, self.programs, self.maps = recording, programs, maps
         self._inputs = InputCopies()
+        self._finite = FiniteWatch()
 
     def before(self) -> None:
         """Look whether the module is still the one that the recording is of. Another structure is followed.
@@ -39,6 +41,7 @@ class RecordSession:
             RecordingError: weights changed meanwhile.
         """
         self._check_weights(self.programs.refresh().weights)
+        note_not_finite(self.recording, self._finite)
         self.recording.complete = True
 
     def _check_weights(self, weights: str) -> None:
@@ -67,6 +70,7 @@ class RecordSession:
             if self.recording.model == key:
                 self.recording.model = self.programs.key
         self.recording.calls.append(call.store(slots, call.timestep, inputs))
+        self._finite.look(outputs)
         return executable.assemble(outputs)
 
 

@@ -67,12 +67,14 @@ class Recording:
         config: the fields of the configuration that decide what is recorded.
         calls: one record per call, in order.
         complete: whether the recording run ended without an exception.
+        not_finite: the first call whose outputs hold NaN or infinity, if one does; such a run cannot be edited.
     """
 
     model: Any
     config: Mapping[str, Any]
     calls: list[CallRecord] = field(default_factory=list)
     complete: bool = False
+    not_finite: int | None = None
 
     @property
     def num_calls(self) -> int:
