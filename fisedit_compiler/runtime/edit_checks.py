@@ -120,9 +120,9 @@ class EditChecks:
         if calls < self.recording.num_calls:
             raise RecordingError(
                 f"The edit ended after {calls} calls, the recording has {self.recording.num_calls}: it was stopped "
-                "before its last step (pipe._interrupt, set by a step callback or a stop button), or has another number "
-                "of inference steps or another guidance setting. Edit with the settings of the recorded run, to its end; "
-                "the recording itself is untouched and can be used again."
+                "before its last step (pipe._interrupt, set by a step callback or a stop button), or has another "
+                "number of inference steps or another guidance setting. Edit with the settings of the recorded run, to "
+                "its end; the recording itself is untouched and can be used again."
             )
 
     def _base_of(self, call: Call, number: int) -> CallRecord:
