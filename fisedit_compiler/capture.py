@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -218,11 +219,13 @@ def _is_mutable(node: fx.Node) -> bool:
 
 
 def _rounded_size(graph: fx.Graph) -> fx.Node | None:
-    """The first node with a size that is no polynomial of ``b, h, w``."""
+    """The first node with a size that rounds height or width, so that another divisor may make it whole."""
     whole = (sympy.Add, sympy.Mul, sympy.Pow, sympy.Symbol, sympy.Number)
     for node in graph.nodes:
-        if isinstance(spec := node.meta.get("spec"), ValueSpec) and not all(
-            isinstance(part, whole) for size in spec.shape for part in sympy.preorder_traversal(size)
+        if isinstance(spec := node.meta.get("spec"), ValueSpec) and any(
+            part.free_symbols & {HEIGHT, WIDTH} and not isinstance(part, whole)
+            for size in spec.shape
+            for part in sympy.preorder_traversal(size)
         ):
             return node  # type: ignore[no-any-return]
     return None
@@ -339,8 +342,29 @@ def _spec(value: torch.Tensor, symbols: dict[sympy.Symbol, sympy.Expr]) -> Value
 
 def _expression(size: int | torch.SymInt, symbols: dict[sympy.Symbol, sympy.Expr]) -> sympy.Expr:
     if isinstance(size, torch.SymInt):
-        return size.node.expr.xreplace(symbols)
+        return _plain(size.node.expr).xreplace(symbols)
     return sympy.Integer(size)
+
+
+def _plain(expression: sympy.Expr) -> sympy.Expr:
+    """The same size in sympy's own functions, in place of torch's, which know less of each other."""
+    if expression.is_Atom:
+        return expression
+    return expression.replace(
+        lambda part: part.is_Function and type(part).__name__ in _TORCH_FUNCTIONS,
+        lambda part: _TORCH_FUNCTIONS[type(part).__name__](*part.args),
+    )
+
+
+_TORCH_FUNCTIONS: dict[str, Callable[..., sympy.Expr]] = {
+    "FloorDiv": lambda left, right: sympy.floor(left / right),
+    "CleanDiv": lambda left, right: sympy.floor(left / right),
+    "CeilDiv": lambda left, right: sympy.floor((left + right - 1) / right),
+    "Mod": sympy.Mod,
+    "PythonMod": sympy.Mod,
+    "Max": sympy.Max,
+    "Min": sympy.Min,
+}
 
 
 def _source_line(stack_trace: str | None) -> str | None:

@@ -27,6 +27,8 @@ import sympy
 import torch
 from torch import fx
 
+from fisedit_compiler.errors import LayoutError
+
 BATCH = sympy.Symbol("b", positive=True, integer=True)
 HEIGHT = sympy.Symbol("h", positive=True, integer=True)
 WIDTH = sympy.Symbol("w", positive=True, integer=True)
@@ -149,7 +151,11 @@ def call(
 class SizeBuilder:
     """Writes sizes (sympy expressions in ``b, h, w``) as graph nodes computed from the spatial input's own sizes.
 
-    ``multiple`` is ``k``: the spatial input has ``k*h`` by ``k*w`` sites.
+    Sums, products, powers, quotients rounded down, remainders and extrema of them; any other size must be an axis of an
+    input, as the length of a text is. ``multiple`` is ``k``: the spatial input has ``k*h`` by ``k*w`` sites.
+
+    Raises:
+        LayoutError: a size is none of these.
     """
 
     def __init__(self, graph: fx.Graph, spatial: fx.Node, multiple: int) -> None:
@@ -203,7 +209,37 @@ class SizeBuilder:
             for power in range(2, int(expression.exp) + 1):
                 result = self._append(operator.mul, (result, base), expression.base**power)
             return result
-        raise NotImplementedError(f"size expression {expression}")
+        if isinstance(expression, sympy.floor):
+            numerator, denominator = expression.args[0].as_numer_denom()
+            return self._append(operator.floordiv, (self(numerator), self(denominator)), expression)
+        if isinstance(expression, sympy.Mod):
+            return self._append(operator.mod, tuple(self(term) for term in expression.args), expression)
+        if isinstance(expression, (sympy.Max, sympy.Min)):
+            return self._extremum(expression)
+        for node in self.graph.nodes:
+            if node.op == "placeholder" and has_spec(node) and expression in spec_of(node).shape:
+                return self._append(size, (node, spec_of(node).shape.index(expression)), expression)
+        raise LayoutError(
+            f"A size of this model is {expression}, which cannot be computed from the sizes of a call. Pass that size in, "
+            "or sparsify the submodule that does not need it."
+        )
+
+    def _extremum(self, expression: sympy.Expr) -> fx.Node:
+        function: Any = torch.sym_max if isinstance(expression, sympy.Max) else torch.sym_min
+        first, *rest = (self(term) for term in expression.args)
+        done, result = expression.args[0], first
+        for term, node in zip(expression.args[1:], rest, strict=True):
+            done = expression.func(done, term)
+            result = self._append(function, (result, node), done)
+        assert isinstance(result, fx.Node)
+        return result
+
+
+def unused_name(graph: fx.Graph, name: str) -> str:
+    """``name``, or it with a number behind it: placeholders of equal names would be one argument twice."""
+    taken = {str(node.target) for node in graph.nodes if node.op == "placeholder"}
+    candidates = (name, *(f"{name}_{number}" for number in range(1, len(taken) + 1)))
+    return next(candidate for candidate in candidates if candidate not in taken)
 
 
 def nodes_calling(graph: fx.Graph, targets: Iterable[Any]) -> list[fx.Node]:

@@ -13,9 +13,11 @@ import torch
 from torch import fx
 
 from fisedit_compiler import ir
-from fisedit_compiler.layout import Layout, packed_spec
+from fisedit_compiler.ir import ValueSpec, spec_of
+from fisedit_compiler.layout import SITES, Layout, packed_spec
 from fisedit_compiler.passes.base import Pass, Rewriter
 from fisedit_compiler.passes.rowwise import copy_on_rows
+from fisedit_compiler.passes.views import permute_rows
 
 aten = torch.ops.aten
 
@@ -78,10 +80,36 @@ class ChannelAxis(Pass):
         packed = [None if item is None else layout.packed_dim(item) for item in axes]
         if any(item is None for item in packed):
             return "the operation runs over a site axis"
+        kept = _kept_axes(node, layout, [int(item) % layout.rank for item in axes])
+        after: Layout = node.meta["layout"]
+        if sorted(kept) != sorted(after.packed_axes()):
+            return f"the input is {layout} and the result {after}"
         args[position] = packed if isinstance(axis, (list, tuple)) else packed[0]
         args[0] = rewriter.rows(x)
-        copy_on_rows(node, {}, rewriter, args)
+        self._replace(node, args, kept, rewriter)
         return None
+
+    def _replace(self, node: fx.Node, args: list[Any], kept: list[int], rewriter: Rewriter) -> None:
+        """Compute on rows, and bring what is left of their axes to the order of the result's."""
+        order = [kept.index(axis) for axis in node.meta["layout"].packed_axes()]
+        if order == sorted(order):
+            copy_on_rows(node, {}, rewriter, args)
+            return
+        by_axis = dict(zip(node.meta["layout"].packed_axes(), rewriter.row_spec(node).shape, strict=True))
+        spec = ValueSpec(tuple(by_axis[axis] for axis in kept), spec_of(node).dtype)
+        rows = rewriter.call(node.target, args, spec, node)
+        rows.kwargs = dict(node.kwargs)
+        rewriter.replace(node, permute_rows(rows, order, node, rewriter))
+
+
+def _kept_axes(node: fx.Node, layout: Layout, axes: list[int]) -> list[int]:
+    """The result's dense axes in the order that the operation leaves the packed axes of ``layout`` in."""
+    rank = node.meta["layout"].rank
+    if rank == layout.rank:
+        return list(layout.packed_axes())
+    assert rank == layout.rank - len(axes), ir.describe(node)
+    left = [axis for axis in layout.packed_axes() if axis not in axes]
+    return [axis if axis == SITES else axis - sum(gone < axis for gone in axes) for axis in left]
 
 
 class Split(Pass):

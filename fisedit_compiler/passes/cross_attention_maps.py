@@ -194,7 +194,7 @@ def _reuse(graph: fx.Graph, nodes: list[fx.Node], slots: Iterable[Slot], tokens:
 
 def _input(graph: fx.Graph, last: fx.Node, name: str, identity: tuple[str, ...], spec: ValueSpec) -> fx.Node:
     with graph.inserting_after(last):
-        node = graph.placeholder(name)
+        node = graph.placeholder(ir.unused_name(graph, name))
     node.meta.update(input=identity, spec=spec)
     return node
 

@@ -40,6 +40,8 @@ class GroupNorm(Pass):
             return f"the input is {layout} without a [batch, channels, sites] order"
         if set(layout.axes) != set(range(2, layout.rank)):
             return "axes other than sites are normalised together with channels"
+        if layout.axes != tuple(range(2, layout.rank)):
+            return "width comes before height"
         assert layout.level is not None
         batch, channels = spec_of(x).shape[0], spec_of(x).shape[1]
         rows = _channels_last(rewriter, rewriter.rows(x), layout, node)

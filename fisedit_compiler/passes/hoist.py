@@ -10,15 +10,18 @@ text together. A bundle is computed again when one of its inputs changes, and ne
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import fx
 
 BATCH_SIZE = "batch"
 """Name of the pseudo-input that stands for the size of the batch."""
+Dependences = Mapping[fx.Node, frozenset[str]]
+"""What each value of a graph depends on."""
 _UNHOISTABLE = frozenset({"#spatial", "#recording", "#plan"})
 
 
@@ -56,7 +59,7 @@ def hoist(graph: fx.Graph, spatial: Iterable[str]) -> tuple[fx.Graph, list[Bundl
         if node.op == "call_function" and not _is_size(node) and not dependences[node] & _UNHOISTABLE:
             groups.setdefault(dependences[node], []).append(node)
     home = {node: key for key, nodes in groups.items() for node in nodes}
-    bundles = [_bundle(key, groups[key], home) for key in sorted(groups, key=lambda key: (len(key), sorted(key)))]
+    bundles = [_bundle(key, groups[key], home, dependences) for key in sorted(groups, key=lambda key: (len(key), sorted(key)))]
     step = _step(graph, home)
     return step, [bundle for bundle in bundles if bundle.values]
 
@@ -73,10 +76,21 @@ def _dependences(graph: fx.Graph, spatial: frozenset[str]) -> dict[fx.Node, froz
         elif node.op == "get_attr":
             result[node] = frozenset()
         elif node.target is torch.ops.aten.sym_size.int:
-            result[node] = frozenset({BATCH_SIZE if _is_batch(node, spatial) else "#plan"})
+            result[node] = frozenset({_size_dependence(node, spatial)})
         else:
             result[node] = frozenset().union(*(result[argument] for argument in node.all_input_nodes))
     return result
+
+
+def _size_dependence(node: fx.Node, spatial: frozenset[str]) -> str:
+    source: Any = node.args[0]
+    if _is_batch(node, spatial):
+        return BATCH_SIZE
+    return source.name if _is_other_input(source) and source.name not in spatial else "#plan"
+
+
+def _is_other_input(node: fx.Node) -> bool:
+    return node.op == "placeholder" and node.meta.get("input", ("call",))[0] == "call"
 
 
 def _is_batch(node: fx.Node, spatial: frozenset[str]) -> bool:
@@ -88,11 +102,13 @@ def _is_size(node: fx.Node) -> bool:
     return "expr" in node.meta
 
 
-def _bundle(key: frozenset[str], nodes: list[fx.Node], home: dict[fx.Node, frozenset[str]]) -> Bundle:
+def _bundle(
+    key: frozenset[str], nodes: list[fx.Node], home: dict[fx.Node, frozenset[str]], dependences: Dependences
+) -> Bundle:
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in nodes:
-        graph_node = graph.node_copy(node, lambda argument: _bundle_input(argument, graph, copies, home, key))
+        graph_node = graph.node_copy(node, lambda a: _bundle_input(a, graph, copies, home, key, dependences))
         copies[node] = graph_node
     exported = [node for node in nodes if any(home.get(user) != key for user in node.users)]
     graph.output(tuple(copies[node] for node in exported))
@@ -108,6 +124,7 @@ def _bundle_input(
     copies: dict[fx.Node, fx.Node],
     home: dict[fx.Node, frozenset[str]],
     key: frozenset[str],
+    dependences: Dependences,
 ) -> fx.Node:
     """The copy of ``node`` inside a bundle: computed there, or an input of it."""
     if node in copies:
@@ -119,10 +136,10 @@ def _bundle_input(
     elif node in home:
         assert home[node] != key, node
         copies[node] = _placeholder(graph, node.name, ("hoisted", node.name))
-    elif node.target is torch.ops.aten.sym_size.int:
+    elif node.target is torch.ops.aten.sym_size.int and dependences[node] == {BATCH_SIZE}:
         copies[node] = _placeholder(graph, BATCH_SIZE, ("batch",))
     else:  # size arithmetic: cheap, computed again
-        copies[node] = graph.node_copy(node, lambda a: _bundle_input(a, graph, copies, home, key))
+        copies[node] = graph.node_copy(node, lambda a: _bundle_input(a, graph, copies, home, key, dependences))
     return copies[node]
 
 

@@ -28,6 +28,9 @@ def lower(program: Program) -> None:
     """Lower every marker of ``program.graph`` in place."""
     rewriter = Rewriter(program)
     graph = program.graph
+    for node in ir.nodes_calling(graph, [aten.view.default, aten._unsafe_view.default]):
+        if node.meta.get("varies"):
+            node.target = aten.reshape.default  # what stands for its input may lie otherwise in memory
     for node in ir.nodes_calling(graph, [ir.pack]):
         _lower_pack(node, rewriter)
     for node in ir.nodes_calling(graph, [ir.unpack]):
@@ -118,7 +121,7 @@ def _inputs(graph: fx.Graph) -> None:
         identity = (node.target, *node.args)
         if identity not in made:
             with graph.inserting_after(last):
-                made[identity] = last = graph.placeholder(_input_name(node))
+                made[identity] = last = graph.placeholder(ir.unused_name(graph, _input_name(node)))
             last.meta = dict(node.meta)
             last.meta["input"] = ("slot", node.args[0]) if node.target is ir.load else ("table", *node.args)
         node.replace_all_uses_with(made[identity])
@@ -132,6 +135,8 @@ def _input_name(node: fx.Node) -> str:
     if isinstance(key, ConvKey):
         kernel = "x".join(map(str, key.kernel))
         stride = f"s{key.stride[0]}" if key.stride != (1, 1) else ""
+        dilation = f"d{key.dilation[0]}" if key.dilation != (1, 1) else ""
         upsample = f"u{key.upsample}" if key.upsample != 1 else ""
-        return f"{kind}_{ir.level_name(key.source)}_to_{ir.level_name(key.target)}_k{kernel}{stride}{upsample}"
+        geometry = f"k{kernel}{stride}{dilation}{upsample}"
+        return f"{kind}_{ir.level_name(key.source)}_to_{ir.level_name(key.target)}_{geometry}"
     return f"{kind}_{ir.level_name(key)}"

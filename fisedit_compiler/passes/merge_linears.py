@@ -33,7 +33,7 @@ class MergeLinears(Pass):
         rewriter = Rewriter(program)
         siblings: dict[tuple[fx.Node, bool], list[fx.Node]] = {}
         for node in program.graph.nodes:
-            if node.target is aten.linear.default and node.meta.get("varies") and "layout" not in node.meta:
+            if _is_plain_layer(node):
                 key = (node.args[0], _bias(node) is None)
                 siblings.setdefault(key, []).append(node)
         for nodes in siblings.values():
@@ -43,6 +43,14 @@ class MergeLinears(Pass):
 
     def rewrite(self, node: fx.Node, rewriter: Rewriter) -> str | None:
         raise NotImplementedError("siblings are merged together, see run()")
+
+
+def _is_plain_layer(node: fx.Node) -> bool:
+    """A linear layer on rows whose matrix and bias depend on no image: they are known before any of its siblings runs."""
+    if node.target is not aten.linear.default or not node.meta.get("varies") or "layout" in node.meta:
+        return False
+    operands = [operand for operand in (node.args[1], _bias(node)) if isinstance(operand, fx.Node)]
+    return spec_of(operands[0]).rank == 2 and not any(operand.meta.get("varies") for operand in operands)
 
 
 def _bias(node: fx.Node) -> fx.Node | None:

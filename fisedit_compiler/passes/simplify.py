@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from fisedit_compiler.capture import ASSERTIONS, CapturedGraph, is_size_node
+from fisedit_compiler.errors import LayoutError
 from fisedit_compiler.ir import SizeBuilder, has_spec, spec_of
 
 aten = torch.ops.aten
@@ -60,7 +61,10 @@ def _canonicalize_sizes(captured: CapturedGraph) -> None:
     sizes = SizeBuilder(graph, captured.spatial, captured.multiple)
     for node in [node for node in graph.nodes if is_size_node(node)]:
         if node.op == "call_function" and node not in sizes._nodes.values():
-            replacement = sizes(node.meta["expr"])
+            try:
+                replacement = sizes(node.meta["expr"])
+            except LayoutError:
+                continue  # computed as the model does, from the value it asked
             if isinstance(replacement, int):
                 _replace_by_number(node, replacement)
             else:

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from fisedit_compiler.ir import ValueSpec, spec_of
-from fisedit_compiler.layout import SITES, VIEWS, Layout, view_groups
+from fisedit_compiler.layout import SITES, VIEWS, Group, Layout, view_groups
 from fisedit_compiler.passes.base import Pass, Rewriter
 
 aten = torch.ops.aten
@@ -82,21 +82,12 @@ class View(Pass):
         groups = view_groups(spec_of(x).shape, spec_of(node).shape)
         if groups is None:
             return "its axes cannot be matched with its input's"
-        # First the new axes in the order of the input's packed axes, then the order of the output's.
-        new_axes: list[int] = []
-        for axis in before.packed_axes():
-            if axis == SITES:
-                new_axes.append(SITES)
-                continue
-            for left, right in groups:
-                if left and left[0] == axis:
-                    new_axes.extend(right)
-        for left, right in groups:
-            if not left:
-                new_axes.extend(right)  # axes of size one that belong to no input axis
+        # The input's axes so that those of a group lie side by side, the new axes in that order, the output's order.
+        old_axes, new_axes = _regrouped(groups, before, after)
         if sorted(axis for axis in new_axes if axis != SITES) != sorted(set(range(after.rank)) - set(after.axes)):
             return "its axes are regrouped across the packed order"
-        rows = rewriter.rows(x)
+        packed = before.packed_axes()
+        rows = permute_rows(rewriter.rows(x), [packed.index(axis) for axis in old_axes], node, rewriter)
         row_shape = rewriter.row_spec(node).shape
         by_axis = dict(zip(after.packed_axes(), row_shape, strict=True))
         spec = ValueSpec(tuple(by_axis[axis] for axis in new_axes), spec_of(rows).dtype)
@@ -106,6 +97,30 @@ class View(Pass):
         rows = permute_rows(rows, [new_axes.index(axis) for axis in after.packed_axes()], node, rewriter)
         rewriter.replace(node, rows)
         return None
+
+
+def _regrouped(groups: list[Group], before: Layout, after: Layout) -> tuple[list[int], list[int]]:
+    """Packed axes of a view's input, and what they become: of the output, group by group.
+
+    A group of several axes (a batch that takes in half of the channels) is one run of elements only if nothing, such as
+    the sites of a map, lies between its axes.
+    """
+    runs = {left[0]: (left, right) for left, right in groups if left and not set(left) & set(before.axes)}
+    inside = {axis for left, _ in runs.values() for axis in left[1:]}
+    old_axes: list[int] = []
+    new_axes: list[int] = []
+    for axis in before.packed_axes():
+        if axis == SITES:
+            old_axes.append(SITES)
+            new_axes.append(SITES)
+        elif axis not in inside:
+            left, right = runs[axis]
+            old_axes.extend(left)
+            new_axes.extend(right)
+    for left, right in groups:
+        if not left and not set(right) & set(after.axes):
+            new_axes.extend(right)  # axes of size one that belong to no input axis
+    return old_axes, new_axes
 
 
 class RankChange(Pass):

@@ -1,0 +1,106 @@
+"""Right, refused or failed: what a generated module is judged by, through the compiler's public doors alone."""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fisedit_compiler import SparsifyConfig, sparsify
+from fisedit_compiler.errors import FiseditError
+from tests.fuzz.axes import COARSEST
+from tests.fuzz.programs import GeneratedProgram, build, inputs
+
+BATCH, HEIGHT, WIDTH = 2, 8, 12
+TOLERANCE = 1e-3
+"""A value in the wrong place is off by tenths; statistics in float32 and long sums by 1e-5."""
+Outcome = Literal["right", "refused", "failed"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one module; ``reason`` is the refusal or the first promise that broke."""
+
+    outcome: Outcome
+    reason: str = ""
+
+
+def judge(program: GeneratedProgram) -> Verdict:
+    """Compile, record and edit a generated module.
+
+    It must be right (the recording is the module's output bit for bit; an edit of nothing is the base; outside the mask
+    stands the recording bit for bit; a full mask with incremental statistics is the dense run; two edits at once are
+    what each is alone) or be refused with a ``FiseditError``.
+    """
+    module = build(program)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            problem = _problem(module, program)
+    except FiseditError as error:
+        return Verdict("refused", f"{type(error).__name__}: {str(error).splitlines()[0]}")
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        return Verdict("failed", f"{type(error).__name__}: {error} ({where.filename.rsplit('/', 1)[-1]}:{where.lineno})")
+    return Verdict("failed", problem) if problem else Verdict("right")
+
+
+def _problem(module: nn.Module, program: GeneratedProgram) -> str:
+    base = inputs(program, BATCH, HEIGHT, WIDTH, 0)
+    other = inputs(program, BATCH, HEIGHT, WIDTH, 1)
+    dense, dense_other = module(**base), module(**other)
+    if not torch.isfinite(dense).all():
+        return ""
+    config = SparsifyConfig(norm="incremental", cache=False, multiple=COARSEST, dense_above=1.0)
+    compiled = sparsify(module, config, example_inputs=base)
+    with compiled.record() as recording:
+        recorded = compiled(**base)
+    if not torch.equal(recorded, dense):
+        return f"the recording differs by {_difference(recorded, dense):.2g}"
+    mask = _mask(program)
+    with compiled.edit(recording, mask):
+        same = compiled(**base)
+    if _difference(same, dense) > TOLERANCE:
+        return f"an edit of nothing differs by {_difference(same, dense):.2g}"
+    changed = {**other, "sample": torch.where(mask, other["sample"], base["sample"])}
+    with compiled.edit(recording, mask):
+        edited = compiled(**changed)
+    if not torch.equal(edited[..., ~mask], dense[..., ~mask]):
+        return "something changed outside the mask"
+    full = torch.ones_like(mask)
+    with compiled.edit(recording, full):
+        whole = compiled(**other)
+    if _difference(whole, dense_other) > TOLERANCE:
+        return f"a full mask differs by {_difference(whole, dense_other):.2g} from the dense run"
+    return _copies_problem(compiled, recording, mask, changed, base, edited, same)
+
+
+def _copies_problem(compiled, recording, mask, first, second, alone, other) -> str:  # type: ignore[no-untyped-def]
+    both = {name: torch.stack([first[name], second[name]], 1).flatten(0, 1) for name in first}
+    try:
+        with compiled.edit(recording, mask, copies=2):
+            together = compiled(**both)
+    except FiseditError:
+        return ""
+    for copy, expected in enumerate((alone, other)):
+        if _difference(together[copy::2], expected) > TOLERANCE:
+            return f"copy {copy} of two differs by {_difference(together[copy::2], expected):.2g} from the edit alone"
+    return ""
+
+
+def _mask(program: GeneratedProgram) -> Tensor:
+    """A few sites: often as many as there are channels, so that an axis taken for another goes unseen by shapes."""
+    generator = torch.Generator().manual_seed(program.seed)
+    count = program.channels if program.seed % 2 else int(torch.randint(1, HEIGHT * WIDTH // 2, (), generator=generator))
+    mask = torch.zeros(HEIGHT * WIDTH, dtype=torch.bool)
+    mask[torch.randperm(HEIGHT * WIDTH, generator=generator)[:count]] = True
+    return mask.view(HEIGHT, WIDTH)
+
+
+def _difference(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference, as a share of the largest value."""
+    return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-3))
