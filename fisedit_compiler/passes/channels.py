@@ -45,7 +45,7 @@ class Concatenation(Pass):
     """``cat`` of spatial values along channels."""
 
     name = "concatenation"
-    targets: ClassVar = frozenset({aten.cat.default})
+    targets: ClassVar = frozenset({aten.cat.default, aten.concat.default, aten.concatenate.default})
 
     def rewrite(self, node: fx.Node, rewriter: Rewriter) -> str | None:
         values: Any = node.args[0]

@@ -45,14 +45,15 @@ class Permute(Pass):
         after: Layout = node.meta["layout"]
         if not before.is_rows:
             return f"the input is {before}"
-        order = _order(node, before.rank)
+        order = order_of(node, before.rank)
         sources = [SITES if axis == SITES else order[axis] for axis in after.packed_axes()]
         packed = [before.packed_axes().index(axis) for axis in sources]
         rewriter.replace(node, permute_rows(rewriter.rows(x), packed, node, rewriter))
         return None
 
 
-def _order(node: fx.Node, rank: int) -> list[int]:
+def order_of(node: fx.Node, rank: int) -> list[int]:
+    """Which input axis each axis of a permutation's result is."""
     if node.target is aten.permute.default:
         return [int(axis) % rank for axis in node.args[1]]  # type: ignore[union-attr,arg-type]
     if node.target in (aten.movedim.int, aten.movedim.intlist):

@@ -23,6 +23,7 @@ from fisedit_compiler.program import CompiledProgram
 from fisedit_compiler.runtime.edited_slots import flat_axes
 from fisedit_compiler.runtime.site_plan import SitePlan
 from fisedit_compiler.runtime.slot_table import LazySlots, SlotTable
+from fisedit_compiler.samples import Mixed, samples_of
 
 if TYPE_CHECKING:
     from fisedit_compiler.runtime.call import Call
@@ -103,24 +104,27 @@ def batch_axes(program: CompiledProgram) -> tuple[BatchAxes, BatchAxes]:
     """The batch axis of every slot's value, and of its rows.
 
     Raises:
-        ConfigError: a value has no axis that is the batch alone or a multiple of it, or an output has it elsewhere
-            than first.
+        ConfigError: an operation mixes the samples, or an output has them elsewhere than first.
     """
+    samples = samples_of(program.captured.graph, program.signature)
+    mixed = next((item.reason for item in samples.values() if isinstance(item, Mixed)), None)
+    if mixed is not None:
+        raise ConfigError(f"copies: {mixed}, so copies would reach into each other; make the edits one by one")
     nodes = {node.name: node for node in program.captured.graph.nodes}
     values: dict[str, int | None] = {}
     rows: dict[str, int | None] = {}
     outputs = {output.slot for output in program.outputs}
     for slot in program.slots:
-        if slot.kind in ("statistics", "site_sums"):
-            values[slot.name] = rows[slot.name] = 0
-            continue
-        shape = ir.spec_of(nodes[slot.origin]).shape
-        axes = [axis for axis, size in enumerate(shape) if ir.BATCH in size.free_symbols]
-        if len(axes) > 1 or (slot.name in outputs and axes != [0]):
-            raise ConfigError(
-                f"copies: {slot.name} is {list(shape)}, where samples cannot be told apart; make the edits one by one"
-            )
-        values[slot.name], rows[slot.name] = _axes_of(slot, axes[0]) if axes else (None, None)
+        axis = samples[nodes[slot.origin]]
+        assert not isinstance(axis, Mixed)
+        statistics = slot.kind in ("statistics", "site_sums")
+        if (slot.name in outputs or (statistics and axis is not None)) and axis != 0:
+            shape = list(ir.spec_of(nodes[slot.origin]).shape)
+            raise ConfigError(f"copies: {slot.name} is {shape}, whose samples are not first; make the edits one by one")
+        if axis is None:
+            values[slot.name] = rows[slot.name] = None
+        else:
+            values[slot.name], rows[slot.name] = (0, 0) if statistics else _axes_of(slot, axis)
     return values, rows
 
 

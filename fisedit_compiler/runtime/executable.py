@@ -291,7 +291,7 @@ class Executable:
     @cached_property
     def independent_samples(self) -> bool:
         """Whether a call may be made with some samples of its batch only."""
-        return are_independent(self.program.captured.graph)
+        return are_independent(self.program.captured.graph, self.program.signature)
 
     def text_length(self, tensors: Mapping[str, Tensor]) -> int:
         """How many tokens a call's text has: columns of its cross-attention maps."""

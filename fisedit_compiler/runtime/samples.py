@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from fisedit_compiler.inputs import CallSignature
 from fisedit_compiler.ir import BATCH, ValueSpec
+from fisedit_compiler.samples import mixed
 
 if TYPE_CHECKING:
     from fisedit_compiler.runtime.recording import CallRecord
@@ -23,12 +24,14 @@ Comparison = tuple[list[bool], list[bool]]
 """Per sample, whether its spatial inputs, and whether all its inputs, are the recorded ones."""
 
 
-def are_independent(graph: fx.Graph) -> bool:
-    """Whether nothing in a captured graph mixes the samples of a batch, as far as shapes tell.
+def are_independent(graph: fx.Graph, signature: CallSignature) -> bool:
+    """Whether nothing in a captured graph mixes the samples of a batch.
 
-    Every value that depends on the image must have the batch on its first axis alone, maybe times heads. Attention
-    between frames, or a batch cut into halves, has not.
+    No operation may, and every value that depends on the image must have the batch on its first axis alone, maybe times
+    heads. Attention between frames, a batch cut into halves, or one that is rolled, has not.
     """
+    if mixed(graph, signature) is not None:
+        return False
     shapes = set()
     for node in graph.nodes:
         if node.meta.get("varies"):

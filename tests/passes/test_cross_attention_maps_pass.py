@@ -171,7 +171,7 @@ def test_the_verifier_notices(mistake: str) -> None:
 def test_which_models_compute_samples_apart() -> None:
     for name in ("sd15", "sdxl"):
         program, *_ = compiled_model(name).programs
-        assert are_independent(program.captured.graph), name
+        assert are_independent(program.captured.graph, program.signature), name
 
 
 @pytest.mark.parametrize(
@@ -185,4 +185,5 @@ def test_which_models_compute_samples_apart() -> None:
 )
 def test_which_mix_them(mix: Callable[[Tensor], Tensor]) -> None:
     compiled = compile_small(Forward(lambda m, x: m.conv(x) + mix(x), conv=nn.Conv2d(8, 8, 3, padding=1)))
-    assert not are_independent(program_of(compiled).captured.graph)
+    program = program_of(compiled)
+    assert not are_independent(program.captured.graph, program.signature)
