@@ -179,6 +179,7 @@ def _export(module: nn.Module, arguments: dict[str, Any], signature: CallSignatu
                 # Functionalize, and make autocast's casts nodes; skipped otherwise because it costs as much as the
                 # capture itself.
                 exported = exported.run_decompositions({})
+                _reshape_views(exported.graph)
     except Exception as error:
         raise _ExportError(error) from error
     finally:
@@ -216,6 +217,13 @@ def _first_lines(error: Exception) -> str:
 
 def _is_mutable(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _reshape_views(graph: fx.Graph) -> None:
+    """Functionalization writes a reshape as a view, which only serves inputs that lie in memory as the example's."""
+    for node in graph.nodes:
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
 
 
 def _rounded_size(graph: fx.Graph) -> fx.Node | None:

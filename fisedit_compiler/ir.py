@@ -220,8 +220,8 @@ class SizeBuilder:
             if node.op == "placeholder" and has_spec(node) and expression in spec_of(node).shape:
                 return self._append(size, (node, spec_of(node).shape.index(expression)), expression)
         raise LayoutError(
-            f"A size of this model is {expression}, which cannot be computed from the sizes of a call. Pass that size in, "
-            "or sparsify the submodule that does not need it."
+            f"A size of this model is {expression}, which cannot be computed from the sizes of a call. Pass that size "
+            "in, or sparsify the submodule that does not need it."
         )
 
     def _extremum(self, expression: sympy.Expr) -> fx.Node:

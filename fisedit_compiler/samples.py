@@ -1,8 +1,8 @@
 """Where each value of a captured graph keeps the samples of its batch, and which operation mixes them.
 
 A value either is shared by all samples, or has one axis that counts them in order (``b``, or a multiple of it with the
-sample changing slowest, as heads folded into the batch have), or mixes them: it was flipped, summed or attended to along
-the batch, or no rule here says otherwise. Edits of several copies, and calls that compute some samples only, are right
+sample changing slowest, as heads folded into the batch have), or mixes them: it was flipped, summed or attended to
+along the batch, or no rule here says otherwise. Edits of several copies, and calls that compute some samples only, are right
 only where nothing is mixed. Shapes alone cannot tell: a flipped batch has the same shape.
 """
 
@@ -226,7 +226,22 @@ def _table(groups: Iterable[tuple[Rule, str]]) -> dict[Any, Rule]:
 
 
 _REPEATS = frozenset(
-    _overloads("expand repeat full zeros ones empty full_like zeros_like ones_like new_zeros new_ones new_full".split())
+    _overloads(
+        [
+            "expand",
+            "repeat",
+            "full",
+            "zeros",
+            "ones",
+            "empty",
+            "full_like",
+            "zeros_like",
+            "ones_like",
+            "new_zeros",
+            "new_ones",
+            "new_full",
+        ]
+    )
 )
 _TAKE_SIZES = frozenset(
     {*VIEWS, *_REPEATS, *_overloads(["slice", "narrow", "split_with_sizes", "split", "expand_as", "view_as"])}
@@ -236,7 +251,10 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys(VIEWS, _view),
     **_table(
         (
-            (_aligned, "clone contiguous detach alias to _to_copy type_as lift_fresh_copy dropout expand real imag copy"),
+            (
+                _aligned,
+                "clone contiguous detach alias to _to_copy type_as lift_fresh_copy dropout expand real imag copy",
+            ),
             (_aligned, "zeros_like ones_like full_like silu gelu relu mish softplus where masked_fill prelu tril triu"),
             (_leading(1), "linear"),
             (_leading(2), "avg_pool2d max_pool2d max_pool2d_with_indices adaptive_avg_pool2d adaptive_max_pool2d"),
@@ -262,6 +280,10 @@ RULES: dict[Any, Rule] = {
     ),
 }
 # `cat`, `slice` and `select` run along the first axis unless told otherwise, `topk` along the axis behind its count.
-RULES.update({operation: _along(1, 0) for operation in _overloads(["cat", "concat", "concatenate", "slice", "select", "unbind"])})
-RULES.update({operation: _along(2, 0) for operation in _overloads(["chunk", "split", "split_with_sizes", "slice_scatter"])})
+RULES.update(
+    {operation: _along(1, 0) for operation in _overloads(["cat", "concat", "concatenate", "slice", "select", "unbind"])}
+)
+RULES.update(
+    {operation: _along(2, 0) for operation in _overloads(["chunk", "split", "split_with_sizes", "slice_scatter"])}
+)
 RULES.update({operation: _along(2, -1) for operation in _overloads(["topk"])})

@@ -59,7 +59,9 @@ def hoist(graph: fx.Graph, spatial: Iterable[str]) -> tuple[fx.Graph, list[Bundl
         if node.op == "call_function" and not _is_size(node) and not dependences[node] & _UNHOISTABLE:
             groups.setdefault(dependences[node], []).append(node)
     home = {node: key for key, nodes in groups.items() for node in nodes}
-    bundles = [_bundle(key, groups[key], home, dependences) for key in sorted(groups, key=lambda key: (len(key), sorted(key)))]
+    bundles = [
+        _bundle(key, groups[key], home, dependences) for key in sorted(groups, key=lambda key: (len(key), sorted(key)))
+    ]
     step = _step(graph, home)
     return step, [bundle for bundle in bundles if bundle.values]
 

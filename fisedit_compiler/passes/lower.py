@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from fisedit_compiler import ir
+from fisedit_compiler.errors import LayoutError
 from fisedit_compiler.ir import ValueSpec, spec_of
 from fisedit_compiler.layout import SITES, Layout
 from fisedit_compiler.passes.base import Program, Rewriter
@@ -28,9 +29,7 @@ def lower(program: Program) -> None:
     """Lower every marker of ``program.graph`` in place."""
     rewriter = Rewriter(program)
     graph = program.graph
-    for node in ir.nodes_calling(graph, [aten.view.default, aten._unsafe_view.default]):
-        if node.meta.get("varies"):
-            node.target = aten.reshape.default  # what stands for its input may lie otherwise in memory
+    _free_of_strides(graph)
     for node in ir.nodes_calling(graph, [ir.pack]):
         _lower_pack(node, rewriter)
     for node in ir.nodes_calling(graph, [ir.unpack]):
@@ -44,6 +43,31 @@ def lower(program: Program) -> None:
     _inputs(graph)
     graph.eliminate_dead_code()
     graph.lint()
+
+
+def _free_of_strides(graph: fx.Graph) -> None:
+    """Let dense operations read values that lie otherwise in memory than captured ones, as unpacked maps do.
+
+    Raises:
+        LayoutError: an operation names places in memory.
+    """
+    for node in graph.nodes:
+        if node.op != "call_function" or not node.meta.get("varies"):
+            continue
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default
+        elif node.target in (aten.view.dtype, aten.view_as_complex.default):
+            with graph.inserting_before(node):
+                copied = graph.call_function(
+                    aten.clone.default, node.args[:1], {"memory_format": torch.contiguous_format}
+                )
+            copied.meta = {key: value for key, value in node.args[0].meta.items() if key != "updates"}
+            node.args = (copied, *node.args[1:])
+        elif node.target is aten.as_strided.default:
+            raise LayoutError(
+                f"{ir.describe(node)} names places in memory, where an edit keeps only some sites. Write it with "
+                "views, slices or unfold, or sparsify the submodule without it."
+            )
 
 
 def _lower_pack(node: fx.Node, rewriter: Rewriter) -> None:

@@ -1,4 +1,4 @@
-"""What a generated program knows about its value: which parts of batch, channels, rows and columns each axis is made of.
+"""What a generated program knows of its value: the parts of batch, channels, rows and columns in each axis.
 
 Written for the generator alone; nothing here is the compiler's, whose own inference of layouts is what is tried.
 """

@@ -59,7 +59,7 @@ class GeneratedProgram:
 
 
 class Generated(nn.Module):
-    """``[B, 4, H, W]`` (and a text ``[B, 5, 6]``) to ``[B, 4, H, W]``, for heights and widths that are multiples of 4."""
+    """``[B, 4, H, W]`` (and a text ``[B, 5, 6]``) to ``[B, 4, H, W]``, for multiples of 4 as height and width."""
 
     def __init__(self, program: GeneratedProgram) -> None:
         super().__init__()
@@ -71,11 +71,11 @@ class Generated(nn.Module):
         self.parts = nn.ModuleDict({str(index): part for index, part in enumerate(built) if part is not None})
         self.conv_out = nn.Conv2d(program.channels, INPUT_CHANNELS, 3, padding=1)
 
-    def forward(self, sample: Tensor, text: Tensor | None = None) -> Tensor:
-        call = Call({"b": sample.shape[0], "h": sample.shape[2], "w": sample.shape[3]}, text)
+    def forward(self, sample: Tensor, encoder_hidden_states: Tensor | None = None) -> Tensor:
+        call = Call({"b": sample.shape[0], "h": sample.shape[2], "w": sample.shape[3]}, encoder_hidden_states)
         x = self.conv_in(sample)
         for index, step in enumerate(self.program.steps):
-            part = self.parts[str(index)] if str(index) in self.parts else None
+            part = dict(self.parts.items()).get(str(index))
             x = KINDS[step.name].run(x, step.args, part, call)
         axes = self.last.axes
         if self.last.map is None:
@@ -103,7 +103,7 @@ def inputs(program: GeneratedProgram, batch: int, height: int, width: int, seed:
     generator = torch.Generator().manual_seed(1000 * program.seed + seed)
     made = {"sample": torch.randn(batch, INPUT_CHANNELS, height, width, generator=generator)}
     if program.reads_text:
-        made["text"] = torch.randn(batch, TEXT_TOKENS, TEXT_CHANNELS, generator=generator)
+        made["encoder_hidden_states"] = torch.randn(batch, TEXT_TOKENS, TEXT_CHANNELS, generator=generator)
     return made
 
 

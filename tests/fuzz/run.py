@@ -1,7 +1,7 @@
 """A long run over generated modules: ``python -m tests.fuzz.run --modules 2000 --seed 0``.
 
-Prints how many modules were right, refused in words and failed, with the seed, the commonest refusals, and every failing
-module in as few lines as still fail.
+Prints how many modules were right, refused in words and failed, with the seed, the commonest refusals, and every
+failing module in as few lines as still fail.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def main() -> None:
     refusals = Counter(verdict.reason[:110] for _, verdict in judged if verdict.outcome == "refused")
     for reason, count in refusals.most_common(12):
         print(f"refused {count} times: {reason}")
-    print(f"seed {options.seed}: {len(judged)} modules, {counts['right']} right, {counts['refused']} refused, {counts['failed']} failed")
+    shares = ", ".join(f"{counts[outcome]} {outcome}" for outcome in ("right", "refused", "failed"))
+    print(f"seed {options.seed}: {len(judged)} modules, {shares}")
     raise SystemExit(1 if counts["failed"] else 0)
 
 

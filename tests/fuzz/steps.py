@@ -292,8 +292,11 @@ def _heads(x: Tensor, args: tuple[Any, ...], part: Any, call: Call) -> Tensor:
     memory = call.text if source == "text" else query
     key, value = part["key"](memory), part["value"](memory)
     if folded:
+
         def fold(y: Tensor) -> Tensor:
-            return y.reshape(batch, y.shape[1], heads, size).permute(0, 2, 1, 3).reshape(batch * heads, y.shape[1], size)
+            return (
+                y.reshape(batch, y.shape[1], heads, size).permute(0, 2, 1, 3).reshape(batch * heads, y.shape[1], size)
+            )
 
         scores = torch.softmax(torch.bmm(fold(query), fold(key).transpose(1, 2)) * size**-0.5, -1)
         result = torch.bmm(scores, fold(value)).view(batch, heads, -1, size).transpose(1, 2)
@@ -416,7 +419,9 @@ def _square(state: State, args: tuple[Any, ...]) -> nn.Module:
 
 KINDS: dict[str, Kind] = {
     "pointwise": Kind(_always(*POINTWISE), lambda x, args, part, call: POINTWISE[args[0]](x)),
-    "reshape": Kind(_regroupings, lambda x, a, p, call: x.reshape(_sizes(a[0], call)), after=lambda s, a: State(a[0], s.kept)),
+    "reshape": Kind(
+        _regroupings, lambda x, a, p, call: x.reshape(_sizes(a[0], call)), after=lambda s, a: State(a[0], s.kept)
+    ),
     "view": Kind(_regroupings, _view, after=lambda s, a: State(a[0], s.kept)),
     "permute": Kind(
         _orders, lambda x, a, p, call: x.permute(a[0]), after=lambda s, a: State(tuple(s.axes[i] for i in a[0]), s.kept)
@@ -453,9 +458,7 @@ KINDS: dict[str, Kind] = {
     "pool": Kind(_map(("avg_pool2d",), ("max_pool2d",), ("global",)), _pool),
     "down": Kind(_downs, _down, _build_down, after=_scaled(2)),
     "up": Kind(_ups, _up, _build_up, after=_scaled(0.5)),
-    "keep": Kind(
-        _map(()), _keep, after=lambda s, a: State(s.axes, (*s.kept, s.map)) if s.map else s
-    ),
+    "keep": Kind(_map(()), _keep, after=lambda s, a: State(s.axes, (*s.kept, s.map)) if s.map else s),
     "join": Kind(_joins, _join, _build_join),
 }
 

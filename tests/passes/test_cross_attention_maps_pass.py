@@ -179,9 +179,14 @@ def test_which_models_compute_samples_apart() -> None:
     [
         lambda x: x - x.mean(0, keepdim=True),
         lambda x: x[:1],
+        lambda x: x.roll(1, 0),
+        lambda x: x.flip(0),
+        lambda x: x.cumsum(0),
+        lambda x: torch.softmax(x, 0),
+        lambda x: x * torch.arange(x.shape[0])[:, None, None, None],
         lambda x: x.transpose(0, 1).flatten(1, 2).unflatten(1, (-1, x.shape[2])).transpose(0, 1) * x.sum(),
     ],
-    ids=["mean", "first sample", "merged axes"],
+    ids=["mean", "first sample", "roll", "flip", "running sum", "softmax", "counted", "merged axes"],
 )
 def test_which_mix_them(mix: Callable[[Tensor], Tensor]) -> None:
     compiled = compile_small(Forward(lambda m, x: m.conv(x) + mix(x), conv=nn.Conv2d(8, 8, 3, padding=1)))
