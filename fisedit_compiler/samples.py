@@ -2,8 +2,8 @@
 
 A value either is shared by all samples, or has one axis that counts them in order (``b``, or a multiple of it with the
 sample changing slowest, as heads folded into the batch have), or mixes them: it was flipped, summed or attended to
-along the batch, or no rule here says otherwise. Edits of several copies, and calls that compute some samples only, are right
-only where nothing is mixed. Shapes alone cannot tell: a flipped batch has the same shape.
+along the batch, or no rule here says otherwise. Edits of several copies, and calls that compute some samples only, are
+right only where nothing is mixed. Shapes alone cannot tell: a flipped batch has the same shape.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ def test_an_empty_mask_is_no_mistake_and_costs_no_call(usable: Usable, monkeypat
         pytest.fail("an empty mask must not run the model")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Binder, "_run", refuse)  # a hook would make it another model
+        patched.setattr(Binder, "_call_module", refuse)  # a hook would make it another model
         patched.setattr(Executable, "step", refuse)
         patched.setattr(Executable, "record", refuse)
         assert torch.equal(usable.edit(torch.zeros_like(MASK)), usable.base)

@@ -16,7 +16,7 @@ import types
 import weakref
 import zlib
 from collections import deque
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import PurePath
@@ -46,6 +46,7 @@ _SILENT = frozenset(
         "_load_state_dict_pre_hooks",
         "_load_state_dict_post_hooks",
         "_compiled_call_impl",  # torch's compiled form of the same forward
+        "_is_torch_compile",  # torch.compile says that it was called
         "_hf_peft_config_loaded",  # diffusers notes that adapters were loaded once; its layers say what they are
     }
 )
@@ -56,7 +57,7 @@ _CLASS_SILENT = frozenset(
     {"_abc_impl", "__init__", "__new__", "__init_subclass__", "__repr__", "__str__", "__reduce__"}
 )
 _DESCRIPTORS = (types.MemberDescriptorType, types.GetSetDescriptorType, types.WrapperDescriptorType)
-_MAX_ITEMS = 500_000
+_MAX_ITEMS, _MAX_DEPTH = 500_000, 150
 
 
 @dataclass
@@ -102,26 +103,40 @@ def read_structure(module: nn.Module, notes: frozenset[Note] = frozenset()) -> S
 
 
 class _Reader:
+    """Writes down one module after the other.
+
+    What is met again is written as before, so that it makes no difference whether two parts share one object (one
+    attention processor for all layers) or have equal ones; whether a forward depends on that is the self-check's to
+    find. Only parts of the module itself are named by their paths.
+    """
+
     def __init__(self, notes: frozenset[Note]) -> None:
         self.notes, self.result = notes, Structure()
         self.out: list[str] = []
-        self.seen: dict[int, int] = {}
-        self.alive: list[Any] = []  # identities in ``seen`` stay unique while these live
-        self.pending: list[tuple[str, nn.Module]] = []
+        self.paths: dict[int, str] = {}
+        self.weights: dict[int, str] = {}
+        self.digests: dict[int, str] = {}
+        self.open: dict[int, int] = {}
+        self.alive: list[Any] = []  # identities above stay unique while these live
 
     def read(self, module: nn.Module) -> Structure:
-        self.pending.append(("", module))
-        self._first_seen(module)
+        self.paths = {id(part): path for path, part in module.named_modules()}
         total = hashlib.sha256()
-        while self.pending:
-            path, part = self.pending.pop(0)
-            self.out = []
-            self._module(path, part)
-            digest = hashlib.sha256("\x1f".join(self.out).encode("utf-8", "surrogatepass")).hexdigest()
+        for path, part in module.named_modules():
+            digest = self._digest(lambda path=path, part=part: self._module(path, part))  # type: ignore[misc]
             self.result.parts[path] = digest
             total.update(f"{path}={digest};".encode("utf-8", "surrogatepass"))
         self.result.key = total.hexdigest()
         return self.result
+
+    def _digest(self, write: Callable[[], None]) -> str:
+        """Digest of what ``write`` writes."""
+        outer, self.out = self.out, []
+        try:
+            write()
+            return hashlib.sha256("\x1f".join(self.out).encode("utf-8", "surrogatepass")).hexdigest()
+        finally:
+            self.out = outer
 
     # -- modules ---------------------------------------------------------------------------------
 
@@ -136,12 +151,12 @@ class _Reader:
             if name in ("_parameters", "_buffers"):
                 watch.tensors_of(value)
                 for own, tensor in value.items():
-                    self._weight(f"{path}.{own}" if path else own, tensor)
+                    self._weight(f"{path}.{own}" if path else own, own, tensor)
             elif name == "_modules":
                 watch.container(value)
                 for child, submodule in value.items():
                     self.out.append(f"child {child}")
-                    self._submodule(f"{path}.{child}" if path else child, submodule)
+                    self._visit(submodule)
             elif name in _HOOKS:
                 watch.container(value)
                 flags = [attributes.get(flag, {}) for flag in _HOOK_FLAGS]
@@ -153,19 +168,18 @@ class _Reader:
                 self.out.append(f".{name}")
                 self._visit(value)
 
-    def _submodule(self, path: str, part: Any) -> None:
-        if part is None:
-            self.out.append("none")
-        elif self._first_seen(part):
-            self.pending.append((path, part))
-
-    def _weight(self, path: str, tensor: Tensor | None) -> None:
+    def _weight(self, path: str, name: str, tensor: Tensor | None) -> None:
         if tensor is None:
-            self.out.append(f"{path} none")
+            self.out.append(f"{name} none")
             return
-        if self._first_seen(tensor):
-            self.result.tensors[path] = tensor
-        self._tensor_form(path, tensor)
+        if id(tensor) in self.weights:
+            self.out.append(f"{name} tied to {self.weights[id(tensor)]}")
+            return
+        while path in self.result.tensors:
+            path += "'"  # of a module that is no part of the tree, and has no path of its own
+        self.weights[id(tensor)] = path
+        self.result.tensors[path] = tensor
+        self._tensor_form(name, tensor)
 
     def _tensor_form(self, name: str, tensor: Tensor) -> None:
         form = (tuple(tensor.shape), tensor.dtype, tensor.device.type, tensor.layout)
@@ -184,25 +198,29 @@ class _Reader:
             self._visit(type(value))
         elif isinstance(value, _PLAIN_TOO) or _is_plain_tuple(value):
             self.out.append(f"{type(value).__name__} {value!r}")
-        elif self._first_seen(value):
-            if len(self.alive) > _MAX_ITEMS:
-                self._opaque(value)
-            else:
-                self._compound(value)
+        elif id(value) in self.paths:
+            self.out.append(f"part {self.paths[id(value)]}")
+        elif id(value) in self.weights:
+            self.out.append(f"weight {self.weights[id(value)]}")
+        elif id(value) in self.digests:
+            self.out.append(self.digests[id(value)])
+        elif id(value) in self.open:
+            self.out.append(f"inside {self.open[id(value)]}")
+        else:
+            self._first_visit(value)
 
-    def _first_seen(self, value: Any) -> bool:
-        """Whether a value is met for the first time; later on it is named by when that was."""
-        number = self.seen.setdefault(id(value), len(self.seen))
-        if number == len(self.seen) - 1 and len(self.alive) < len(self.seen):
-            self.alive.append(value)
-            return True
-        self.out.append(f"seen {number}")
-        return False
+    def _first_visit(self, value: Any) -> None:
+        self.alive.append(value)
+        self.open[id(value)] = len(self.open)
+        large = len(self.open) > _MAX_DEPTH or len(self.alive) > _MAX_ITEMS
+        digest = self._digest(lambda: self._opaque(value) if large else self._compound(value))
+        del self.open[id(value)]
+        self.digests[id(value)] = digest
+        self.out.append(digest)
 
     def _compound(self, value: Any) -> None:
         if isinstance(value, nn.Module):
-            self.out.append("module")
-            self.pending.append((f"<{type(value).__name__} {self.seen[id(value)]}>", value))
+            self._module(f"<{type(value).__name__}>", value)
         elif isinstance(value, Tensor):
             self._constant(value)
         elif isinstance(value, np.ndarray):
@@ -300,9 +318,10 @@ class _Reader:
     def _class(self, value: type) -> None:
         self.out.append(f"class {value.__module__}.{value.__qualname__}")
         for base in value.__mro__:
-            if base.__module__ in ("builtins", "abc", "typing", "enum") or (
-                base is not value and not self._first_seen(base)
-            ):
+            if base.__module__ in ("builtins", "abc", "typing", "enum"):
+                continue
+            if base is not value:
+                self._visit(base)
                 continue
             self.result.watch.attributes(vars(base))
             installed = is_installed(base.__module__)

@@ -46,7 +46,7 @@ class MergeLinears(Pass):
 
 
 def _is_plain_layer(node: fx.Node) -> bool:
-    """A linear layer on rows whose matrix and bias depend on no image, so that they are known before its siblings run."""
+    """A linear layer on rows whose matrix and bias depend on no image: they are known before its siblings run."""
     if node.target is not aten.linear.default or not node.meta.get("varies") or "layout" in node.meta:
         return False
     operands = [operand for operand in (node.args[1], _bias(node)) if isinstance(operand, fx.Node)]

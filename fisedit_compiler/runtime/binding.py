@@ -120,7 +120,7 @@ class Binder:
             return self._run(args, kwargs, compiled)
 
         def run_part(index: Tensor) -> Any:
-            return self.module(**_samples(self._arguments(args, kwargs), form.signature, index))
+            return self._call_module(**_samples(self._arguments(args, kwargs), form.signature, index))
 
         part = None if key is None else run_part
         return BoundCall(form, CallTensors((args, kwargs), form, tensors), canonical, run, part)
@@ -141,11 +141,14 @@ class Binder:
     def _canonical(self, arguments: dict[str, Any]) -> dict[str, Any]:
         return arguments if self.known is None else self.known.canonical(arguments)
 
+    def _call_module(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
     def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], compiled: Callable[..., Any] | None) -> Any:
         if self.known is None:
-            return (compiled or self.module)(*args, **kwargs)
+            return (compiled or self._call_module)(*args, **kwargs)
         arguments = self._arguments(args, kwargs)
-        return self.module(**arguments) if compiled is None else compiled(**self._canonical(arguments))
+        return self._call_module(**arguments) if compiled is None else compiled(**self._canonical(arguments))
 
     def _form(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CallForm:
         canonical = self._canonical(self._arguments(args, kwargs))

@@ -15,6 +15,7 @@ from fisedit_compiler import SparsifyConfig, sparsify
 from fisedit_compiler.errors import RecordingError
 from fisedit_compiler.kernels.tolerances import assert_close
 from fisedit_compiler.runtime import dense_calls
+from fisedit_compiler.runtime.binding import Binder
 from fisedit_compiler.runtime.recorded_inputs import FIRST_CALLS
 from tests.runtime.compiled import (
     HEIGHT,
@@ -38,14 +39,14 @@ def batches(module: nn.Module) -> Iterator[list[int]]:
     """The batch of every call that the module itself runs."""
     seen: list[int] = []
 
-    def note(_: Any, args: Any, kwargs: Any) -> None:
+    def noted(self: Binder, *args: Any, **kwargs: Any) -> Any:
+        assert self.module is module
         seen.append(int((kwargs["sample"] if "sample" in kwargs else args[0]).shape[0]))
+        return module(*args, **kwargs)
 
-    handle = module.register_forward_pre_hook(note, with_kwargs=True)
-    try:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Binder, "_call_module", noted)  # a hook would make it another model
         yield seen
-    finally:
-        handle.remove()
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
@@ -170,7 +171,7 @@ def test_a_changed_timestep_is_computed() -> None:
         compiled(sample, before)
     with batches(module) as seen, compiled.edit(recording) as session:
         assert_close(compiled(sample, after), module(sample, after), torch.float32)
-    assert session.computed_samples == [1] and seen == [1, 2]
+    assert session.computed_samples == [1] and seen == [1]
     run = recorded()
     with pytest.raises(RecordingError, match="Call 0 is at timestep 850"), run.compiled.edit(run.recording):
         run.compiled(**{**run.inputs, "timestep": torch.tensor(850)})
@@ -277,7 +278,7 @@ def test_a_batch_that_cannot_be_cut_is_computed_whole() -> None:
     changed = {**inputs, "text": inputs["text"] + torch.tensor([[0.0], [1.0]])}
     with batches(module) as seen, compiled.edit(recording) as session:
         assert torch.equal(compiled(**changed), module(**changed))
-    assert session.computed_samples == [2] and seen == [2, 2]
+    assert session.computed_samples == [2] and seen == [2]
     with compiled.edit(recording) as session:
         compiled(**inputs)
     assert session.computed_samples == [0], "a whole batch that is recorded needs no cutting"
