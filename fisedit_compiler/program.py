@@ -141,7 +141,10 @@ def compile_program(
     captured = cache.load(entry, signature) if entry and not fresh else None
     captured_at = time.perf_counter()
     lowered = any(config.backend_on(tensor.device.type) == "inductor" for tensor in islice(module.parameters(), 1))
-    compiled = _compile_cached(captured, config, captured_at - start) if captured else None
+    compiled = None
+    if captured is not None:
+        with compiling("rewrite", lowered):
+            compiled = _compile_cached(captured, config, captured_at - start)
     cached = compiled is not None
     if captured is None or compiled is None:
         with compiling("capture", lowered):
