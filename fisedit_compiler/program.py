@@ -20,6 +20,7 @@ from fisedit_compiler import cache, ir
 from fisedit_compiler.capture import CapturedGraph, capture
 from fisedit_compiler.compiling import made_once, one_at_a_time
 from fisedit_compiler.config import SparsifyConfig
+from fisedit_compiler.errors import ConfigError
 from fisedit_compiler.inputs import CallSignature
 from fisedit_compiler.passes import rewrite
 from fisedit_compiler.passes.base import Program, Slot
@@ -165,6 +166,8 @@ def _compile_cached(captured: CapturedGraph, config: SparsifyConfig, seconds: fl
     """Compile a capture from disk; ``None`` if that fails, since the fault may be the file's."""
     try:
         return compile_captured(captured, config, capture_seconds=seconds)
+    except ConfigError:
+        raise  # the user's mistake: another capture would meet it, too
     except Exception as error:
         logger.warning(
             "a capture from disk could not be compiled (%s: %s); the model is captured again",

@@ -12,9 +12,10 @@ from typing import ClassVar
 import pytest
 import torch
 
-from benchmarks import compile_time, dense_calls, multi_turn, product_parts, step_latency, wrapper_overhead
+from benchmarks import compile_time, dense_calls, model_key, multi_turn, product_parts, step_latency, wrapper_overhead
 from benchmarks.harness import Report, Stopwatch, Timing, alternate, machine, versions
 from benchmarks.subjects import make_call, square_mask
+from tests.zoo import ZOO
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -91,6 +92,12 @@ def test_step_latency_writes_a_row_per_fraction(tmp_path):
         assert min(row["dense_ms"], row["sparse_ms"], row["sparse_first_call_ms"]) > 0
     assert {"cpu", "cores", "threads"} <= set(written["machine"])
     assert "diffusers" in written["versions"]
+
+
+def test_model_key_times_reading_comparing_and_looking(monkeypatch):
+    monkeypatch.setattr(model_key, "random_unet", lambda *_: ZOO["sd21"]().module)
+    report = model_key.main(["--repeats", "2", "--warmup", "1"])
+    assert [row["what"] for row in report.rows] == list(model_key.WHAT.values())
 
 
 def test_wrapper_overhead_compares_with_the_bare_module(tmp_path):
