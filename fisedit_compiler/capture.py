@@ -8,7 +8,9 @@ it, never copied), and whose nodes carry sympy shapes, module path and source li
 from __future__ import annotations
 
 import contextlib
+import math
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,10 +18,13 @@ from typing import Any
 import sympy
 import torch
 from torch import fx, nn
+from torch._dynamo.exc import TorchDynamoException, UserError, UserErrorType
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from fisedit_compiler.blame import TORCH_DIRECTORY, place_in_traceback, watch_guards
+from fisedit_compiler.downsampling import own_downsampling
 from fisedit_compiler.errors import CaptureError
 from fisedit_compiler.inputs import CallSignature, TensorSpec
 from fisedit_compiler.ir import BATCH, HEIGHT, TEXT, WIDTH, ValueSpec, describe
@@ -28,7 +33,9 @@ from fisedit_compiler.keys.notes import AttributesBefore
 MAX_BATCH = 63  # diffusers' upsampler branches at a batch of 64
 MAX_SIZE = 1024  # of h and w, in units of the model's total downsampling
 MAX_TEXT = 4096
-MULTIPLES = (1, 2, 4, 8, 16, 32, 64)
+MOST_DOWNSAMPLING = 64
+SEARCH_SECONDS = 30
+"""No further divisor is tried after that."""
 _EXAMPLE = {"b": 2, "h": 3, "w": 5, "t": 7}
 """Sizes that are exported with, in units of what they are multiples of; distinct, so that sizes can be told apart."""
 
@@ -64,7 +71,8 @@ def capture(
     """Capture ``module`` called with ``arguments`` (named, nested tensors allowed).
 
     Args:
-        multiple: total downsampling ``k``; ``None`` tries powers of two until every shape is a whole expression.
+        multiple: total downsampling ``k``; ``None`` finds out the module's own, and tries multiples of it until every
+            shape is a whole expression.
 
     Raises:
         CaptureError: torch.export refused the module; the message carries its reason and what to try.
@@ -74,28 +82,54 @@ def capture(
             return _translate(module, _export(module, arguments, signature, multiple), signature, multiple)
         except _ExportError as error:
             raise _refused(error, module, arguments, signature, multiple) from error.cause
+    own = own_downsampling(module, lambda *sizes: _named_examples(arguments, signature, *sizes))
+    own = math.lcm(own, *(spec.level.numerator for spec in signature.tensors if spec.is_spatial))
+    return _captured_for_some_divisor(module, arguments, signature, own)
+
+
+def _captured_for_some_divisor(
+    module: nn.Module, arguments: dict[str, Any], signature: CallSignature, own: int
+) -> CapturedGraph:
+    """Capture for the module's own downsampling, or for a larger divisor where only that makes every size whole.
+
+    What is reported is what is wrong with the module's own, and no other is tried where that has nothing to do with
+    sizes: every capture of a large module takes half a minute.
+    """
+    began = time.perf_counter()
     problem: CaptureError | None = None
-    tried = MULTIPLES[0]
-    for candidate in MULTIPLES:
+    tried: list[int] = []
+    for candidate in (own, *(own << shift for shift in range(1, 7) if own << shift <= MOST_DOWNSAMPLING)):
+        if tried and time.perf_counter() - began > SEARCH_SECONDS:
+            break
+        tried.append(candidate)
         try:
             captured = _translate(module, _export(module, arguments, signature, candidate), signature, candidate)
         except CaptureError as error:
-            if problem is None:
-                problem, tried = error, candidate
-            continue
+            problem = problem or error
+            if isinstance(error, _ExportError) and error.is_about_sizes:
+                continue
+            break
         rounded = _rounded_size(captured.graph)
         if rounded is None:
             return captured
-        shape = ", ".join(map(str, rounded.meta["spec"].shape))
-        problem = problem or CaptureError(
-            f"{type(module).__name__} rounds its sizes for every divisor of height and width up to {MULTIPLES[-1]}: "
-            f"{describe(rounded)} has shape [{shape}]. Pass SparsifyConfig(multiple=k) with the model's total "
+        problem = problem or _Rounds(rounded)
+    if isinstance(problem, _Rounds):
+        raise CaptureError(
+            f"{type(module).__name__} rounds its sizes for every divisor of height and width that was tried "
+            f"({', '.join(map(str, tried))}): {problem}. Pass SparsifyConfig(multiple=k) with the model's total "
             "downsampling."
         )
-    assert problem is not None
     if isinstance(problem, _ExportError):
-        raise _refused(problem, module, arguments, signature, tried) from problem.cause
+        raise _refused(problem, module, arguments, signature, own) from problem.cause
+    assert problem is not None
     raise problem
+
+
+class _Rounds(CaptureError):
+    """A size of the graph rounds height or width."""
+
+    def __init__(self, node: fx.Node) -> None:
+        super().__init__(f"{describe(node)} has shape [{', '.join(map(str, node.meta['spec'].shape))}]")
 
 
 class _ExportError(CaptureError):
@@ -104,6 +138,14 @@ class _ExportError(CaptureError):
     def __init__(self, cause: Exception) -> None:
         super().__init__(str(cause))
         self.cause = cause
+
+    @property
+    def is_about_sizes(self) -> bool:
+        """Whether a larger divisor may help: sizes were specialised, do not fit each other or are too small."""
+        if isinstance(self.cause, UserError):
+            return self.cause.error_type is UserErrorType.CONSTRAINT_VIOLATION
+        others = (GuardOnDataDependentSymNode, NotImplementedError, TorchDynamoException)
+        return isinstance(self.cause, RuntimeError | ValueError) and not isinstance(self.cause, others)
 
 
 def _refused(
@@ -141,34 +183,17 @@ def _export(module: nn.Module, arguments: dict[str, Any], signature: CallSignatu
     )
     specs = {spec.name: spec for spec in signature.tensors}
 
-    def axes_of(name: str) -> list[tuple[int, Any] | None]:
-        """Per axis, an example size and the symbolic dimension, or ``None`` for a fixed size.
-
-        The sizes are other than the caller's and distinct, so that nothing is specialised by coincidence.
-        """
-        spec = specs[name]
-        scale = _scale(multiple, spec)
-        known = {
-            "b": (_EXAMPLE["b"], batch),
-            "h": (scale * _EXAMPLE["h"], scale * height),
-            "w": (scale * _EXAMPLE["w"], scale * width),
-            "t": (_EXAMPLE["t"], text),
-        }
-        return [known[axis] if isinstance(axis, str) else None for axis in spec.axes]
-
-    def example(name: str, value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            shape = [size if axis is None else axis[0] for axis, size in zip(axes_of(name), value.shape, strict=True)]
-            return torch.zeros(shape, dtype=value.dtype, device=value.device)
-        return _map_children(name, value, example)
+    symbols = {"b": batch, "t": text}
 
     def dynamic(name: str, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return {index: axis[1] for index, axis in enumerate(axes_of(name)) if axis is not None} or None
+            scale = _scale(multiple, specs[name])
+            known = {**symbols, "h": scale * height, "w": scale * width}
+            return {index: known[axis] for index, axis in enumerate(specs[name].axes) if isinstance(axis, str)} or None
         mapped = _map_children(name, value, dynamic)
         return mapped if isinstance(mapped, (dict, list, tuple)) else None
 
-    kwargs = {name: example(name, value) for name, value in arguments.items()}
+    kwargs = _named_examples(arguments, signature, multiple, _EXAMPLE["h"], _EXAMPLE["w"])
     shapes = {name: dynamic(name, value) for name, value in arguments.items()}
     before = AttributesBefore(module)
     try:
@@ -185,6 +210,27 @@ def _export(module: nn.Module, arguments: dict[str, Any], signature: CallSignatu
     finally:
         before.restore()  # a forward that notes a shape on itself would keep a symbolic one
     return exported
+
+
+def _named_examples(
+    arguments: dict[str, Any], signature: CallSignature, multiple: int, height: int, width: int
+) -> dict[str, Any]:
+    """Arguments of ``multiple * height`` by ``multiple * width``, other sizes than the caller's and all distinct.
+
+    So nothing is specialised by coincidence.
+    """
+    specs = {spec.name: spec for spec in signature.tensors}
+
+    def example(name: str, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            scale = _scale(multiple, specs[name])
+            known = {"b": _EXAMPLE["b"], "t": _EXAMPLE["t"], "h": scale * height, "w": scale * width}
+            axes = zip(specs[name].axes, value.shape, strict=True)
+            shape = [known[axis] if isinstance(axis, str) else size for axis, size in axes]
+            return torch.zeros(shape, dtype=value.dtype, device=value.device)
+        return _map_children(name, value, example)
+
+    return {name: example(name, value) for name, value in arguments.items()}
 
 
 def _scale(multiple: int, spec: TensorSpec) -> int:

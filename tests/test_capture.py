@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from zoo import UNETS, ZOO
 
 from fisedit_compiler import SparsifyConfig, sparsify
+from fisedit_compiler import capture as capture_module
 from fisedit_compiler.capture import CapturedGraph, capture
 from fisedit_compiler.errors import CaptureError
 from fisedit_compiler.inputs import bind, known_model, sign
@@ -163,21 +164,109 @@ def test_the_multiple_is_found_by_trying() -> None:
     assert captured(zoo_model("plain_conv").module, base_inputs("plain_conv", 2, (8, 24)), None).multiple == 2
 
 
-def test_a_multiple_that_no_try_finds() -> None:
-    class Thirds(Small):
-        def forward(self, sample: Tensor) -> Tensor:
-            return self.conv(F.interpolate(F.avg_pool2d(sample, 3), scale_factor=3.0))
+class Shrinks(Small):
+    """A map of ``1 / by`` of height and width, made large again."""
 
+    def __init__(self, by: int) -> None:
+        super().__init__()
+        self.by = by
+
+    def forward(self, sample: Tensor) -> Tensor:
+        return self.conv(F.interpolate(F.avg_pool2d(sample, self.by), scale_factor=float(self.by)))
+
+
+def test_a_multiple_that_no_try_finds() -> None:
     with pytest.raises(CaptureError, match=r"SparsifyConfig\(multiple=k\)"):
-        captured(Thirds(), multiple=None)
+        captured(Shrinks(5), multiple=None)
     sparse = sparsify(
-        Thirds().eval(),
-        SparsifyConfig(cache=False, multiple=3),
-        example_inputs={"sample": torch.zeros(1, 4, 6, 9)},
+        Shrinks(5).eval(),
+        SparsifyConfig(cache=False, multiple=5),
+        example_inputs={"sample": torch.zeros(1, 4, 10, 15)},
     )
     with sparse.record() as recording:
-        sparse(torch.zeros(1, 4, 12, 9))
-    assert recording.height == 12
+        sparse(torch.zeros(1, 4, 20, 15))
+    assert recording.height == 20
+
+
+class Windows(Small):
+    """Attention would run in windows of 8 by 8 sites."""
+
+    def forward(self, sample: Tensor) -> Tensor:
+        batch, channels, height, width = sample.shape
+        windows = sample.view(batch, channels, height // 8, 8, width // 8, 8)
+        return self.conv((windows - windows.mean((3, 5), keepdim=True)).reshape(sample.shape))
+
+
+class Unpadded(Small):
+    """A convolution without padding, whose map is one site short of half."""
+
+    def forward(self, sample: Tensor) -> Tensor:
+        small = F.max_pool2d(self.conv(sample), 3, stride=2)
+        return F.interpolate(F.pad(small, (0, 1, 0, 1)), scale_factor=2.0)
+
+
+class SecondLook(Small):
+    """Sizes fit; the code is none that a graph can hold."""
+
+    def forward(self, sample: Tensor) -> Tensor:
+        small = F.avg_pool2d(self.conv(sample), 4)
+        if small.mean() > 0:
+            small = small * 2
+        return F.interpolate(small, scale_factor=4.0)
+
+
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The divisors that are exported for."""
+    divisors: list[int] = []
+    export = capture_module._export
+
+    def watched(*args: Any) -> Any:
+        divisors.append(args[-1])
+        return export(*args)
+
+    monkeypatch.setattr(capture_module, "_export", watched)
+    return divisors
+
+
+@pytest.mark.parametrize(
+    ("module", "divisor"),
+    [(Shrinks(3), 3), (Shrinks(6), 6), (Windows(), 8), (Unpadded(), 2)],
+    ids=["thirds", "sixths", "windows", "unpadded"],
+)
+def test_the_first_divisor_that_is_tried_is_the_modules_own(tried: list[int], module: nn.Module, divisor: int) -> None:
+    assert captured(module, multiple=None).multiple == divisor
+    assert tried == [divisor]
+
+
+def test_an_error_that_no_divisor_mends_is_told_at_once(tried: list[int]) -> None:
+    with pytest.raises(CaptureError, match=r"(?s)divisor 4\).*data-dependent"):
+        captured(SecondLook(), multiple=None)
+    assert set(tried) == {4}
+
+
+def test_the_search_is_over_after_a_time(tried: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture_module, "SEARCH_SECONDS", 0)
+    with pytest.raises(CaptureError, match=r"divisor 1\)"):
+        captured(Shrinks(5), multiple=None)
+    assert set(tried) == {1}
+
+
+def test_what_is_scaled_down_by_three_is_right() -> None:
+    module = Shrinks(3).eval().requires_grad_(False)
+    sparse = sparsify(module, SparsifyConfig(cache=False))
+    base, other = (torch.randn(1, 4, 12, 18, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    mask = torch.zeros(12, 18, dtype=torch.bool)
+    mask[4:7, 7:9] = True
+    with torch.no_grad(), sparse.record() as recording:
+        assert torch.equal(sparse(base), module(base))
+    with torch.no_grad(), sparse.edit(recording, torch.ones_like(mask)):
+        torch.testing.assert_close(sparse(other), module(other))
+    mixed = torch.where(mask, other, base)
+    with torch.no_grad(), sparse.edit(recording, mask):
+        edited = sparse(mixed)
+    assert torch.equal(edited[..., ~mask], module(base)[..., ~mask])
+    torch.testing.assert_close(edited[..., mask], module(mixed)[..., mask])
 
 
 def test_long_text_needs_no_second_program() -> None:

@@ -55,14 +55,14 @@ class Conditional(nn.Module):
         return torch.cond(sample.mean() > 0, lambda x: x * 2, lambda x: x - 1, (sample,))
 
 
-class Thirds(nn.Module):
+class Fifths(nn.Module):
     def forward(self, sample: Tensor) -> Tensor:
-        return F.interpolate(F.avg_pool2d(sample, 3, 3), size=sample.shape[2:])
+        return F.interpolate(F.avg_pool2d(sample, 5, 5), size=sample.shape[2:])
 
 
 class Rounded(nn.Module):
     def forward(self, sample: Tensor) -> Tensor:
-        small = F.max_pool2d(F.pad(sample, (2, 2, 2, 2)), 3, 3)
+        small = F.max_pool2d(F.pad(sample, (4, 4, 4, 4)), 5, 5)
         return sample + F.interpolate(small, size=sample.shape[2:])
 
 
@@ -124,14 +124,14 @@ MISTAKES: dict[str, tuple[nn.Module, dict[str, Tensor], dict[str, Any], str]] = 
         "submodule without it.",
     ),
     "sizes that do not divide": (
-        Model(Thirds()), SAMPLE, {},
+        Model(Fifths()), SAMPLE, {},
         "torch.export could not capture Model with symbolic batch, height and width (divisor 1) in block.0 "
-        f"({FILE}:LINE: return F.interpolate(F.avg_pool2d(sample, 3, 3), size=sample.shape[2:])): ...\n{REMEDY}",
+        f"({FILE}:LINE: return F.interpolate(F.avg_pool2d(sample, 5, 5), size=sample.shape[2:])): ...\n{REMEDY}",
     ),
     "sizes that are rounded": (
         Model(Rounded()), SAMPLE, {},
-        f"Model rounds its sizes for every divisor of height and width up to 64: max_pool2d = aten.max_pool2d in block.0 "
-        f"({FILE}:LINE: small = F.max_pool2d(F.pad(sample, (2, 2, 2, 2)), 3, 3)) has shape [b, 4, (((h + 1)//3)) + 1, (((w + 1)//3)) + 1]. Pass SparsifyConfig(multiple=k) "
+        f"Model rounds its sizes for every divisor of height and width that was tried (1, 2, 4, 8, 16, 32, 64): max_pool2d = aten.max_pool2d in block.0 "
+        f"({FILE}:LINE: small = F.max_pool2d(F.pad(sample, (4, 4, 4, 4)), 5, 5)) has shape [b, 4, floor(h/5 + 3/5) + 1, floor(w/5 + 3/5) + 1]. Pass SparsifyConfig(multiple=k) "
         "with the model's total downsampling.",
     ),
     "no image among the inputs": (

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fisedit_compiler.compiling import one_at_a_time
 from fisedit_compiler.errors import CaptureError
 from fisedit_compiler.keys.notes import AttributesBefore
 from fisedit_compiler.runtime.call import Call
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 Recorded = tuple[list[Any], dict[str, Tensor]]
 
 
+@one_at_a_time  # an export in another thread turns oneDNN off for the whole process: last bits would differ
 def record_checked(programs: ProgramStore, call: Call, *, maps: bool) -> tuple[Executable, Recorded]:
     """Record a call and compare it with the module's own, which runs beside it.
 
@@ -51,6 +53,14 @@ def record_checked(programs: ProgramStore, call: Call, *, maps: bool) -> tuple[E
             logger.warning("a program does not compute what its module computes (%s): captured again", problem)
             executable = programs.capture_again(call)
     name = type(programs.module).__name__
+    with _same_random_numbers(call):
+        itself = _difference(own, _owned(call.run_original()))
+    if itself:
+        raise CaptureError(
+            f"{name} computes something else at every call with the same arguments and random state ({itself}). A "
+            "recording could not be repeated, nor what is outside a mask be kept. Make its operations deterministic "
+            "(torch.use_deterministic_algorithms(True) names those that are not), or sparsify a submodule without them."
+        )
     raise CaptureError(
         f"{name} computes something else than its captured graph ({problem}), also when captured again. Its forward "
         "reads something that a graph cannot hold: a hook that changes results, a global or file that is read at every "

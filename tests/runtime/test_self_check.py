@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fisedit_compiler import SparseModule, SparsifyConfig, sparsify
+from fisedit_compiler.compiling import COMPILING
 from fisedit_compiler.errors import CaptureError
 from fisedit_compiler.keys import structure
 from fisedit_compiler.runtime.executable import Executable
@@ -175,3 +178,39 @@ def test_outputs_that_are_no_numbers_are_compared_too() -> None:
     module = compiled(Scaled(float("nan")))
     _, output = recorded(module)
     assert output.isnan().all()
+
+
+class Unrepeatable(Scaled):
+    """Adds noise that no random state of torch governs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noise = random.Random(0)
+
+    def forward(self, sample: Tensor) -> Tensor:
+        return super().forward(sample) + self.noise.random()
+
+
+def test_a_module_that_computes_something_else_at_every_call_is_named_so() -> None:
+    sparse = compiled(Unrepeatable())
+    with pytest.raises(CaptureError, match="Unrepeatable computes something else at every call"), sparse.record():
+        sparse(SAMPLE)
+
+
+def test_no_other_thread_compiles_while_it_compares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports turn oneDNN off for the whole process, so a convolution beside one differs in its last bits."""
+    held = []
+
+    class Watched(Scaled):
+        def forward(self, sample: Tensor) -> Tensor:
+            thread = threading.Thread(target=lambda: held.append(not COMPILING.acquire(blocking=False)))
+            if not torch.compiler.is_compiling():
+                thread.start()
+                thread.join()
+            return super().forward(sample)
+
+    sparse = compiled(Watched())
+    held.clear()
+    with sparse.record():
+        sparse(SAMPLE)
+    assert held and all(held)
