@@ -13,7 +13,7 @@ import keyword
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -210,11 +210,16 @@ class CallSignature:
         """The spatial tensor that sets height and width."""
         return next(spec for spec in self.tensors if spec.name == self.primary)
 
-    @property
+    @cached_property
+    def sample_name(self) -> str:
+        """Placeholder name of that tensor."""
+        return self.spatial.identifier()
+
+    @cached_property
     def spatial_names(self) -> tuple[str, ...]:
         """Placeholder names of all spatial tensors, the primary one first."""
         others = [s.identifier() for s in self.tensors if s.is_spatial and s.name != self.primary]
-        return (self.spatial.identifier(), *others)
+        return (self.sample_name, *others)
 
 
 def sign(

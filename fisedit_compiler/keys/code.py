@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import os
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -25,7 +26,21 @@ def is_installed(module_name: str) -> bool:
     if root in sys.builtin_module_names:
         return True
     file = getattr(sys.modules.get(root), "__file__", None)
-    return bool(file) and str(Path(str(file)).resolve()).startswith(_INSTALLED)
+    if not file:
+        return False
+    path = str(Path(str(file)).resolve())
+    return path.startswith(_INSTALLED) or _is_installed_elsewhere(root, path)
+
+
+def _is_installed_elsewhere(root: str, path: str) -> bool:
+    """Whether a wheel put the package there (``pip install --target``, another site); not so for editable installs."""
+    try:
+        distribution = importlib.metadata.distribution(root)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return distribution.read_text("RECORD") is not None and path.startswith(
+        str(Path(str(distribution.locate_file(""))).resolve()) + os.sep
+    )
 
 
 @cache

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from operator import is_
 
 import torch
 from torch import Tensor, nn
 
-from fisedit_compiler.keys.watch import stamps
+from fisedit_compiler.keys.watch import Stamps, stamps
 
 _WIDTH = 1024
 _EXACT_BELOW = 1 << 14
@@ -28,22 +28,40 @@ class Weights:
     """The contents of one module's parameters and buffers, digested again only where they may have changed."""
 
     def __init__(self) -> None:
+        self._source: Mapping[str, Tensor] = {}
         self._tensors: list[Tensor] = []
-        self._stamps: list[tuple[int, int]] = []
+        self._stamps: Stamps = ([], [])
+        self._look: Callable[[], Tensor] | None = None
         self._glance: Tensor | None = None
+        self._on_meta = False
         self._key = ""
 
     def key(self, tensors: Mapping[str, Tensor]) -> str:
-        """Digest of the contents of all tensors, whose names and forms are the structure's business; empty on meta."""
-        plain = [part for tensor in tensors.values() for part in plain_parts(tensor)]
-        if any(tensor.is_meta for tensor in plain):
-            return ""
-        with torch.no_grad():
-            glance, now = _glance(plain), stamps(plain)
+        """Digest of the contents of all tensors, whose names and forms are the structure's business; empty on meta.
+
+        Args:
+            tensors: by path. The mapping that was passed last is taken to hold the same ones still.
+        """
+        same = tensors is self._source
+        if not same:
+            plain = [part for tensor in tensors.values() for part in plain_parts(tensor)]
             same = len(plain) == len(self._tensors) and all(map(is_, plain, self._tensors))
-            if not (same and now == self._stamps and self._glance is not None and torch.equal(glance, self._glance)):
-                self._key = _digest(plain, glance)
-                self._tensors, self._stamps, self._glance = plain, now, glance
+            # What a wrapper is made of may be exchanged inside it, so it is asked every time.
+            self._source = tensors if len(plain) == len(tensors) and all(map(is_, plain, tensors.values())) else {}
+            self._tensors = plain
+            self._on_meta = any(tensor.is_meta for tensor in plain)
+        if self._on_meta:
+            return ""
+        now = stamps(self._tensors)
+        same = same and now == self._stamps
+        with torch.no_grad():
+            # Where the tensors lie is prepared once for all looks at them.
+            if not same or self._look is None:
+                self._look = _looking(self._tensors)
+            glance = self._look()
+            if not same or self._glance is None or not torch.equal(glance, self._glance):
+                self._key = _digest(self._tensors, glance)
+                self._stamps, self._glance = now, glance
         return self._key
 
     def moved(self) -> bool:
@@ -59,16 +77,23 @@ def plain_parts(tensor: Tensor) -> list[Tensor]:
     return [part for name in names for part in plain_parts(getattr(tensor, name))]
 
 
-def _glance(tensors: list[Tensor]) -> Tensor:
-    """What changes if contents do, as one tensor on the host (int64 or float64)."""
+def _looking(tensors: list[Tensor]) -> Callable[[], Tensor]:
+    """What reads the contents of tensors: one tensor on the host (int64) that changes if they do.
+
+    Serves as long as the tensors stay where they are.
+    """
     exact = [tensor for tensor in tensors if tensor.is_cuda]
     others = [tensor for tensor in tensors if not tensor.is_cuda]
-    parts = [_exact_on_cuda(exact)] if exact else []
-    if others:
-        parts.append(
-            torch.tensor([_product(tensor) for tensor in others], dtype=torch.float64, device="cpu").view(torch.int64)
-        )
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device="cpu")
+    on_cuda = _exact_on_cuda(exact) if exact else None
+
+    def look() -> Tensor:
+        parts = [] if on_cuda is None else [on_cuda()]
+        if others:
+            products = torch.tensor([_product(tensor) for tensor in others], dtype=torch.float64, device="cpu")
+            parts.append(products.view(torch.int64))
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device="cpu")
+
+    return look
 
 
 def _product(tensor: Tensor) -> float:
@@ -127,9 +152,13 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.permute(order).reshape(-1)
 
 
-def _exact_on_cuda(tensors: list[Tensor]) -> Tensor:
+def _exact_on_cuda(tensors: list[Tensor]) -> Callable[[], Tensor]:
     try:
-        from fisedit_compiler.kernels.triton.checksums import checksums
+        from fisedit_compiler.kernels.triton.checksums import Checksums
     except ImportError:  # no Triton: every tensor is read by the host
-        return torch.tensor([_crc(tensor) for tensor in tensors], dtype=torch.int64, device="cpu")
-    return checksums([_flat(tensor) for tensor in tensors]).cpu()
+        return lambda: torch.tensor([_crc(tensor) for tensor in tensors], dtype=torch.int64, device="cpu")
+    flat = [_flat(tensor) for tensor in tensors]
+    if any(part.data_ptr() != tensor.data_ptr() for part, tensor in zip(flat, tensors, strict=True)):
+        return lambda: Checksums([_flat(tensor) for tensor in tensors])().cpu()  # some are copies made for reading
+    prepared = Checksums(flat)
+    return lambda: prepared().cpu()

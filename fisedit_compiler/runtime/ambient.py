@@ -49,14 +49,30 @@ class Ambient:
 
     @classmethod
     def now(cls) -> Ambient:
-        """What the calling thread has set. A few microseconds."""
-        return cls(
-            tuple((kind, torch.get_autocast_dtype(kind)) for kind in _DEVICE_TYPES if torch.is_autocast_enabled(kind)),
+        """What the calling thread has set. A few microseconds: states that were seen before are kept."""
+        seen = (
+            *map(torch.is_autocast_enabled, _DEVICE_TYPES),
+            *map(torch.get_autocast_dtype, _DEVICE_TYPES),
             torch.get_default_dtype(),
-            str(torch.get_default_device()),
+            # Without a mode on torch's functions nobody has set a default device.
+            torch.get_default_device() if torch._C._len_torch_function_stack() else None,
             torch.are_deterministic_algorithms_enabled(),
             torch.is_inference_mode_enabled(),
         )
+        state = _SEEN.get(seen)
+        if state is None:
+            if len(_SEEN) >= _MAX_SEEN:
+                _SEEN.clear()
+            state = _SEEN[seen] = cls(
+                tuple(
+                    (kind, torch.get_autocast_dtype(kind)) for kind in _DEVICE_TYPES if torch.is_autocast_enabled(kind)
+                ),
+                torch.get_default_dtype(),
+                str(torch.get_default_device()),
+                torch.are_deterministic_algorithms_enabled(),
+                torch.is_inference_mode_enabled(),
+            )
+        return state
 
     def neutral(self) -> AbstractContextManager[Any]:
         """The state that programs run in: autocast off, outside inference mode."""
@@ -99,6 +115,9 @@ class Ambient:
         """Whether a call may edit one that was recorded in another state: whether both compute with the same dtypes."""
         return (self.autocast, self.default_dtype) == (recorded.autocast, recorded.default_dtype)
 
+
+_SEEN: dict[tuple[Any, ...], Ambient] = {}
+_MAX_SEEN = 64
 
 PLAIN = Ambient()
 """The state of a process that has set nothing."""

@@ -59,7 +59,11 @@ class Call:
 
     @property
     def sample(self) -> Tensor:
-        return self.tensors[self.signature.spatial.identifier()]
+        """The spatial input that sets height and width."""
+        found: Tensor | None = self.__dict__.get("_sample")
+        if found is None:
+            found = self.__dict__["_sample"] = self.tensors[self.signature.sample_name]
+        return found
 
     @cached_property
     def timestep(self) -> float | None:

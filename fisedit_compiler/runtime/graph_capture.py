@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -14,11 +14,24 @@ _refused: list[torch.cuda.CUDAGraph] = []
 
 @contextmanager
 def capturing(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Iterator[None]:
-    """``torch.cuda.graph``, except that after an error the current stream is the one it was before."""
+    """``torch.cuda.graph``, except that after an error the current stream and random numbers are as they were."""
     try:
         # torch.cuda.graph leaves its own stream current where ending the capture fails.
         with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=pool):
             yield
     except BaseException:
         _refused.append(graph)
+        _free_generators()
         raise
+
+
+def _free_generators() -> None:
+    """Let random numbers be drawn again.
+
+    A capture that CUDA refuses leaves torch's generators inside it ("Offset increment outside graph capture"). Nothing
+    takes them out but the end of a capture that succeeds.
+    """
+    with suppress(RuntimeError), torch.cuda.stream(torch.cuda.current_stream()):
+        value = torch.zeros(1, device="cuda")
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            value += 1

@@ -6,8 +6,6 @@ matter and the result is the same at every run. A changed bit, sign or order cha
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 import torch
 import triton
 import triton.language as tl
@@ -35,43 +33,47 @@ def _checksum_kernel(addresses, lengths, owners, firsts, sums, CHUNK: tl.constex
     tl.atomic_add(sums + owner, tl.sum(total, axis=0))
 
 
-_tables: OrderedDict[tuple[object, ...], tuple[Tensor, Tensor, Tensor, Tensor]] = OrderedDict()
-
-
-def checksums(tensors: list[Tensor]) -> Tensor:
-    """Checksum of every tensor: int64 ``[len(tensors)]`` on their device.
+class Checksums:
+    """Checksums of the same tensors time and again: where they lie is written down once.
 
     Args:
-        tensors: dense, one-dimensional, on one CUDA device. The last bytes of one whose size is no multiple of four
-            bytes are read apart.
+        tensors: dense, one-dimensional, on one CUDA device, and kept there. The last bytes of one whose size is no
+            multiple of four bytes are read apart.
 
     Source: multiply-shift hashing (Dietzfelbinger et al., 1997), summed.
     """
-    device = tensors[0].device
-    key = (device, *((tensor.data_ptr(), tensor.nbytes) for tensor in tensors))
-    tables = _tables.get(key)
-    if tables is None:
-        tables = _tables[key] = _make_tables(tensors, device)
-        while len(_tables) > 4:
-            _tables.popitem(last=False)
-    addresses, lengths, owners, firsts = tables
-    sums = torch.zeros(len(tensors), dtype=torch.int64, device=device)
-    if len(owners):
-        with torch.cuda.device(device):
-            _checksum_kernel[(len(owners),)](addresses, lengths, owners, firsts, sums, CHUNK=CHUNK, BLOCK=BLOCK)
-    for number, tensor in enumerate(tensors):
-        if rest := tensor.nbytes % 4:
-            tail = tensor.view(torch.uint8)[-rest:].long()
-            sums[number] += (tail * (torch.arange(rest, device=device) * 2 + 3)).sum() * 1_000_003
-    return sums
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.device = tensors[0].device
+        lengths = [tensor.nbytes // 4 for tensor in tensors]
+        chunks = [(number, first) for number, length in enumerate(lengths) for first in range(0, length, CHUNK)]
+
+        def table(values: list[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int64, device="cpu").to(self.device)
+
+        self._addresses, self._lengths = table([tensor.data_ptr() for tensor in tensors]), table(lengths)
+        self._owners, self._firsts = table([owner for owner, _ in chunks]), table([first for _, first in chunks])
+        self._count, self._programs = len(tensors), len(chunks)
+        self._rests = [
+            (number, tensor.view(torch.uint8)[-rest:])
+            for number, tensor in enumerate(tensors)
+            if (rest := tensor.nbytes % 4)
+        ]
+
+    def __call__(self) -> Tensor:
+        """Checksum of every tensor: int64 ``[len(tensors)]`` on their device."""
+        sums = torch.zeros(self._count, dtype=torch.int64, device=self.device)
+        if self._programs:
+            with torch.cuda.device(self.device):
+                _checksum_kernel[(self._programs,)](
+                    self._addresses, self._lengths, self._owners, self._firsts, sums, CHUNK=CHUNK, BLOCK=BLOCK
+                )
+        for number, rest in self._rests:
+            factors = torch.arange(len(rest), device=self.device) * 2 + 3
+            sums[number] += (rest.long() * factors).sum() * 1_000_003
+        return sums
 
 
-def _make_tables(tensors: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    lengths = [tensor.nbytes // 4 for tensor in tensors]
-    chunks = [(number, first) for number, length in enumerate(lengths) for first in range(0, length, CHUNK)]
-
-    def table(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device="cpu").to(device)
-
-    owners, firsts = [owner for owner, _ in chunks], [first for _, first in chunks]
-    return table([tensor.data_ptr() for tensor in tensors]), table(lengths), table(owners), table(firsts)
+def checksums(tensors: list[Tensor]) -> Tensor:
+    """Checksum of every tensor, as :class:`Checksums` gives it, once."""
+    return Checksums(tensors)()
