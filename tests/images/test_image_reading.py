@@ -296,3 +296,10 @@ def test_masked_arrays_without_masked_elements_and_small_floats_are_taken() -> N
     assert np.array_equal(mask_pixels(np.matrix(DRAWN)).numpy(), DRAWN > 0)
     small = torch.from_numpy(DRAWN > 0).float().to(torch.float8_e4m3fn)
     assert np.array_equal(mask_pixels(small).numpy(), DRAWN > 0)
+
+
+def test_a_colour_image_of_zeros_and_ones_is_taken_as_such() -> None:
+    values = np.zeros((H, W, 3), dtype=np.uint8)
+    values[1, 2] = 0, 0, 1
+    values[3, 4] = 1, 1, 1
+    assert mask_pixels(Image.fromarray(values)).nonzero().tolist() == [[1, 2], [3, 4]]

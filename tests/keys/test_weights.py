@@ -75,6 +75,12 @@ def test_a_tensor_in_another_order_of_memory_is_read_without_a_copy() -> None:
     assert weights.key({"a": other}) != weights.key({"a": last})
 
 
+def test_the_transpose_of_a_matrix_is_another_one() -> None:
+    """The same numbers lie in the same order of memory, to be read in another one."""
+    weights, matrix = Weights(), torch.randn(8, 8)
+    assert weights.key({"a": matrix}) != weights.key({"a": matrix.t()})
+
+
 def test_half_a_write_is_seen_between_two_calls() -> None:
     module = nn.Linear(8, 8)
     state = ModelState(module)

@@ -157,3 +157,9 @@ def test_a_file_that_is_no_image(tmp_path: Path) -> None:
         convert(path)
     with pytest.raises(MaskError):
         convert(tmp_path)
+
+
+def test_a_float_of_one_half_is_not_active() -> None:
+    values = torch.full((H, W), 0.5)
+    values[2, 3] = 0.51
+    assert convert(values).nonzero().tolist() == [[2, 3]]

@@ -124,3 +124,8 @@ def test_regions_as_text() -> None:
     large, small = masks.regions(of("#.... ...## ...##"))
     assert str(large) == "4 sites in rows 1-2, columns 3-4"
     assert str(small) == "1 site in rows 0-0, columns 0-0"
+
+
+def test_a_small_picture_outside_the_mask_is_no_hole() -> None:
+    before = of("... .#. ...")
+    assert torch.equal(masks.minimum_area(before, 0, holes=1000), before)

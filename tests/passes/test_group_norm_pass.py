@@ -83,3 +83,14 @@ def test_a_norm_over_rows_of_the_map_stays_dense_with_a_reason() -> None:
     assert counts(program.step)["aten.group_norm"] == 1
     assert "height" in reasons(program)["aten.group_norm"] or "sites" in reasons(program)["aten.group_norm"]
     assert_full_mask_is_dense(compiled)
+
+
+@pytest.mark.parametrize("norm", ["recorded", "incremental"])
+def test_on_a_map_whose_width_comes_first(norm: str) -> None:
+    """Rows follow the map's own order of axes; sums per site would follow the tensor's."""
+    layers = {"conv": nn.Conv2d(8, 8, 3, padding=1), "norm": nn.GroupNorm(2, 8)}
+    compiled = compile_small(
+        Forward(lambda m, x: m.norm(m.conv(x).transpose(2, 3)).transpose(2, 3), **layers), norm=norm
+    )
+    assert any("width comes before height" in reason for reason in reasons(program_of(compiled)).values())
+    assert_full_mask_is_dense(compiled)

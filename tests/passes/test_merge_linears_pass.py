@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+import torch.nn.functional as F
 from pass_tools import Forward, assert_equals_oracle, assert_full_mask_is_dense, compile_small, counts, program_of
 from torch import Tensor, nn
 
@@ -45,3 +47,14 @@ def test_an_only_child_and_a_disabled_pass_are_left_alone() -> None:
     compiled = compile_small(siblings((True,) * 3, (8, 8, 8)), disabled_passes={"merge_linears"})
     assert counts(program_of(compiled).step)["aten.linear"] == 3
     assert_equals_oracle(compiled)
+
+
+def test_a_matrix_that_depends_on_its_siblings_result_is_left_alone() -> None:
+    def forward(module: Forward, x: Tensor) -> Tensor:
+        tokens = module.conv(x).flatten(2).transpose(1, 2)
+        matrix = module.linear(tokens).mean((0, 1)).outer(torch.ones(8))
+        return (tokens + F.linear(tokens, matrix, module.linear.bias)).transpose(1, 2).reshape(x.shape)
+
+    compiled = compile_small(Forward(forward, conv=nn.Conv2d(8, 8, 3, padding=1), linear=nn.Linear(8, 8)))
+    assert counts(program_of(compiled).step)["aten.split_with_sizes"] == 0
+    assert_full_mask_is_dense(compiled)

@@ -104,3 +104,10 @@ def test_what_counts_as_pointwise() -> None:
     assert not is_pointwise(aten.add_.Tensor), "a write is no value"
     assert not is_pointwise(aten.softmax.int) and not is_pointwise(aten.cumsum.default)
     assert not is_pointwise(torch.add)
+
+
+def test_a_map_of_fewer_axes_is_not_spread_over_rows() -> None:
+    module = Forward(lambda m, x: m.conv(x) + m.conv(x).mean((0, 1)), conv=nn.Conv2d(8, 8, 3, padding=1))
+    compiled = compile_small(module)
+    assert any("fewer axes" in reason for reason in reasons(program_of(compiled)).values())
+    assert_full_mask_is_dense(compiled)

@@ -73,3 +73,9 @@ def test_results_are_the_same_bits() -> None:
     inputs = example(module)
     with compiled.record():
         assert torch.equal(compiled(**inputs), module(**inputs))
+
+
+def test_dropout_that_is_meant_stays() -> None:
+    captured = captured_graph(Forward(lambda m, x: F.dropout(m.conv(x), 0.5, True), conv=nn.Conv2d(8, 8, 1)))
+    simplify(captured)
+    assert counts(captured.graph)["aten.dropout"] == 1

@@ -47,3 +47,14 @@ def test_nearest_of_rows_and_columns_apart_stays_dense() -> None:
     (name,) = (name for name in counts(program.step) if "upsample" in name)
     assert "height is scaled by" in reasons(program)[name]
     assert_equals_oracle(compiled, {"interpolate"})
+
+
+def test_nearest_by_one_and_a_half_stays_dense() -> None:
+    module = Forward(
+        lambda m, x: F.relu(F.interpolate(m.conv(x), size=(x.shape[2] * 3 // 2, x.shape[3] * 3 // 2))),
+        conv=nn.Conv2d(8, 8, 3, padding=1),
+    )
+    compiled = compile_small(module, multiple=2)
+    program = program_of(compiled)
+    (name,) = (name for name in counts(program.step) if "upsample" in name)
+    assert "whole factor" in reasons(program)[name]

@@ -121,3 +121,9 @@ def test_cuts_and_merges_of_sites_stay_dense_with_reasons(function: Function) ->
         compiled,
         {"reshape", "softmax", "avg_pool2d", "pixel_shuffle", "pixel_unshuffle", "tanh", "permute", "transpose"},
     )
+
+
+def test_squeezing_an_axis_of_several_entries_changes_nothing() -> None:
+    compiled = compile_small(module_of(lambda m, x: F.relu(x).squeeze(1)))
+    assert not program_of(compiled).refusals
+    assert_equals_oracle(compiled)

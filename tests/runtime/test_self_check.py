@@ -214,3 +214,17 @@ def test_no_other_thread_compiles_while_it_compares(monkeypatch: pytest.MonkeyPa
     with sparse.record():
         sparse(SAMPLE)
     assert held and all(held)
+
+
+def test_one_bit_is_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = Executable.record
+
+    def off_by_one_bit(self: Executable, *args: Any, **kwargs: Any) -> Any:
+        outputs, slots = record(self, *args, **kwargs)
+        outputs[0].view(-1)[3:4].view(torch.int32).bitwise_xor_(1)
+        return outputs, slots
+
+    sparse = compiled(Scaled())
+    monkeypatch.setattr(Executable, "record", off_by_one_bit)
+    with pytest.raises(CaptureError, match="also when captured again"), sparse.record():
+        sparse(SAMPLE)
