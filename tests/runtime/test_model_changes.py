@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -187,3 +188,22 @@ def test_a_part_that_no_longer_exists_is_not_asked_for(module: SparseModule) -> 
     with module.record() as recording:
         output = run(module)
     assert torch.equal(output, run(module)) and recording.complete
+
+
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_nothing_computed_from_earlier_weights_is_used_again(module: SparseModule, case: str) -> None:
+    """Keys and values of a prompt are kept from edit to edit, as long as the weights are the same."""
+    other = TEXT + 1
+
+    def edited(subject: SparseModule) -> Tensor:
+        with subject.record() as recording:
+            run(subject)
+        with subject.edit(recording, MASK):
+            return run(subject, text=other)
+
+    before = edited(module)
+    WEIGHTS[case](module.original, 2)
+    after = edited(module)
+    config = SparsifyConfig(multiple=1, dense_above=1.0, cache=False)
+    fresh = edited(sparsify(copy.deepcopy(module.original), config))
+    assert torch.equal(after, fresh) and not torch.allclose(after, before)
