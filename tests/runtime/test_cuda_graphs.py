@@ -202,7 +202,7 @@ def test_blocks_of_any_size_share_one_compilation(pair: Pair) -> None:
         mask = make_mask(kind, SIZE, seed=2)
         with forced_block_size(pair, size):
             pair.check(recording, pair.edited(inputs, mask), mask, (kind, size))
-        graphs |= pair.pool._graphs.keys()
+        graphs.add(next(reversed(pair.pool._graphs)))  # the one that was replayed last
     assert len(graphs) == 16
 
 
