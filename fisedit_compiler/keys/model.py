@@ -31,6 +31,7 @@ class ModelState:
         self._current: Structure | None = None
         self._parts: dict[str, dict[str, str]] = {}
         self._weights = Weights()
+        self._constants, self._contents = Weights(), ""
         self._key = ModelKey("", "")
 
     @property
@@ -39,6 +40,7 @@ class ModelState:
         # Addresses move with the forms of tensors: ``module.half()`` leaves every parameter the object it was.
         if self._current is None or self._weights.moved() or self._current.watch.changed():
             self._current = read_structure(self.module, self.notes)
+            self._contents = self._constants.key(self._current.constants)
             self._parts[self._current.key] = self._current.parts
             while len(self._parts) > self._kept:
                 del self._parts[next(iter(self._parts))]
@@ -52,6 +54,9 @@ class ModelState:
     def read(self) -> ModelKey:
         """The module's key now. Contents of weights are compared, so it may wait for the device for a millisecond."""
         structure = self.structure
+        if self._constants.key(structure.constants) != self._contents:
+            self._current = None  # written to where no version is counted
+            structure = self.structure
         self._key = ModelKey(structure.key, self._weights.key(structure.tensors))
         return self._key
 

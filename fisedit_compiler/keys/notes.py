@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import MutableMapping, MutableSequence, MutableSet
 from typing import Any
 
@@ -55,10 +56,12 @@ def _copied(value: Any) -> Any:
 
 
 def _refill(value: Any, before: Any) -> None:
-    value.clear()
     if isinstance(value, MutableSequence):
+        del value[:]  # an array has no clear()
         value.extend(before)
-    elif isinstance(value, MutableMapping):
+        return
+    value.clear()
+    if isinstance(value, MutableMapping):
         value.update(before)
     else:
         value |= set(before)
@@ -68,4 +71,6 @@ def _same(value: Any, before: Any) -> bool:
     now = _copied(value)
     if isinstance(now, dict):
         return now.keys() == before.keys() and all(now[key] is before[key] for key in now)
+    if isinstance(value, (bytearray, array)):  # makes its elements anew each time it is asked
+        return bool(now == before)
     return len(now) == len(before) and all(left is right for left, right in zip(now, before, strict=True))

@@ -12,9 +12,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import os
+import sys
 import types
 import weakref
 import zlib
+from array import array
 from collections import deque
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
@@ -26,8 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fisedit_compiler.keys.code import code_digest, file_digest, globals_read, is_installed, package_version
-from fisedit_compiler.keys.watch import Watch
+from fisedit_compiler.keys.code import code_digest, file_digest, globals_read, is_installed, names_read, package_version
+from fisedit_compiler.keys.watch import Watch, checksum
 
 Note = tuple[str, str]
 """A submodule's path and an attribute that its own forward writes and never reads first."""
@@ -58,6 +61,13 @@ _CLASS_SILENT = frozenset(
 )
 _DESCRIPTORS = (types.MemberDescriptorType, types.GetSetDescriptorType, types.WrapperDescriptorType)
 _MAX_ITEMS, _MAX_DEPTH = 500_000, 150
+# Where torch's own functions, and those it only passes on, say that they are from.
+_OWN_PLACES = frozenset({"torch", *sys.stdlib_module_names})
+# What no forward computes with: another compiler or loader makes no other model.
+_NOT_COMPUTED = frozenset({"compile", "load", "save"})
+_NOTHING = hashlib.sha256(b"").hexdigest()
+REPLACED = "functions of torch that were replaced"
+"""Name of the part of a structure that is no submodule."""
 
 
 @dataclass
@@ -69,6 +79,7 @@ class Structure:
         portable: whether everything could be read, so that the key may name a file.
         parts: digest of every submodule by path, to tell where two structures differ.
         tensors: parameters and buffers by path, whose contents are ``weights.py``'s business.
+        constants: other tensors that were read, whose contents are part of ``key``, by number.
         watch: notices that what was read has changed since.
     """
 
@@ -76,6 +87,7 @@ class Structure:
     portable: bool = True
     parts: dict[str, str] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    constants: dict[str, Tensor] = field(default_factory=dict)
     watch: Watch = field(default_factory=Watch)
 
     def differences(self, other: Structure) -> list[str]:
@@ -126,6 +138,10 @@ class _Reader:
             digest = self._digest(lambda path=path, part=part: self._module(path, part))  # type: ignore[misc]
             self.result.parts[path] = digest
             total.update(f"{path}={digest};".encode("utf-8", "surrogatepass"))
+        replaced = self._digest(self._libraries)
+        if replaced != _NOTHING:
+            self.result.parts[REPLACED] = replaced
+            total.update(replaced.encode())
         self.result.key = total.hexdigest()
         return self.result
 
@@ -137,6 +153,16 @@ class _Reader:
             return hashlib.sha256("\x1f".join(self.out).encode("utf-8", "surrogatepass")).hexdigest()
         finally:
             self.out = outer
+
+    def _libraries(self) -> None:
+        """What was put in the place of torch's own functions: every forward reads those."""
+        for library in (torch, torch.nn.functional):
+            self.result.watch.attributes(vars(library))
+            for name, member in sorted(dict(vars(library)).items()):
+                own = str(getattr(member, "__module__", "torch")).partition(".")[0]
+                if isinstance(member, types.FunctionType) and own not in _OWN_PLACES and name not in _NOT_COMPUTED:
+                    self.out.append(f"{library.__name__}.{name}")
+                    self._visit(member)
 
     # -- modules ---------------------------------------------------------------------------------
 
@@ -252,6 +278,7 @@ class _Reader:
         """A tensor that is no parameter and no buffer: a graph closes over it, so its contents count here."""
         self._tensor_form("tensor", value)
         self.result.watch.tensor(value)
+        self.result.constants[str(len(self.result.constants))] = value
         if value.is_meta or type(value) not in (Tensor, nn.Parameter):
             return
         self.out.append(str(_bytes_of(value)))
@@ -261,9 +288,7 @@ class _Reader:
         if value.dtype.hasobject:
             self._visit(value.tolist())
             return
-        self.out.append(
-            str(zlib.crc32(np.ascontiguousarray(value).view(np.uint8).reshape(-1).data)) if value.size else ""
-        )
+        self.out.append(str(checksum(value)))
         self.result.watch.array(value)
 
     def _mapping(self, value: Mapping[Any, Any]) -> None:
@@ -300,8 +325,15 @@ class _Reader:
         module = str(value.__module__)
         self.out.append(f"function {module}.{value.__qualname__}")
         self.out.append(package_version(module) if is_installed(module) else code_digest(value.__code__))
+        for name in ("__code__", "__defaults__", "__kwdefaults__"):
+            self.result.watch.attribute(value, name)
         self._visit(value.__defaults__)
         self._visit(value.__kwdefaults__)
+        self.result.watch.container(vars(value))
+        for name, read in vars(value).items():
+            if not name.startswith("_torchdynamo"):  # Dynamo's notes
+                self.out.append(f".{name}")
+                self._visit(read)
         for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
             self.out.append(f"closure {name}")
             self.result.watch.cell(cell)
@@ -310,10 +342,30 @@ class _Reader:
             except ValueError:
                 self.out.append("empty")
         if not is_installed(module):
+            names = names_read(value.__code__)
             for name, read in globals_read(value).items():
                 self.out.append(f"global {name}")
                 self.result.watch.item(value.__globals__, name)
                 self._visit(read)
+                if isinstance(read, types.ModuleType):
+                    self._attributes_of_module(read, names)
+
+    def _attributes_of_module(self, module: types.ModuleType, names: frozenset[str]) -> None:
+        """What a function that names a module may read of it: ``settings.SCALE``, ``os.environ["SCALE"]``."""
+        if module is os and names & {"environ", "environb", "getenv", "getenvb"}:
+            self.out.append("environment")
+            self._mapping(os.environ)
+        if is_installed(module.__name__) or id(module) in self.open:
+            return
+        self.open[id(module)] = len(self.open)
+        for name in sorted(names & vars(module).keys()):
+            read = vars(module)[name]
+            self.out.append(f"attribute {name}")
+            self.result.watch.item(vars(module), name)
+            self._visit(read)
+            if isinstance(read, types.ModuleType):
+                self._attributes_of_module(read, names)
+        del self.open[id(module)]
 
     def _class(self, value: type) -> None:
         self.out.append(f"class {value.__module__}.{value.__qualname__}")
@@ -358,6 +410,9 @@ class _Reader:
             self.out.append(f"operation {value}")
         elif type(value).__name__ in ("lock", "RLock", "_RLock"):
             self.out.append("lock")
+        elif isinstance(value, (bytearray, memoryview, array)):
+            self.out.append(f"{type(value).__name__} {checksum(value)}")
+            self.result.watch.array(value)
         elif not self._object(value):
             self._opaque(value)
 

@@ -48,7 +48,7 @@ class Watch:
         self._items: list[tuple[dict[str, Any], str, Any]] = []
         self._attributes: list[tuple[Any, str, Any]] = []
         self._cells: list[tuple[CellType, Any]] = []
-        self._arrays: list[tuple[np.ndarray, int]] = []
+        self._arrays: list[tuple[Any, int]] = []
 
     # -- what is watched -------------------------------------------------------------------------
 
@@ -90,8 +90,9 @@ class Watch:
         self._tensors.append(value)
         self._stamps.append(stamps([value]))
 
-    def array(self, value: np.ndarray) -> None:
-        self._arrays.append((value, _checksum(value)))
+    def array(self, value: Any) -> None:
+        """A numpy array, or what else has numbers in memory of its own."""
+        self._arrays.append((value, checksum(value)))
 
     def cell(self, cell: CellType) -> None:
         """What a function closes over."""
@@ -123,7 +124,7 @@ class Watch:
             any(values.get(name, _MISSING) is not kept for values, name, kept in self._items)
             or any(getattr(value, name, _MISSING) is not kept for value, name, kept in self._attributes)
             or any(_contents(cell) is not kept for cell, kept in self._cells)
-            or any(_checksum(array) != kept for array, kept in self._arrays)
+            or any(checksum(array) != kept for array, kept in self._arrays)
             or any(stamps([tensor]) != kept for tensor, kept in zip(self._tensors, self._stamps, strict=True))
         )
 
@@ -180,5 +181,9 @@ def _contents(cell: CellType) -> Any:
         return _MISSING
 
 
-def _checksum(value: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(value).view(np.uint8).reshape(-1).data) if value.size else 0
+def checksum(value: Any) -> int:
+    """CRC of the contents of an array, a bytearray or whatever else shows its memory."""
+    if isinstance(value, np.ndarray):
+        return zlib.crc32(np.ascontiguousarray(value).view(np.uint8).reshape(-1).data) if value.size else 0
+    with memoryview(value) as view:
+        return zlib.crc32(view if view.contiguous else view.tobytes())

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
 import sys
 import threading
+import types
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fisedit_compiler.keys.model import ModelState
-from fisedit_compiler.keys.structure import read_structure, structure_key
+from fisedit_compiler.keys.structure import REPLACED, read_structure, structure_key
 from tests.zoo import ZOO
 
 ROOT = Path(__file__).parents[2]
@@ -66,6 +69,14 @@ def with_default(value: Any) -> Callable[..., Tensor]:
     return scaled
 
 
+def noted(value: Any) -> Callable[..., Tensor]:
+    def scaled(x: Tensor) -> Tensor:
+        return x * scaled.by  # type: ignore[attr-defined, no-any-return]
+
+    scaled.by = value  # type: ignore[attr-defined]
+    return scaled
+
+
 PAIRS: dict[str, tuple[Any, Any]] = {
     "private attribute": (1, 2),
     "types of equal numbers": (1, 1.0),
@@ -91,6 +102,9 @@ PAIRS: dict[str, tuple[Any, Any]] = {
     "tuple and list": ((1, 2), [1, 2]),
     "tensor": (torch.tensor([1.0, 2.0]), torch.tensor([2.0, 1.0])),
     "array": (np.array([1, 2]), np.array([2, 1])),
+    "array of Python's": (array("d", [1, 2]), array("d", [2, 1])),
+    "bytes that can be written to": (bytearray(b"ab"), bytearray(b"ba")),
+    "attribute of a function": (noted(1), noted(2)),
     "dtype": (torch.float16, torch.bfloat16),
     "module in a list": ([nn.ReLU()], [nn.GELU()]),
     "module in an object": (Plain(nn.LeakyReLU(0.1)), Plain(nn.LeakyReLU(0.2))),
@@ -174,6 +188,80 @@ def test_a_global_that_the_forward_reads(monkeypatch: pytest.MonkeyPatch) -> Non
     state = ModelState(Small())
     before = state.read()
     monkeypatch.setattr(sys.modules[__name__], "SCALE", 3.0)
+    assert state.glance().structure != before.structure
+
+
+def test_an_attribute_of_a_module_that_the_forward_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, inner = types.ModuleType("settings_of_a_user"), types.ModuleType("settings_of_a_user.inner")
+    settings.inner, inner.SCALE, settings.other = inner, 2.0, 1  # type: ignore[attr-defined]
+    monkeypatch.setitem(globals(), "settings", settings)
+    module = Small()
+    module.forward = eval("lambda sample: sample * settings.inner.SCALE", globals())
+    state = ModelState(module)
+    before = state.read()
+    settings.other = 2  # type: ignore[attr-defined]
+    assert state.glance() is before, "which the forward does not name"
+    inner.SCALE = 3.0  # type: ignore[attr-defined]
+    assert state.glance().structure != before.structure
+
+
+@pytest.mark.parametrize("read", ['os.environ["A_SCALE"]', 'os.environ.get("A_SCALE")', 'os.getenv("A_SCALE")'])
+def test_the_environment_that_the_forward_reads(read: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A_SCALE", "2")
+    module = Small()
+    module.forward = eval(f"lambda sample: sample * float({read})", {"os": os})
+    state = ModelState(module)
+    before = state.read()
+    monkeypatch.setenv("A_SCALE", "3")
+    assert state.glance().structure != before.structure
+    monkeypatch.setenv("A_SCALE", "2")
+    assert state.glance().structure == before.structure
+
+
+@pytest.mark.parametrize(("library", "name"), [(F, "scaled_dot_product_attention"), (F, "silu"), (torch, "bmm")])
+def test_a_function_of_torch_that_was_replaced(library: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As packages of attention kernels do."""
+    state = ModelState(Small())
+    before = state.read()
+    with monkeypatch.context() as patch:
+        patch.setattr(library, name, lambda *args, **kwargs: args[0])
+        assert state.glance().structure != before.structure
+        assert state.differences(state.known.structure, before.structure) == [REPLACED]
+    assert state.glance().structure == before.structure
+
+
+@pytest.mark.parametrize("attribute", ["__defaults__", "__kwdefaults__", "__code__"])
+def test_a_part_of_a_function_that_was_exchanged(attribute: str) -> None:
+    def scaled(x: Tensor, by: float = 2.0, *, more: float = 1.0) -> Tensor:
+        return x * by + more
+
+    def other(x: Tensor, by: float = 3.0, *, more: float = 2.0) -> Tensor:
+        return x - by - more
+
+    state = ModelState(Small(scaled))
+    before = state.read()
+    setattr(scaled, attribute, getattr(other, attribute))
+    assert state.glance().structure != before.structure
+
+
+@pytest.mark.parametrize("path", ["by data", "by numpy"])
+def test_a_tensor_that_is_no_parameter_and_was_rewritten(path: str) -> None:
+    constant = torch.arange(4.0)
+    state = ModelState(Small(constant))
+    before = state.read()
+    (constant.data if path == "by data" else torch.from_numpy(constant.numpy())).mul_(2)
+    assert state.read().structure != before.structure
+    constant.data.div_(2)
+    assert state.read() == before
+
+
+@pytest.mark.parametrize("value", [bytearray(b"ab"), array("d", [1.0, 2.0])])
+def test_numbers_in_memory_are_watched(value: Any) -> None:
+    state = ModelState(Small(value))
+    before = state.read()
+    value[0] = 7
+    assert state.glance().structure != before.structure
+    value.append(9)
     assert state.glance().structure != before.structure
 
 
