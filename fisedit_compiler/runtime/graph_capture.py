@@ -31,6 +31,8 @@ def _free_generators() -> None:
     A capture that CUDA refuses leaves torch's generators inside it ("Offset increment outside graph capture"). Nothing
     takes them out but the end of a capture that succeeds.
     """
+    if not torch.cuda.is_initialized():
+        return
     with suppress(RuntimeError), torch.cuda.stream(torch.cuda.current_stream()):
         value = torch.zeros(1, device="cuda")
         with torch.cuda.graph(torch.cuda.CUDAGraph()):

@@ -75,7 +75,7 @@ class FakeStream:
         pass
 
 
-def fake_compile(step: nn.Module, **_: Any) -> Callable[..., Any]:
+def fake_compile(step: Callable[..., Any], **_: Any) -> Callable[..., Any]:
     """Stands for ``torch.compile``: run eagerly, and let a graph being captured remember how to run again."""
 
     def run(*arguments: Tensor) -> list[Tensor]:
@@ -94,6 +94,14 @@ def fake_compile(step: nn.Module, **_: Any) -> Callable[..., Any]:
     return run
 
 
+real_compile = torch.compile
+
+
+def traced_compile(step: nn.Module, **_: Any) -> Callable[..., Any]:
+    """As :func:`fake_compile`, but Dynamo traces the step, with its symbolic sizes and its guards."""
+    return fake_compile(real_compile(step, fullgraph=True, backend="eager"))
+
+
 @contextmanager
 def fake_capture(graph: FakeGraph, **_: Any) -> Iterator[None]:
     """Stands for ``torch.cuda.graph``."""
@@ -104,13 +112,13 @@ def fake_capture(graph: FakeGraph, **_: Any) -> Iterator[None]:
         FakeGraph.capturing = None
 
 
-def patch_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the pool run on the CPU."""
+def patch_cuda(monkeypatch: pytest.MonkeyPatch, compile: Callable[..., Any] = fake_compile) -> None:
+    """Let the pool run on the CPU, with ``compile`` in ``torch.compile``'s place."""
     stage_rings = pytest.importorskip("fisedit_compiler.kernels.triton.stage_rings")
     stage_copies = pytest.importorskip("fisedit_compiler.kernels.triton.stage_copies")
     monkeypatch.setattr(stage_rings, "RingStager", FakeRingStager)
     monkeypatch.setattr(stage_copies, "CopyStager", FakeCopyStager)
-    monkeypatch.setattr(torch, "compile", fake_compile)
+    monkeypatch.setattr(torch, "compile", compile)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", fake_capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
