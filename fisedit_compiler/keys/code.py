@@ -5,15 +5,19 @@ Code of installed packages is told apart by the package's version, all other cod
 
 from __future__ import annotations
 
+import dis
 import hashlib
+import importlib
 import importlib.metadata
+import importlib.util
 import os
 import sys
 import sysconfig
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache, lru_cache
 from pathlib import Path
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 
 _INSTALLED = tuple({str(Path(sysconfig.get_paths()[name]).resolve()) for name in ("purelib", "platlib", "stdlib")})
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
@@ -69,10 +73,16 @@ def _code_parts(code: CodeType) -> Iterator[object]:
             yield type(constant).__name__, repr(constant)
 
 
+@lru_cache(maxsize=4096)
 def names_read(code: CodeType) -> frozenset[str]:
-    """Names that a function or its inner functions may look up among their module's globals."""
-    inner = (names_read(constant) for constant in code.co_consts if isinstance(constant, CodeType))
-    return frozenset(code.co_names).union(*inner)
+    """Names that a function or its inner functions may look up among their module's globals, quoted ones too."""
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names |= names_read(constant)
+        elif isinstance(constant, str) and constant.replace(".", "_").isidentifier():
+            names.add(constant)  # globals()["SCALE"], getattr(settings, "SCALE"), import_module("settings")
+    return frozenset(names)
 
 
 def globals_read(function: FunctionType) -> dict[str, object]:
@@ -82,6 +92,42 @@ def globals_read(function: FunctionType) -> dict[str, object]:
         for name in sorted(names_read(function.__code__))
         if name in function.__globals__
     }
+
+
+def imported_by(function: FunctionType) -> dict[str, ModuleType]:
+    """Modules of the user's that a function imports when it runs, under their full names.
+
+    What was not imported yet is imported now, as the function would: that it did must not look like a change.
+    """
+    package = str(function.__globals__.get("__package__") or "")
+    for name in sorted(_imports(function.__code__)):
+        for full in (name, f"{package}.{name}"):
+            if full not in sys.modules and _is_of_the_user(full):
+                with suppress(Exception):
+                    importlib.import_module(full)
+    found: dict[str, ModuleType] = {}
+    for name in sorted(names_read(function.__code__) - function.__globals__.keys()):
+        for full in (name, f"{package}.{name}"):
+            module = sys.modules.get(full)
+            if isinstance(module, ModuleType) and (full == "os" or not is_installed(full)):
+                found[full] = module
+    return found
+
+
+def _is_of_the_user(module_name: str) -> bool:
+    """Whether a module that is not imported yet would come from a file outside of Python and its packages."""
+    try:
+        spec = importlib.util.find_spec(module_name.partition(".")[0])
+    except (ImportError, ValueError):
+        return False
+    return spec is not None and bool(spec.origin) and not str(Path(str(spec.origin)).resolve()).startswith(_INSTALLED)
+
+
+@lru_cache(maxsize=4096)
+def _imports(code: CodeType) -> frozenset[str]:
+    inner = (_imports(constant) for constant in code.co_consts if isinstance(constant, CodeType))
+    names = {str(step.argval) for step in dis.get_instructions(code) if step.opname == "IMPORT_NAME"}
+    return frozenset(names).union(*inner)
 
 
 def file_digest(module_name: str) -> str:

@@ -19,7 +19,8 @@ import weakref
 import zlib
 from array import array
 from collections import deque
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import PurePath
@@ -28,14 +29,25 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.library import CustomOpDef
 
-from fisedit_compiler.keys.code import code_digest, file_digest, globals_read, is_installed, names_read, package_version
+from fisedit_compiler.keys.code import (
+    code_digest,
+    file_digest,
+    globals_read,
+    imported_by,
+    is_installed,
+    names_read,
+    package_version,
+)
+from fisedit_compiler.keys.surroundings import Place, is_of_torch_or_python, of_package, of_torch
 from fisedit_compiler.keys.watch import Watch, checksum
 
 Note = tuple[str, str]
 """A submodule's path and an attribute that its own forward writes and never reads first."""
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout)
+_WITH_ATTRIBUTES = (int, float, complex, str, bytes)
 _PLAIN_TOO = (torch.memory_format, torch.Size, range, slice, PurePath, type(Ellipsis), np.generic, np.dtype)
 # Of a module's own attributes, those that no forward reads.
 _SILENT = frozenset(
@@ -61,12 +73,7 @@ _CLASS_SILENT = frozenset(
 )
 _DESCRIPTORS = (types.MemberDescriptorType, types.GetSetDescriptorType, types.WrapperDescriptorType)
 _MAX_ITEMS, _MAX_DEPTH = 500_000, 150
-# Where torch's own functions, and those it only passes on, say that they are from.
-_OWN_PLACES = frozenset({"torch", *sys.stdlib_module_names})
-# What no forward computes with: another compiler or loader makes no other model.
-_NOT_COMPUTED = frozenset({"compile", "load", "save"})
-_NOTHING = hashlib.sha256(b"").hexdigest()
-REPLACED = "functions of torch that were replaced"
+REPLACED = "functions or switches of torch or of another package"
 """Name of the part of a structure that is no submodule."""
 
 
@@ -128,6 +135,7 @@ class _Reader:
         self.paths: dict[int, str] = {}
         self.weights: dict[int, str] = {}
         self.digests: dict[int, str] = {}
+        self.packages: set[str] = set()
         self.open: dict[int, int] = {}
         self.alive: list[Any] = []  # identities above stay unique while these live
 
@@ -138,10 +146,8 @@ class _Reader:
             digest = self._digest(lambda path=path, part=part: self._module(path, part))  # type: ignore[misc]
             self.result.parts[path] = digest
             total.update(f"{path}={digest};".encode("utf-8", "surrogatepass"))
-        replaced = self._digest(self._libraries)
-        if replaced != _NOTHING:
-            self.result.parts[REPLACED] = replaced
-            total.update(replaced.encode())
+        self.result.parts[REPLACED] = self._digest(self._surroundings)
+        total.update(self.result.parts[REPLACED].encode())
         self.result.key = total.hexdigest()
         return self.result
 
@@ -154,15 +160,21 @@ class _Reader:
         finally:
             self.out = outer
 
-    def _libraries(self) -> None:
-        """What was put in the place of torch's own functions: every forward reads those."""
-        for library in (torch, torch.nn.functional):
-            self.result.watch.attributes(vars(library))
-            for name, member in sorted(dict(vars(library)).items()):
-                own = str(getattr(member, "__module__", "torch")).partition(".")[0]
-                if isinstance(member, types.FunctionType) and own not in _OWN_PLACES and name not in _NOT_COMPUTED:
-                    self.out.append(f"{library.__name__}.{name}")
-                    self._visit(member)
+    def _surroundings(self) -> None:
+        """What hangs on no module, of torch and of the packages that were met."""
+        self._places(of_torch())
+        seen: set[str] = set()
+        while new := sorted(self.packages - seen):
+            for name in new:
+                self._places(of_package(name, seen))
+            seen.update(new)
+
+    def _places(self, places: Iterable[Place]) -> None:
+        for values, found in places:
+            self.result.watch.attributes(values)
+            for name, value in found:
+                self.out.append(name)
+                self._visit(value)
 
     # -- modules ---------------------------------------------------------------------------------
 
@@ -173,6 +185,8 @@ class _Reader:
         for name in sorted(attributes):
             value = attributes[name]
             if name in _SILENT or name in _HOOK_FLAGS or (path, name) in self.notes:
+                continue
+            if name != "_modules" and isinstance(part, torch._dynamo.OptimizedModule):
                 continue
             if name in ("_parameters", "_buffers"):
                 watch.tensors_of(value)
@@ -217,7 +231,7 @@ class _Reader:
     # -- values ----------------------------------------------------------------------------------
 
     def _visit(self, value: Any) -> None:
-        if isinstance(value, _PLAIN) and not isinstance(value, Enum):
+        if type(value) in _PLAIN:
             self.out.append(f"{type(value).__name__} {value!r}")
         elif isinstance(value, Enum):
             self.out.append(f"{type(value).__qualname__}.{value.name}")
@@ -304,7 +318,7 @@ class _Reader:
 
     def _set(self, value: Set[Any]) -> None:
         self.result.watch.container(value)
-        if all(isinstance(item, _PLAIN) for item in value):
+        if all(type(item) in _PLAIN for item in value):
             self.out.append(f"set {sorted(map(repr, value))}")
         else:
             for item in sorted(value, key=lambda item: f"{type(item).__module__}.{type(item).__qualname__} {item!r}"):
@@ -322,9 +336,12 @@ class _Reader:
             self._visit(value.__func__)
             self._visit(value.__self__)
             return
+        if (compiled := vars(value).get("_torchdynamo_orig_callable")) is not None:
+            self._visit(compiled)  # what torch.compile keeps beside it changes as it compiles
+            return
         module = str(value.__module__)
         self.out.append(f"function {module}.{value.__qualname__}")
-        self.out.append(package_version(module) if is_installed(module) else code_digest(value.__code__))
+        self.out.append(self._package(module) if is_installed(module) else code_digest(value.__code__))
         for name in ("__code__", "__defaults__", "__kwdefaults__"):
             self.result.watch.attribute(value, name)
         self._visit(value.__defaults__)
@@ -349,23 +366,34 @@ class _Reader:
                 self._visit(read)
                 if isinstance(read, types.ModuleType):
                     self._attributes_of_module(read, names)
+            for name, imported in imported_by(value).items():
+                self.out.append(f"import {name}")
+                self.result.watch.item(sys.modules, name)
+                self._attributes_of_module(imported, names)
 
     def _attributes_of_module(self, module: types.ModuleType, names: frozenset[str]) -> None:
         """What a function that names a module may read of it: ``settings.SCALE``, ``os.environ["SCALE"]``."""
         if module is os and names & {"environ", "environb", "getenv", "getenvb"}:
             self.out.append("environment")
             self._mapping(os.environ)
-        if is_installed(module.__name__) or id(module) in self.open:
+        installed = is_installed(module.__name__)
+        if id(module) in self.open or is_of_torch_or_python(module.__name__):
             return
         self.open[id(module)] = len(self.open)
         for name in sorted(names & vars(module).keys()):
             read = vars(module)[name]
+            if installed and not isinstance(read, (*_PLAIN, Enum, types.ModuleType)):
+                continue
             self.out.append(f"attribute {name}")
             self.result.watch.item(vars(module), name)
             self._visit(read)
             if isinstance(read, types.ModuleType):
                 self._attributes_of_module(read, names)
         del self.open[id(module)]
+
+    def _package(self, module: str) -> str:
+        self.packages.add(module)
+        return package_version(module)
 
     def _class(self, value: type) -> None:
         self.out.append(f"class {value.__module__}.{value.__qualname__}")
@@ -376,9 +404,10 @@ class _Reader:
                 self._visit(base)
                 continue
             self.result.watch.attributes(vars(base))
-            installed = is_installed(base.__module__)
+            # A class that a function made holds what the function was called with.
+            installed = is_installed(base.__module__) and "<locals>" not in base.__qualname__
             self.out.append(f"base {base.__module__}.{base.__qualname__}")
-            self.out.append(package_version(base.__module__) if installed else file_digest(base.__module__))
+            self.out.append(self._package(base.__module__) if installed else file_digest(base.__module__))
             for name in sorted(vars(base)):
                 member = vars(base)[name]
                 function = getattr(member, "__func__", member)
@@ -395,7 +424,7 @@ class _Reader:
 
     def _other(self, value: Any) -> None:
         if isinstance(value, types.ModuleType):
-            self.out.append(f"module {value.__name__} {package_version(value.__name__)}")
+            self.out.append(f"module {value.__name__} {self._package(value.__name__)}")
         elif isinstance(value, logging.Logger):
             self.out.append(f"logger {value.name}")
         elif isinstance(value, (weakref.ref, weakref.WeakSet, weakref.WeakKeyDictionary, weakref.WeakValueDictionary)):
@@ -408,13 +437,24 @@ class _Reader:
                 self._visit(value.__self__)
         elif isinstance(value, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
             self.out.append(f"operation {value}")
+        elif isinstance(value, CustomOpDef):
+            self.out.append(f"operation {value}")
+            self._visit(value._init_fn)
+        elif isinstance(value, ContextVar):
+            self.out.append(f"context variable {value.name}")
+            self.result.watch.asked(functools.partial(value.get, None))
+            self._visit(value.get(None))
         elif type(value).__name__ in ("lock", "RLock", "_RLock"):
             self.out.append("lock")
         elif isinstance(value, (bytearray, memoryview, array)):
             self.out.append(f"{type(value).__name__} {checksum(value)}")
             self.result.watch.array(value)
-        elif not self._object(value):
-            self._opaque(value)
+        else:
+            plain = next((base for base in _WITH_ATTRIBUTES if isinstance(value, base)), None)
+            if plain is not None:  # a number or text with attributes of its own
+                self.out.append(plain.__repr__(value))
+            if not self._object(value) and plain is None:
+                self._opaque(value)
 
     def _object(self, value: Any) -> bool:
         """Attributes and slots of an object; whether it has any place for them."""
@@ -444,12 +484,17 @@ class _Reader:
 def _slots(base: type) -> list[str]:
     slots = vars(base).get("__slots__", ())
     names = [slots] if isinstance(slots, str) else list(slots)
-    return [name for name in names if name not in ("__dict__", "__weakref__")]
+    return [_mangled(base, name) for name in names if name not in ("__dict__", "__weakref__")]
+
+
+def _mangled(base: type, name: str) -> str:
+    """A private name as Python keeps it."""
+    return f"_{base.__name__.lstrip('_')}{name}" if name.startswith("__") and not name.endswith("__") else name
 
 
 def _is_plain_tuple(value: Any) -> bool:
     """Whether an equal tuple may stand for this one: which of them are one object differs from process to process."""
-    return type(value) is tuple and all(isinstance(item, _PLAIN) and not isinstance(item, Enum) for item in value)
+    return type(value) is tuple and all(type(item) in _PLAIN for item in value)
 
 
 def _is_dunder(name: str) -> bool:
@@ -459,7 +504,7 @@ def _is_dunder(name: str) -> bool:
 def _is_class_default(part: nn.Module, name: str, value: Any) -> bool:
     """Whether an instance only repeats what its class says, so that it may stop to."""
     default = getattr(type(part), name, part)
-    return isinstance(value, _PLAIN) and type(default) is type(value) and default == value
+    return type(value) in _PLAIN and type(default) is type(value) and default == value
 
 
 def _bytes_of(tensor: Tensor) -> int:

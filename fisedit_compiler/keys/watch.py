@@ -49,6 +49,7 @@ class Watch:
         self._attributes: list[tuple[Any, str, Any]] = []
         self._cells: list[tuple[CellType, Any]] = []
         self._arrays: list[tuple[Any, int]] = []
+        self._asked: list[tuple[Callable[[], Any], Any]] = []
 
     # -- what is watched -------------------------------------------------------------------------
 
@@ -98,6 +99,10 @@ class Watch:
         """What a function closes over."""
         self._cells.append((cell, _contents(cell)))
 
+    def asked(self, question: Callable[[], Any]) -> None:
+        """What only a call tells, such as a context variable's value."""
+        self._asked.append((question, question()))
+
     def item(self, values: dict[str, Any], name: str) -> None:
         """One global of a function's module."""
         self._items.append((values, name, values.get(name, _MISSING)))
@@ -124,6 +129,7 @@ class Watch:
             any(values.get(name, _MISSING) is not kept for values, name, kept in self._items)
             or any(getattr(value, name, _MISSING) is not kept for value, name, kept in self._attributes)
             or any(_contents(cell) is not kept for cell, kept in self._cells)
+            or any(question() is not kept for question, kept in self._asked)
             or any(checksum(array) != kept for array, kept in self._arrays)
             or any(stamps([tensor]) != kept for tensor, kept in zip(self._tensors, self._stamps, strict=True))
         )
