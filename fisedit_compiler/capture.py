@@ -28,7 +28,7 @@ from fisedit_compiler.downsampling import own_downsampling
 from fisedit_compiler.errors import CaptureError
 from fisedit_compiler.inputs import CallSignature, TensorSpec
 from fisedit_compiler.ir import BATCH, HEIGHT, TEXT, WIDTH, ValueSpec, describe
-from fisedit_compiler.keys.notes import AttributesBefore
+from fisedit_compiler.keys.snapshot import Snapshot
 
 MAX_BATCH = 63  # diffusers' upsampler branches at a batch of 64
 MAX_SIZE = 1024  # of h and w, in units of the model's total downsampling
@@ -195,20 +195,20 @@ def _export(module: nn.Module, arguments: dict[str, Any], signature: CallSignatu
 
     kwargs = _named_examples(arguments, signature, multiple, _EXAMPLE["h"], _EXAMPLE["w"])
     shapes = {name: dynamic(name, value) for name, value in arguments.items()}
-    before = AttributesBefore(module)
+    before = Snapshot(module)
     try:
         with torch.no_grad():
             exported = torch.export.export(module, (), kwargs, dynamic_shapes=shapes, strict=False)
             casts = torch.is_autocast_enabled(torch.device(signature.device).type)
-            if casts or any(_is_mutable(node) for node in exported.graph.nodes):
-                # Functionalize, and make autocast's casts nodes; skipped otherwise because it costs as much as the
-                # capture itself.
+            if casts or any(_is_mutable(node) or _is_of_a_transform(node) for node in exported.graph.nodes):
+                # Functionalize, and make nodes of what autocast, vmap and regions of other grad modes do to their
+                # operations; skipped otherwise because it costs as much as the capture itself.
                 exported = exported.run_decompositions({})
                 _reshape_views(exported.graph)
     except Exception as error:
         raise _ExportError(error) from error
     finally:
-        before.restore()  # a forward that notes a shape on itself would keep a symbolic one
+        before.restore()  # a forward that notes a shape would keep a symbolic one
     return exported
 
 
@@ -263,6 +263,13 @@ def _first_lines(error: Exception) -> str:
 
 def _is_mutable(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _is_of_a_transform(node: fx.Node) -> bool:
+    """Whether a node begins, ends or holds a region in which operations mean something else."""
+    name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+    home = str(getattr(node.target, "__module__", ""))
+    return home.startswith("torch._functorch") or (home == "torch.ops.higher_order" and name.startswith("wrap_with"))
 
 
 def _reshape_views(graph: fx.Graph) -> None:

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fisedit_compiler.keys.notes import AttributesBefore
+from fisedit_compiler.keys.snapshot import Snapshot
 
 GRANULE = 192
 """Sizes of the run are multiples of it, so that maps may shrink by any power of two up to 64, or three times one."""
@@ -39,7 +39,7 @@ def own_downsampling(module: nn.Module, arguments_of: Callable[[int, int, int], 
     """
     first, second = 29, 31  # no numbers of channels, heads or words are multiples of them: sizes tell which axis it is
     sizes = _SizesSeen()
-    before = AttributesBefore(module)
+    before = Snapshot(module)
     try:
         # Control flow of torch would compile itself here, and be found compiled when it is to be captured.
         with (

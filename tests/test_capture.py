@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -71,6 +72,43 @@ def test_a_large_batch_after_a_small_one() -> None:
     with torch.no_grad():
         expected = module.original(**inputs)[0]
     assert torch.equal(record_run(module, inputs).output, expected)
+
+
+@torch.enable_grad()
+def _with_gradients(hidden: Tensor) -> Tensor:
+    return hidden * 2
+
+
+def _in_full_precision(hidden: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return hidden * 2
+
+
+@pytest.mark.parametrize(
+    "transformed",
+    [
+        lambda hidden: torch.vmap(lambda sample: sample * 2 + sample.mean(0, keepdim=True))(hidden),
+        lambda hidden: torch.func.jvp(torch.sin, (hidden,), (hidden,))[1],
+        _with_gradients,
+        _in_full_precision,
+    ],
+    ids=["vmap", "jvp", "enable_grad", "autocast off"],
+)
+def test_regions_in_which_operations_mean_something_else_are_taken_apart(
+    transformed: Callable[[Tensor], Tensor],
+) -> None:
+    class Transformed(Small):
+        def forward(self, sample: Tensor) -> Tensor:
+            return transformed(self.conv(sample))
+
+    module, sample = Transformed().eval(), torch.randn(2, 4, 8, 12)
+    sparse = compiled(module)
+    with torch.no_grad():
+        expected, edited = module(sample), module(sample + 1)
+    with sparse.record() as recording:
+        assert torch.equal(sparse(sample), expected)
+    with sparse.edit(recording, make_mask("full", (8, 12))):
+        torch.testing.assert_close(sparse(sample + 1), edited, rtol=1e-4, atol=1e-5)
 
 
 def test_writes_in_place_are_functionalized() -> None:

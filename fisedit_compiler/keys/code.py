@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import re
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -20,6 +21,11 @@ from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 
 _INSTALLED = tuple({str(Path(sysconfig.get_paths()[name]).resolve()) for name in ("purelib", "platlib", "stdlib")})
+_BY_NAME = frozenset(
+    {"globals", "vars", "locals", "eval", "exec", "getattr", "__import__", "sys", "importlib", "operator"}
+)
+"""What looks things up by a text."""
+_SHORT = 200
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
@@ -75,23 +81,31 @@ def _code_parts(code: CodeType) -> Iterator[object]:
 
 @lru_cache(maxsize=4096)
 def names_read(code: CodeType) -> frozenset[str]:
-    """Names that a function or its inner functions may look up among their module's globals, quoted ones too."""
-    names = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            names |= names_read(constant)
-        elif isinstance(constant, str) and constant.replace(".", "_").isidentifier():
-            names.add(constant)  # globals()["SCALE"], getattr(settings, "SCALE"), import_module("settings")
-    return frozenset(names)
+    """Names that a function or its inner functions use for anything: globals, attributes, and quoted ones."""
+    inner = (names_read(constant) for constant in code.co_consts if isinstance(constant, CodeType))
+    return frozenset(code.co_names).union(_quoted(code), *inner)
+
+
+@lru_cache(maxsize=4096)
+def global_names(code: CodeType) -> frozenset[str]:
+    """Names that a function or its inner functions may look up among their module's globals."""
+    names = {str(step.argval) for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    if names & _BY_NAME:
+        names |= _quoted(code)
+    inner = (global_names(constant) for constant in code.co_consts if isinstance(constant, CodeType))
+    return frozenset(names).union(*inner)
+
+
+def _quoted(code: CodeType) -> set[str]:
+    """Words of short texts: ``globals()["SCALE"]``, ``getattr(settings, "SCALE")``, ``eval("SCALE * 2")``."""
+    texts = [constant for constant in code.co_consts if isinstance(constant, str) and len(constant) <= _SHORT]
+    return {word for text in texts for word in (text, *re.findall(r"[^\W\d]\w*", text))}
 
 
 def globals_read(function: FunctionType) -> dict[str, object]:
     """The globals that a function's code names, in order of their names."""
-    return {
-        name: function.__globals__[name]
-        for name in sorted(names_read(function.__code__))
-        if name in function.__globals__
-    }
+    names = sorted(global_names(function.__code__) & function.__globals__.keys())
+    return {name: function.__globals__[name] for name in names}
 
 
 def imported_by(function: FunctionType) -> dict[str, ModuleType]:
@@ -106,7 +120,10 @@ def imported_by(function: FunctionType) -> dict[str, ModuleType]:
                 with suppress(Exception):
                     importlib.import_module(full)
     found: dict[str, ModuleType] = {}
-    for name in sorted(names_read(function.__code__) - function.__globals__.keys()):
+    names = _imports(function.__code__) | (global_names(function.__code__) & sys.modules.keys())
+    if names & _BY_NAME:
+        names |= names_read(function.__code__)
+    for name in sorted(names - function.__globals__.keys()):
         for full in (name, f"{package}.{name}"):
             module = sys.modules.get(full)
             if isinstance(module, ModuleType) and (full == "os" or not is_installed(full)):

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from fisedit_compiler.keys.structure import Note, Structure, read_structure
+from fisedit_compiler.keys.notes import Note
+from fisedit_compiler.keys.structure import Structure, read_structure
 from fisedit_compiler.keys.weights import Weights
 
 
@@ -68,7 +69,7 @@ class ModelState:
         return self._key
 
     def leave_out(self, notes: frozenset[Note]) -> None:
-        """Leave attributes out that the module's own forward has been seen to write and not to depend on."""
+        """Leave places out that the module's own forward has been seen to write and not to depend on."""
         if not notes <= self.notes:
             self.notes |= notes
             self._current = None

@@ -1,76 +1,176 @@
-"""What a forward writes to its own module: a shape it notes, a counter it keeps."""
+"""What a forward only writes: a shape it notes, a counter it keeps, a list that it fills.
+
+A note names a place as the reader of the structure came by it, so that it means the same at every reading. It may be on
+the module itself, on an object, in a list or among globals; a forward that also reads it is refused by the self-check.
+"""
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import MutableMapping, MutableSequence, MutableSet
+from collections.abc import Iterable, Mapping, MutableMapping, MutableSequence, MutableSet, Set
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
-from fisedit_compiler.keys.structure import Note
-
-_CONTAINERS = (MutableMapping, MutableSequence, MutableSet)
-_OF_TORCH = frozenset(vars(nn.Module()))
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
-class AttributesBefore:
-    """The attributes of a module and its submodules at one moment; containers with what was in them."""
+@dataclass(frozen=True)
+class Only:
+    """Stands for all keys of a container but some: those that were there before the forward added to it."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self._parts = [(path, part, dict(vars(part))) for path, part in module.named_modules()]
-        self._contents = [
-            (path, name, value, _copied(value))
-            for path, _, attributes in self._parts
-            for name, value in attributes.items()
-            if isinstance(value, _CONTAINERS) and name not in _OF_TORCH
-        ]
-
-    def written(self) -> frozenset[Note]:
-        """The attributes that hold something else now."""
-        exchanged = {
-            (path, name)
-            for path, part, before in self._parts
-            for name in {*before, *vars(part)}
-            if vars(part).get(name, self) is not before.get(name, self)
-        }
-        filled = {(path, name) for path, name, value, before in self._contents if not _same(value, before)}
-        return frozenset(exchanged | filled)
-
-    def restore(self) -> None:
-        """Put exchanged attributes back, and what was in containers."""
-        for _, part, before in self._parts:
-            attributes = vars(part)
-            for name in [name for name in attributes if name not in before]:
-                del attributes[name]
-            for name, value in before.items():
-                if attributes.get(name, self) is not value:
-                    attributes[name] = value
-        for _, _, value, before in self._contents:
-            if not _same(value, before):
-                _refill(value, before)
+    keys: frozenset[Any]
 
 
-def _copied(value: Any) -> Any:
-    return dict(value) if isinstance(value, MutableMapping) else list(value)
+Note = tuple[str, Any]
+"""A place and what of it is left out: an attribute, a key, an index, or all but some of them (:class:`Only`)."""
+
+CONTENTS = "contents"
+"""In the place of a key: what the numbers of an array are."""
 
 
-def _refill(value: Any, before: Any) -> None:
-    if isinstance(value, MutableSequence):
-        del value[:]  # an array has no clear()
-        value.extend(before)
-        return
-    value.clear()
-    if isinstance(value, MutableMapping):
-        value.update(before)
-    else:
-        value |= set(before)
+@dataclass(frozen=True)
+class Change:
+    """A place that holds something else than it did.
+
+    Attributes:
+        place: its name.
+        live: the dictionary, list or set itself, or an object with the attributes in ``before``.
+        before: what was in it, by key, index or element.
+        keys: which of them are the forward's to read; all if ``None``.
+        grows: whether what is added later is left out with what was added now; not so for attributes and globals.
+        owner: the class, if these are its attributes.
+    """
+
+    place: str
+    live: Any
+    before: Mapping[Any, Any]
+    keys: frozenset[str] | None = None
+    grows: bool = False
+    owner: type | None = None
+
+    @property
+    def now(self) -> dict[Any, Any]:
+        if not isinstance(self.live, _CONTAINERS):
+            return _attributes(self.live, self.keys or ())
+        now = entries(self.live)
+        return now if self.keys is None else {key: now[key] for key in self.keys & now.keys()}
+
+    def notes(self) -> Iterable[Note]:
+        """What was written here."""
+        now, missing = self.now, object()
+        written = [key for key in {**self.before, **now} if now.get(key, missing) is not self.before.get(key, missing)]
+        if self.grows and now.keys() - self.before.keys():
+            yield self.place, Only(frozenset(now.keys() - written))
+        else:
+            yield from ((self.place, key) for key in written)
+
+    def undo(self, *, everything: bool) -> None:
+        """Put back what was there: ``everything``, or only where sizes and tensors of a capture were left."""
+        now = self.now
+        keys = [key for key in {**self.before, **now} if everything or is_of_a_capture((key, now.get(key)))]
+        if not keys:
+            return
+        if isinstance(self.live, MutableSequence):
+            self.live.clear()
+            self.live.extend(self.before.values())
+        for key in keys if not isinstance(self.live, MutableSequence) else ():
+            self._put_back(key)
+
+    def _put_back(self, key: Any) -> None:
+        there = key in self.before
+        if isinstance(self.live, MutableSet):
+            (self.live.add if there else self.live.discard)(key)
+        elif isinstance(self.live, MutableMapping):
+            if there:
+                self.live[key] = self.before[key]
+            else:
+                self.live.pop(key, None)
+        elif not isinstance(self.live, _CONTAINERS) or self.owner is not None:
+            owner = self.live if self.owner is None else self.owner
+            with suppress(AttributeError, TypeError):
+                setattr(owner, key, self.before[key]) if there else delattr(owner, key)
 
 
-def _same(value: Any, before: Any) -> bool:
-    now = _copied(value)
-    if isinstance(now, dict):
-        return now.keys() == before.keys() and all(now[key] is before[key] for key in now)
-    if isinstance(value, (bytearray, array)):  # makes its elements anew each time it is asked
-        return bool(now == before)
-    return len(now) == len(before) and all(left is right for left, right in zip(now, before, strict=True))
+@dataclass(frozen=True)
+class Rewritten:
+    """Numbers in memory that are others than they were; ``before`` is ``None`` where they are too many to keep."""
+
+    place: str
+    live: Any
+    before: Any = None
+
+    def notes(self) -> Iterable[Note]:
+        yield self.place, CONTENTS
+
+    def undo(self, *, everything: bool) -> None:
+        if everything and self.before is not None:
+            self.live[:] = self.before
+
+
+_CONTAINERS = (Mapping, MutableSequence, Set)
+
+
+def entries(value: Any) -> dict[Any, Any]:
+    """What is in a container, by key, index or element."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    return dict(enumerate(value)) if isinstance(value, MutableSequence) else dict.fromkeys(value)
+
+
+def _attributes(value: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Slots of an object, or the contents of a cell, as far as there is something in them."""
+    found: dict[str, Any] = {}
+    for name in names:
+        with suppress(AttributeError, ValueError):
+            found[name] = getattr(value, name)
+    return found
+
+
+def is_of_a_capture(value: Any, depth: int = 4) -> bool:
+    """Whether a value means something inside of a capture only, or holds something that does."""
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, FakeTensor, torch.fx.Proxy)):
+        return True
+    if isinstance(value, Tensor) or depth == 0:
+        return False
+    if isinstance(value, Mapping):
+        value = (*value, *value.values())
+    return isinstance(value, (tuple, list, set)) and any(is_of_a_capture(item, depth - 1) for item in value)
+
+
+def describe(note: Note) -> str:
+    """A note as the user would write it: ``mid_block.count``, ``history[0]``."""
+    place, key = note
+    if isinstance(key, Only) or key == CONTENTS:
+        return place.strip(". ")
+    return (
+        f"{place}.{key}".strip(". ") if isinstance(key, str) and key.isidentifier() else f"{place}[{key!r}]".strip(". ")
+    )
+
+
+class Notes:
+    """What is left out of a reading, by place."""
+
+    def __init__(self, notes: Iterable[Note] = ()) -> None:
+        self._by_place: dict[str, list[Any]] = {}
+        for place, key in notes:
+            self._by_place.setdefault(place, []).append(key)
+
+    def __contains__(self, place: str) -> bool:
+        return place in self._by_place
+
+    def __bool__(self) -> bool:
+        return bool(self._by_place)
+
+    def part(self, place: str, value: Any) -> dict[Any, Any]:
+        """What is read of a container: its entries, without those that the forward only writes."""
+        noted = self._by_place.get(place, [])
+        names = [key for key in noted if not isinstance(key, Only)]
+        found = {key: held for key, held in entries(value).items() if key not in names}
+        for only in [key for key in noted if isinstance(key, Only)]:
+            found = {key: held for key, held in found.items() if key in only.keys}
+        return found
+
+    def leaves_out(self, place: str, key: Any) -> bool:
+        return key in self._by_place.get(place, ())

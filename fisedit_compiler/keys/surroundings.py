@@ -29,23 +29,22 @@ _NOT_MODELS = frozenset(
 
 
 class Place(NamedTuple):
-    """A namespace to watch, and what was found there that its package's version does not say."""
+    """A namespace by name, to be watched, and what was found there that its package's version does not say."""
 
+    name: str
     values: Mapping[str, Any]
-    found: list[tuple[str, Any]]
+    found: list[tuple[Any, Any]]
 
 
 def of_torch() -> Iterator[Place]:
     """Functions of torch that somebody replaced, and hooks that run around every module's forward."""
     for library in (torch, torch.nn.functional, torch.Tensor):
         values = vars(library)
-        names = [name for name in sorted(values) if _is_replaced(values[name])]
-        yield Place(
-            values, [(f"{library.__name__}.{name}", values[name]) for name in names if name not in _NOT_COMPUTED]
-        )
+        names = [name for name in sorted(values) if name not in _NOT_COMPUTED and _is_replaced(values[name])]
+        yield Place(library.__name__, values, [(name, values[name]) for name in names])
     for name in ("_global_forward_pre_hooks", "_global_forward_hooks"):
         hooks = getattr(torch.nn.modules.module, name)
-        yield Place(hooks, [(name, hook) for hook in hooks.values()])
+        yield Place(name, hooks, list(hooks.items()))
 
 
 def of_package(module_name: str, seen: set[str]) -> Iterator[Place]:
@@ -74,16 +73,16 @@ def of_package(module_name: str, seen: set[str]) -> Iterator[Place]:
         home = str(getattr(member, "__module__", module_name))
         if _is_function(member) and _root(home) != root:
             # A package has functions of others; which, its version says, unless it is the user's.
-            found.append((f"{module_name}.{name}", home if is_installed(home) else member))
+            found.append((name, home if is_installed(home) else member))
         elif _is_switch(member) and name.lstrip("_").isupper():
-            found.append((f"{module_name}.{name}", member))
+            found.append((name, member))
         elif isinstance(member, type) and home == module_name:
             yield from _of_class(member)
         elif isinstance(member, types.FunctionType) or (
             isinstance(member, type) and issubclass(member, torch.nn.Module)
         ):
             others[home] = None
-    yield Place(vars(module), found)
+    yield Place(module_name, vars(module), found)
     for other in others:
         yield from of_package(other, seen)
 
@@ -94,7 +93,8 @@ def _of_class(value: type) -> Iterator[Place]:
         return
     switches = sorted(name for name, held in vars(value).items() if _is_switch(held))
     if switches:
-        yield Place(vars(value), [(f"{value.__qualname__}.{name}", vars(value)[name]) for name in switches])
+        name = f"{value.__module__}.{value.__qualname__}"
+        yield Place(name, vars(value), [(switch, vars(value)[switch]) for switch in switches])
 
 
 def _is_switch(value: Any) -> bool:
@@ -103,10 +103,6 @@ def _is_switch(value: Any) -> bool:
 
 def _is_function(value: Any) -> bool:
     return isinstance(value, functools.partial) or (callable(value) and not isinstance(value, type))
-
-
-def is_of_torch_or_python(module_name: str) -> bool:
-    return _root(module_name) in _TORCH_AND_PYTHON
 
 
 def _is_replaced(value: Any) -> bool:

@@ -9,14 +9,15 @@ versions and addresses.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from types import CellType
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fisedit_compiler.keys.notes import Change, Rewritten, entries
 from fisedit_compiler.keys.writes import clock, dict_version
 
 _MISSING = object()
@@ -28,11 +29,15 @@ Stamps = tuple[list[int], list[int]]
 
 
 class Watch:
-    """Places that were read, and what they held then."""
+    """Places that were read, and what they held then.
+
+    Every place has a name (``notes.py``), so that it can be told what was written where.
+    """
 
     def __init__(self) -> None:
         self._clock = clock()
         self._reading: int | None = None
+        self._places: list[tuple[str, Any, Any, bool, type | None]] = []
         # Pairs of lists, so that one comparison in C looks at all of them. Those in the first pair count their writes.
         self._timed: list[Any] = []
         self._timed_kept: list[Any] = []
@@ -42,32 +47,44 @@ class Watch:
         self._large_kept: list[dict[str, Any]] = []
         self._large_versions: list[int] = []
         self._empty: list[Any] = []
+        self._parts: list[tuple[Any, Callable[[Any], dict[Any, Any]], dict[Any, Any]]] = []
         self._tensors_of: list[tuple[Mapping[str, Tensor | None], tuple[int, ...]]] = []
         self._tensors: list[Tensor] = []
         self._stamps: list[Stamps] = []
+        self._tensor_places: list[str] = []
         self._items: list[tuple[dict[str, Any], str, Any]] = []
+        self._item_places: list[str] = []
         self._attributes: list[tuple[Any, str, Any]] = []
-        self._cells: list[tuple[CellType, Any]] = []
+        self._attribute_places: list[str] = []
         self._arrays: list[tuple[Any, int]] = []
+        self._array_places: list[tuple[str, Any]] = []
         self._asked: list[tuple[Callable[[], Any], Any]] = []
 
     # -- what is watched -------------------------------------------------------------------------
 
-    def attributes(self, values: Mapping[str, Any]) -> None:
-        """Attributes of an object, a module or a class."""
+    def attributes(self, values: Mapping[str, Any], place: str = "", owner: type | None = None) -> None:
+        """Attributes of an object, a module or a class, which is then their ``owner``."""
+        kept = dict(values)
+        self._places.append((place, values, kept, False, owner))
         if dict_version is not None and self._clock is None and type(values) is dict and len(values) >= _LARGE:
             self._large_versions.append(dict_version(values))
             self._large.append(values)
-            self._large_kept.append(dict(values))
+            self._large_kept.append(kept)
         else:
-            self._pair(values, dict(values))
+            self._pair(values, kept)
 
-    def container(self, value: Any) -> None:
+    def container(self, value: Any, place: str = "") -> None:
         """A dictionary, list, set or deque."""
+        kept = dict(value) if isinstance(value, Mapping) else _copied(value)
+        self._places.append((place, value, kept, True, None))
         if not value:
             self._empty.append(value)
         else:
-            self._pair(value, dict(value) if isinstance(value, Mapping) else _copied(value))
+            self._pair(value, kept)
+
+    def part(self, value: Any, read: Callable[[Any], dict[Any, Any]]) -> None:
+        """Only what ``read`` gives of a dictionary, list or set."""
+        self._parts.append((value, read, read(value)))
 
     def _pair(self, live: Any, kept: Any) -> None:
         timed = self._is_timed(live)
@@ -86,30 +103,30 @@ class Watch:
         else:
             self._pair(values, dict(values))
 
-    def tensor(self, value: Tensor) -> None:
+    def tensor(self, value: Tensor, place: str = "") -> None:
         """A tensor whose contents were read."""
         self._tensors.append(value)
         self._stamps.append(stamps([value]))
+        self._tensor_places.append(place)
 
-    def array(self, value: Any) -> None:
+    def array(self, value: Any, place: str = "") -> None:
         """A numpy array, or what else has numbers in memory of its own."""
         self._arrays.append((value, checksum(value)))
+        self._array_places.append((place, value[:] if isinstance(value, (bytearray, array)) else None))
 
-    def cell(self, cell: CellType) -> None:
-        """What a function closes over."""
-        self._cells.append((cell, _contents(cell)))
+    def item(self, values: dict[str, Any], name: str, place: str = "") -> None:
+        """One global of a function's module."""
+        self._items.append((values, name, values.get(name, _MISSING)))
+        self._item_places.append(place)
+
+    def attribute(self, value: Any, name: str, place: str = "") -> None:
+        """One slot of an object, or what a function closes over (``cell_contents``)."""
+        self._attributes.append((value, name, _attribute(value, name)))
+        self._attribute_places.append(place)
 
     def asked(self, question: Callable[[], Any]) -> None:
         """What only a call tells, such as a context variable's value."""
         self._asked.append((question, question()))
-
-    def item(self, values: dict[str, Any], name: str) -> None:
-        """One global of a function's module."""
-        self._items.append((values, name, values.get(name, _MISSING)))
-
-    def attribute(self, value: Any, name: str) -> None:
-        """One slot of an object."""
-        self._attributes.append((value, name, getattr(value, name, _MISSING)))
 
     # -- looking ---------------------------------------------------------------------------------
 
@@ -127,8 +144,8 @@ class Watch:
                 return True
         return (
             any(values.get(name, _MISSING) is not kept for values, name, kept in self._items)
-            or any(getattr(value, name, _MISSING) is not kept for value, name, kept in self._attributes)
-            or any(_contents(cell) is not kept for cell, kept in self._cells)
+            or any(_attribute(value, name) is not kept for value, name, kept in self._attributes)
+            or any(not _identical(read(value), kept) for value, read, kept in self._parts)
             or any(question() is not kept for question, kept in self._asked)
             or any(checksum(array) != kept for array, kept in self._arrays)
             or any(stamps([tensor]) != kept for tensor, kept in zip(self._tensors, self._stamps, strict=True))
@@ -144,6 +161,25 @@ class Watch:
             return True
         self._reading = reading  # nothing was written to, or what was there before
         return False
+
+    def changes(self) -> Iterator[Change | Rewritten]:
+        """What was written since, place by place; slower than :meth:`changed`."""
+        for place, live, kept, grows, owner in self._places:
+            before = entries(kept)
+            if not _identical(entries(live), before):
+                yield Change(place, live, before, grows=grows, owner=owner)
+        for place, (values, name, held) in zip(self._item_places, self._items, strict=True):
+            if values.get(name, _MISSING) is not held:
+                yield Change(place, values, _present(name, held), frozenset((name,)))
+        for place, (value, name, held) in zip(self._attribute_places, self._attributes, strict=True):
+            if _attribute(value, name) is not held:
+                yield Change(place, value, _present(name, held), frozenset((name,)))
+        for (place, before), (value, kept) in zip(self._array_places, self._arrays, strict=True):
+            if checksum(value) != kept:
+                yield Rewritten(place, value, before)
+        for place, value, stamp in zip(self._tensor_places, self._tensors, self._stamps, strict=True):
+            if stamps([value]) != stamp:
+                yield Rewritten(place, value)
 
     def _large_changed(self) -> bool:
         assert dict_version is not None
@@ -180,11 +216,19 @@ def _copied(value: Any) -> Any:
     return value.copy() if hasattr(value, "copy") else type(value)(value)
 
 
-def _contents(cell: CellType) -> Any:
+def _attribute(value: Any, name: str) -> Any:
     try:
-        return cell.cell_contents
-    except ValueError:
+        return getattr(value, name, _MISSING)
+    except ValueError:  # an empty cell
         return _MISSING
+
+
+def _present(name: str, held: Any) -> dict[str, Any]:
+    return {} if held is _MISSING else {name: held}
+
+
+def _identical(now: Mapping[Any, Any], kept: Mapping[Any, Any]) -> bool:
+    return now.keys() == kept.keys() and all(now[key] is value for key, value in kept.items())
 
 
 def checksum(value: Any) -> int:

@@ -12,7 +12,7 @@ from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.errors import RecordingError
 from fisedit_compiler.inputs import CallSignature, known_model
 from fisedit_compiler.keys import ModelKey, ModelState
-from fisedit_compiler.keys.structure import Note
+from fisedit_compiler.keys.notes import Note
 from fisedit_compiler.program import CompiledProgram, compile_program
 from fisedit_compiler.runtime.ambient import Ambient
 from fisedit_compiler.runtime.binding import Binder
@@ -60,11 +60,14 @@ class ProgramStore:
         return key
 
     def leave_out(self, notes: frozenset[Note]) -> None:
-        """Leave attributes out of the key that the module's forward writes to and does not depend on."""
-        former = self._key.structure
+        """Leave places out of the key that the module's forward writes to and does not depend on."""
         self.state.leave_out(notes)
-        self._key = self.state.read()
-        for key in [key for key in self._executables if key[0] == former]:
+        self._rename()
+
+    def _rename(self) -> None:
+        """Keep the programs of the last key for the key of now: what differs is what a forward wrote."""
+        former, self._key = self._key.structure, self.state.read()
+        for key in [key for key in self._executables if key[0] == former != self._key.structure]:
             self._executables[self._key.structure, *key[1:]] = self._executables.pop(key)
         self.binder.forget()
 
@@ -78,7 +81,9 @@ class ProgramStore:
         self.refresh()
         ambient = Ambient.now()
         with ambient.neutral():
-            return self._executable(*self.binder.sign(arguments), ambient)
+            executable = self._executable(*self.binder.sign(arguments), ambient)
+        self._rename()  # the forward was run to capture it; should anybody else have written, the self-check tells
+        return executable
 
     def capture_again(self, call: Call) -> Executable:
         """The program of a call, captured anew and not read from disk: the one at hand computes something else."""

@@ -17,7 +17,8 @@ from torch.utils import _pytree as pytree
 
 from fisedit_compiler.compiling import one_at_a_time
 from fisedit_compiler.errors import CaptureError
-from fisedit_compiler.keys.notes import AttributesBefore
+from fisedit_compiler.keys.notes import describe
+from fisedit_compiler.keys.snapshot import Snapshot
 from fisedit_compiler.runtime.call import Call
 from fisedit_compiler.runtime.executable import Executable
 from fisedit_compiler.runtime.programs import ProgramStore
@@ -69,8 +70,8 @@ def record_checked(programs: ProgramStore, call: Call, *, maps: bool) -> tuple[E
 
 
 def _own_outputs(programs: ProgramStore, call: Call) -> list[Any]:
-    """The module's outputs; what its forward writes to itself is told to ``programs`` if it does not depend on it."""
-    before = AttributesBefore(programs.module)
+    """The module's outputs; what its forward writes is told to ``programs`` if it does not depend on it."""
+    before = Snapshot(programs.module)
     with _same_random_numbers(call):
         own = _owned(call.run_original())
     written = before.written()
@@ -79,10 +80,10 @@ def _own_outputs(programs: ProgramStore, call: Call) -> list[Any]:
             again = _owned(call.run_original())
         problem = _difference(own, again)
         if problem:
-            places = ", ".join(sorted(f"{path}.{name}" if path else name for path, name in written))
+            places = ", ".join(sorted(set(map(describe, written))))
             raise CaptureError(
                 f"{type(programs.module).__name__} computes something else at every call ({problem}), since its "
-                f"forward writes to the module itself: {places}. A recording could not be repeated. Make the forward "
+                f"forward writes to what it reads: {places}. A recording could not be repeated. Make the forward "
                 "independent of what an earlier call left there, or pass it as an argument."
             )
         programs.leave_out(written)

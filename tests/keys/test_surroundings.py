@@ -16,6 +16,7 @@ from diffusers.models import attention_dispatch, attention_processor, embeddings
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fisedit_compiler import sparsify
 from fisedit_compiler.keys.model import ModelState
 from fisedit_compiler.keys.structure import REPLACED
 from tests.zoo import ZOO
@@ -110,6 +111,24 @@ def test_what_the_forward_looks_up_by_name(source: str, monkeypatch: pytest.Monk
     before = state.read()
     space["SCALE"] = settings.SCALE = 3.0  # type: ignore[attr-defined]
     assert state.glance().structure != before.structure
+
+
+def test_a_global_that_is_only_called_like_an_attribute_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a script's ``mask`` would spoil its recordings because a hook has a ``self.mask``."""
+    space = {"scale": 2.0}
+    state = state_of(eval("lambda sample, self: sample * self.scale", space))
+    before = state.read()
+    space["scale"] = 3.0
+    assert state.glance() is before
+
+
+def test_what_this_package_made_is_named_only() -> None:
+    """A hook may ask the wrapped module for its mode."""
+    compiled = sparsify(Small().eval())
+    state = state_of(lambda sample: sample if compiled.training else sample * 2)
+    before = state.read()
+    compiled.note = 1
+    assert state.glance() is before
 
 
 @pytest.mark.parametrize(

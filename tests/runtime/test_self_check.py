@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fisedit_compiler import SparseModule, SparsifyConfig, sparsify
 from fisedit_compiler.compiling import COMPILING
-from fisedit_compiler.errors import CaptureError
+from fisedit_compiler.errors import CaptureError, RecordingError
 from fisedit_compiler.keys import structure
 from fisedit_compiler.runtime.executable import Executable
 
@@ -54,6 +54,30 @@ class Logging(Scaled):
     def forward(self, sample: Tensor) -> Tensor:
         self.calls.append(1)
         return super().forward(sample)
+
+
+class Tally:
+    def __init__(self) -> None:
+        self.calls, self.sizes = 0, {"first": 1.0}
+
+
+HISTORY: list[Any] = []
+TALLY = Tally()
+
+
+class LoggingElsewhere(Scaled):
+    """Keeps count on an object, in a dictionary of it that grows, and in a global list that it fills with sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tally = Tally()
+
+    def forward(self, sample: Tensor) -> Tensor:
+        self.tally.calls += 1
+        TALLY.calls += 1
+        self.tally.sizes[f"call {TALLY.calls}"] = sample.shape[2]
+        HISTORY.append(tuple(sample.shape))
+        return super().forward(sample) * self.tally.sizes["first"]
 
 
 class Counting(Scaled):
@@ -141,7 +165,7 @@ def test_a_second_difference_is_an_error_that_names_the_module(monkeypatch: pyte
     assert torch.equal(recorded(module)[1], module.original(SAMPLE)), "the module stays usable"
 
 
-@pytest.mark.parametrize("build", [Noting, Logging])
+@pytest.mark.parametrize("build", [Noting, Logging, LoggingElsewhere])
 def test_what_a_forward_only_writes_does_not_spoil_its_recordings(build: Callable[[], nn.Module]) -> None:
     module = compiled(build())
     recording, output = recorded(module)
@@ -154,6 +178,16 @@ def test_what_a_forward_only_writes_does_not_spoil_its_recordings(build: Callabl
     assert recorded(module)[0].model == recording.model
 
 
+def test_what_a_forward_reads_beside_its_notes_is_still_watched() -> None:
+    module = compiled(LoggingElsewhere())
+    recording, output = recorded(module)
+    module.original.tally.sizes["first"] = 2.0
+    with pytest.raises(RecordingError, match="of another model"), module.edit(recording, MASK):
+        pass
+    again = recorded(module)[1]
+    assert torch.equal(again, module.original(SAMPLE)) and not torch.equal(again, output)
+
+
 def test_a_note_holds_no_symbolic_size_after_capture() -> None:
     module = compiled(Noting())
     assert not hasattr(module.original, "last_shape")
@@ -161,7 +195,7 @@ def test_a_note_holds_no_symbolic_size_after_capture() -> None:
 
 def test_a_forward_that_depends_on_what_it_wrote_is_refused() -> None:
     module = compiled(Counting())
-    with pytest.raises(CaptureError, match=r"writes to the module itself: count"):
+    with pytest.raises(CaptureError, match=r"writes to what it reads: count"):
         recorded(module)
 
 
