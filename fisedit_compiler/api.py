@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from fisedit_compiler.config import SparsifyConfig
-from fisedit_compiler.errors import CaptureError, ModeError
+from fisedit_compiler.errors import CaptureError, ConfigError, ModeError
 from fisedit_compiler.runtime.module import SparseModule
 
 
@@ -28,9 +28,11 @@ def sparsify(
         A module with the same calls as the original, and the modes ``record()`` and ``edit()``.
 
     Raises:
+        ConfigError: ``module`` is no module, such as a whole pipeline, or ``config`` no ``SparsifyConfig``.
         CaptureError: torch.export cannot capture the module, or it has no spatial input.
         LayoutError: an output mixes sites, so that nothing outside a mask could be kept.
     """
+    _check(module, config)
     if isinstance(module, SparseModule):
         raise ModeError("This module is already the result of sparsify(); pass the original (`compiled.original`).")
     if module.training:
@@ -42,3 +44,20 @@ def sparsify(
     elif known is not None:
         compiled._programs.prepare(known.example(module))
     return compiled
+
+
+def _check(module: object, config: object) -> None:
+    if config is not None and not isinstance(config, SparsifyConfig):
+        raise ConfigError(
+            f"config is a {type(config).__name__}; pass a SparsifyConfig, such as "
+            "sparsify(unet, SparsifyConfig(backend='eager'))"
+        )
+    if isinstance(module, nn.Module):
+        return
+    if isinstance(module, type):
+        what = f"the class {module.__name__}; pass an instance of it, with its weights"
+    elif isinstance(getattr(module, "unet", None), nn.Module):
+        what = f"a {type(module).__name__}; pass its UNet, pipe.unet = sparsify(pipe.unet), or make an Editor(pipe)"
+    else:
+        what = f"a {type(module).__name__}; pass a torch.nn.Module, such as pipe.unet"
+    raise ConfigError(f"sparsify() compiles one module, and got {what}")

@@ -406,6 +406,37 @@ def test_sparsify_of_a_sparsified(usable: Usable):
         sparsify(usable.compiled)
 
 
+class HoldsAUNet:
+    def __init__(self, unet: nn.Module) -> None:
+        self.unet = unet
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (HoldsAUNet, "got the class HoldsAUNet; pass an instance"),
+        (nn.Conv2d, "got the class Conv2d; pass an instance"),
+        (None, "got a NoneType; pass a torch.nn.Module"),
+        ("unet", "got a str; pass a torch.nn.Module"),
+        ({}, "got a dict; pass a torch.nn.Module"),
+    ],
+)
+def test_sparsify_of_what_is_no_module(wrong: Any, words: str):
+    with pytest.raises(ConfigError, match=words):
+        sparsify(wrong)
+
+
+def test_sparsify_of_a_whole_pipeline_names_its_unet(usable: Usable):
+    with pytest.raises(ConfigError, match=r"got a HoldsAUNet; pass its UNet, pipe.unet = sparsify\(pipe.unet\)"):
+        sparsify(HoldsAUNet(usable.compiled.original))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", ["inductor", {"norm": "recorded"}, SparsifyConfig])
+def test_a_configuration_of_another_type(usable: Usable, wrong: Any):
+    with pytest.raises(ConfigError, match="pass a SparsifyConfig"):
+        sparsify(usable.compiled.original, wrong)
+
+
 class NoImage(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -9,12 +9,16 @@ import copy
 import difflib
 import inspect
 import json
+import math
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
 from fisedit_compiler.errors import ConfigError, PromptError, RecordingError
+from fisedit_compiler.pipelines.runs import Generation
 
 _LONGEST_BELIEVABLE_CONTEXT = 100_000
+_EXAMPLES = {"seed": 7, "num_inference_steps": 25, "height": 512, "width": 512}
 _GIVEN = (
     "prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "height", "width", "generator", "latents",
     "callback_on_step_end", "callback_on_step_end_tensor_inputs", "output_type",
@@ -44,6 +48,38 @@ def check_pipeline(pipe: Any) -> None:
         raise ConfigError(
             f"{name} takes no {', '.join(map(repr, missing))}, which the Editor's runs need; use compiled.record() and "
             "compiled.edit() with it directly, or Editor.load() with a text-to-image pipeline of the same parts"
+        )
+
+
+def check_numbers(seed: object, num_inference_steps: object, guidance_scale: object, *sizes: object) -> None:
+    """Refuse settings of a run that are no numbers of their kind.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    whole = [("seed", seed, 0), ("num_inference_steps", num_inference_steps, 1)]
+    whole += [(name, size, 1) for name, size in zip(("height", "width"), sizes, strict=True) if size is not None]
+    for name, value, least in whole:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise ConfigError(f"{name}={value!r} is no whole number; pass an int, such as {name}={_EXAMPLES[name]}")
+        if not least <= int(value) < 2**63:
+            raise ConfigError(f"{name}={value!r} must be {least} or more, and below 2**63")
+    if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, numbers.Real):
+        raise ConfigError(f"guidance_scale={guidance_scale!r} is no number; pass a float, 1 or less for no guidance")
+    if not math.isfinite(guidance_scale):
+        raise ConfigError(f"guidance_scale={guidance_scale!r} is not finite")
+
+
+def check_base(base: object) -> None:
+    """Refuse what no edit can start from.
+
+    Raises:
+        ConfigError: it is no result of the Editor.
+    """
+    if not isinstance(base, Generation):
+        raise ConfigError(
+            f"an edit starts from what generate(), load() or an edit returned, got a {type(base).__name__}; pass "
+            "`base` itself, not its image or prompt, as the first argument"
         )
 
 

@@ -51,16 +51,17 @@ class Driver:
         """The settings of a new base with the pipeline's scheduler; sizes are the model's own if left out.
 
         Raises:
-            ConfigError: one of ``options`` is no argument of the pipeline's call, or one that is given to it anyway; or
-                something would mix all sites between two UNet calls.
+            ConfigError: a setting is no number of its kind; one of ``options`` is no argument of the pipeline's call,
+                or one that is given to it anyway; or something would mix all sites between two UNet calls.
         """
+        checks.check_numbers(seed, num_inference_steps, guidance_scale, height, width)
         checks.check_options(self.pipe, options or {})
         checks.check_nothing_mixes(self.pipe, options or {})
         default_height, default_width = self.default_size
         return RunSettings(
-            seed=seed,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
+            seed=int(seed),
+            num_inference_steps=int(num_inference_steps),
+            guidance_scale=float(guidance_scale),
             height=height or default_height,
             width=width or default_width,
             scheduler=checks.scheduler_fingerprint(self.pipe.scheduler),

@@ -143,7 +143,8 @@ class Editor:
 
         Raises:
             PromptError: a prompt is no string, or longer than the text encoder reads.
-            ConfigError: the pipeline takes no argument of that name, or the Editor gives it itself.
+            ConfigError: a setting is no number of its kind, the pipeline takes no argument of that name, or the Editor
+                gives it itself.
             FiseditError: another of its subclasses, if the UNet cannot be compiled or recorded.
         """
         self._check_prompts(prompt, negative_prompt)
@@ -283,10 +284,11 @@ class Editor:
             MaskError: the mask has the wrong size, type or contents, a box or polygon is none or leaves the picture,
                 or a drawn mask lies outside them.
             RecordingError: the scheduler was changed, or the base has no recording or another model's.
-            ConfigError: another seed, number of steps or guidance than the base's, or ``dense_calls`` or ``feather``
-                out of range.
+            ConfigError: ``base`` is no generation; another seed, number of steps or guidance than the base's, or
+                ``dense_calls`` or ``feather`` out of range.
         """
         started = time.perf_counter()
+        checks.check_base(base)
         settings = base.settings
         checks.check_same("seed", seed, settings.seed)
         checks.check_same("num_inference_steps", num_inference_steps, settings.num_inference_steps)
@@ -336,9 +338,10 @@ class Editor:
             PromptError: no list of prompts, or one that is no string or too long.
             MaskError: a mask has the wrong size, type or contents, or their number is not that of the prompts.
             RecordingError: the scheduler was changed, or the base has no recording or another model's.
-            ConfigError: ``dense_calls`` out of range.
+            ConfigError: ``base`` is no generation, or ``dense_calls`` out of range.
         """
         started = time.perf_counter()
+        checks.check_base(base)
         texts = batch.check_prompts(prompts)
         checks.check_scheduler(base.settings.scheduler, self.pipe.scheduler, base.settings.num_inference_steps)
         negative = base.negative_prompt if negative_prompt is None else negative_prompt
@@ -360,8 +363,10 @@ class Editor:
 
         Raises:
             PromptError: a prompt is no string, or longer than the text encoder reads.
+            ConfigError: ``base`` is no generation.
             RecordingError: the scheduler was changed since the base was made.
         """
+        checks.check_base(base)
         checks.check_scheduler(base.settings.scheduler, self.pipe.scheduler, base.settings.num_inference_steps)
         negative = base.negative_prompt if negative_prompt is None else negative_prompt
         self._check_prompts(prompt, negative)

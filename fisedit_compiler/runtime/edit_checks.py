@@ -117,6 +117,17 @@ class EditChecks:
             RecordingError: they were fewer, or the inputs of one of them were others.
         """
         self._deferred.wait()
+        if calls == 0 and self.recording.num_calls:
+            raise RecordingError(
+                "No call went through the compiled module inside `with compiled.edit(...)`: the pipeline ran another "
+                "UNet, or not at all. Set `pipe.unet = compiled` before running the pipeline inside the block."
+            )
+        if calls < self.recording.num_calls and calls in self._starts():
+            raise RecordingError(
+                f"The edit ended after {calls} calls, but the recording holds {len(self._starts()) + 1} runs of "
+                f"{self.recording.num_calls} calls in all. Record one run in a `with compiled.record()` block each, or "
+                "make as many in the edit; the recording itself is untouched and can be used again."
+            )
         if calls < self.recording.num_calls:
             raise RecordingError(
                 f"The edit ended after {calls} calls, the recording has {self.recording.num_calls}: it was stopped "
@@ -133,7 +144,7 @@ class EditChecks:
         """
         if number >= self.recording.num_calls:
             self._deferred.wait()  # what differed before says more
-            raise self._too_many(number)
+            raise self._too_many(number, call.timestep)
         base = self.recording.calls[number]
         if not call.ambient.fits(base.ambient):
             raise RecordingError(
@@ -166,10 +177,24 @@ class EditChecks:
         self.structure(call, call.structure, base, number)
         return base
 
-    def _too_many(self, number: int) -> RecordingError:
+    def _starts(self) -> list[int]:
+        """Calls at which a recording of several runs begins another one."""
+        times = [call.timestep for call in self.recording.calls]
+        return [
+            number
+            for number in range(1, len(times))
+            if times[number] is not None and times[number] == times[0] != times[number - 1]
+        ]
+
+    def _too_many(self, number: int, timestep: float | None) -> RecordingError:
         timesteps = [call.timestep for call in self.recording.calls]
         why = "more inference steps, or guidance in two calls instead of one batch. Edit with the recorded settings."
-        if len(timesteps) > 1 and None not in timesteps:
+        if len(timesteps) > 1 and timesteps[0] is not None and timestep == timesteps[0] != timesteps[-1]:
+            why = (
+                "it begins at the first timestep again. A block is one run: enter `with compiled.edit(...)` anew for "
+                "each prompt, or make several edits in one run with copies=."
+            )
+        elif len(timesteps) > 1 and None not in timesteps:
             # Another number of steps would have shown at the second timestep.
             why = (
                 f"all timesteps so far, down to {timesteps[-1]:g}, were the recorded ones, so the recorded run was "

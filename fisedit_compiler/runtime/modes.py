@@ -15,6 +15,7 @@ living claim counts.
 from __future__ import annotations
 
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -54,6 +55,13 @@ class Modes:
     def __init__(self) -> None:
         # In the order of their claims; the first that is alive is active.
         self._claims: dict[Entered, None] = {}
+        self.waiting: dict[int, str] = {}
+        """Names of modes that were made and not entered yet."""
+
+    def remind(self) -> None:
+        """Say that a call is the original module's although a mode was made for it."""
+        while self.waiting:
+            warnings.warn(_not_entered(self.waiting.popitem()[1]), RuntimeWarning, stacklevel=4)
 
     @property
     def active(self) -> Entered | None:
@@ -108,6 +116,13 @@ class Modes:
         self._claims.clear()
 
 
+def _not_entered(name: str) -> str:
+    return (
+        f"{name}() does nothing until it is entered, so calls are the original module's: nothing is recorded, and "
+        f"nothing outside a mask is kept. Run the pipeline inside `with compiled.{name}(...):`."
+    )
+
+
 class Mode(Generic[T]):
     """A context manager for one run in a mode: ``with compiled.record() as recording: ...``."""
 
@@ -115,10 +130,17 @@ class Mode(Generic[T]):
         self._modes, self._name, self._body = modes, name, body
         self._entered: Entered | None = None
         self._leaver: weakref.ref[Any] | None = None
+        modes.waiting[id(self)] = name
+
+    def __del__(self) -> None:
+        name = self._modes.waiting.pop(id(self), None)
+        if name is not None and not sys.is_finalizing():
+            warnings.warn(_not_entered(name), RuntimeWarning, stacklevel=2)
 
     def __enter__(self) -> T:
         if self._entered is not None:
             raise ModeError(f"This {self._name}() was entered before. Call {self._name}() again for each run.")
+        self._modes.waiting.pop(id(self), None)
         # No variable may hold the leaver itself: a traceback would keep it with this frame.
         by_with = self._leaver is not None and self._leaver() is not None
         leaver = self._leaver if self._leaver is not None and by_with else weakref.ref(self)

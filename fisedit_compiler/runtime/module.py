@@ -61,6 +61,8 @@ class SparseModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's forward, or the active mode's version of it; same arguments, same output type."""
         if self._modes.active is None:
+            if self._modes.waiting:
+                self._modes.remind()
             return self.original(*args, **kwargs)
         return self._in_mode(args, kwargs)
 
@@ -172,7 +174,7 @@ class SparseModule(nn.Module):
     def _check(self, recording: Recording) -> None:
         if not isinstance(recording, Recording):
             raise RecordingError(
-                f"edit() needs a recording, got {type(recording).__name__}. Make one first: "
+                f"edit() needs a recording, got {_called(recording)}. Make one first: "
                 "`with compiled.record() as recording: pipe(prompt, ...)`."
             )
         if not recording.complete:
@@ -357,3 +359,7 @@ class SparseModule(nn.Module):
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Load weights into the original module."""
         return self.original.load_state_dict(*args, **kwargs)
+
+
+def _called(value: Any) -> str:
+    return "record() without `with ... as`" if isinstance(value, Mode) else type(value).__name__

@@ -260,6 +260,42 @@ def test_options_that_are_not_the_bases_are_refused(
     pinned_editor.edit(base, "a dog", mask=left_half(), **same)
 
 
+@pytest.mark.parametrize(
+    ("option", "remedy"),
+    [
+        ({"seed": "7"}, "seed='7' is no whole number.*seed=7"),
+        ({"seed": 7.5}, "seed=7.5 is no whole number"),
+        ({"seed": -1}, "seed=-1 must be 0 or more"),
+        ({"seed": 2**64}, "below 2"),
+        ({"seed": True}, "seed=True is no whole number"),
+        ({"num_inference_steps": 0}, "num_inference_steps=0 must be 1 or more"),
+        ({"num_inference_steps": -1}, "num_inference_steps=-1 must be 1 or more"),
+        ({"num_inference_steps": 4.5}, "num_inference_steps=4.5 is no whole number"),
+        ({"guidance_scale": "high"}, "guidance_scale='high' is no number"),
+        ({"guidance_scale": float("nan")}, "guidance_scale=nan is not finite"),
+        ({"height": 0}, "height=0 must be 1 or more"),
+        ({"width": "64"}, "width='64' is no whole number"),
+    ],
+)
+def test_settings_that_are_no_numbers_of_their_kind_are_refused(
+    option: dict[str, Any], remedy: str, pinned_editor: Editor
+) -> None:
+    with pytest.raises(ConfigError, match=remedy):
+        pinned_editor.generate("a cat", **{"seed": 3, "num_inference_steps": STEPS, **option})
+
+
+@pytest.mark.parametrize("wrong", ["its image", "a prompt", "nothing"])
+def test_what_is_no_generation_is_refused(wrong: str, pinned_editor: Editor, generate: Generate) -> None:
+    base: Any = {"its image": generate().image, "a prompt": "a cat", "nothing": None}[wrong]
+    for call in (
+        lambda: pinned_editor.edit(base, "a dog"),
+        lambda: pinned_editor.edit_many(base, ["a dog"]),
+        lambda: pinned_editor.dense(base, "a dog"),
+    ):
+        with pytest.raises(ConfigError, match=rf"got a {type(base).__name__}; pass `base` itself"):
+            call()
+
+
 def test_too_many_dense_calls_are_refused(pinned_editor: Editor, generate: Generate) -> None:
     with pytest.raises(ConfigError, match=f"{STEPS} steps"):
         pinned_editor.edit(generate(), "a dog", dense_calls=STEPS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import warnings
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fisedit_compiler import Recording, SparseModule, SparsifyConfig, sparsify
-from fisedit_compiler.errors import ModeError
+from fisedit_compiler.errors import ModeError, RecordingError
 
 SAMPLE = torch.linspace(-1, 1, 2 * 3 * 8 * 8).view(2, 3, 8, 8)
 REFUSED = "this call is not made from there"
@@ -38,6 +39,34 @@ def compiled(shared: SparseModule) -> Iterator[SparseModule]:
 def refused(call: Callable[[], Any], message: str = REFUSED) -> None:
     with pytest.raises(ModeError, match=message):
         call()
+
+
+# -- modes that nobody enters ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["record", "edit"])
+def test_a_mode_without_with_is_said(name: str, compiled: SparseModule) -> None:
+    with compiled.record() as recording:
+        compiled(SAMPLE)
+    make = compiled.record if name == "record" else lambda: compiled.edit(recording, torch.ones(8, 8, dtype=torch.bool))
+    with pytest.warns(RuntimeWarning, match=rf"{name}\(\) does nothing until it is entered.*with compiled.{name}"):
+        make()
+    mode = make()
+    with pytest.warns(RuntimeWarning, match="does nothing until"):
+        assert torch.equal(compiled(SAMPLE), compiled.original(SAMPLE))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiled(SAMPLE)  # said once
+        with mode:
+            compiled(SAMPLE)
+
+
+def test_a_mode_in_the_place_of_its_recording_is_named(compiled: SparseModule) -> None:
+    mode: Any = compiled.record()
+    with pytest.raises(RecordingError, match=r"got record\(\) without `with ... as`"), compiled.edit(mode):
+        pass
+    with mode:
+        compiled(SAMPLE)
 
 
 # -- generators --------------------------------------------------------------------------------------
