@@ -119,8 +119,8 @@ class EditChecks:
         self._deferred.wait()
         if calls == 0 and self.recording.num_calls:
             raise RecordingError(
-                "No call went through the compiled module inside `with compiled.edit(...)`: the pipeline ran another "
-                "UNet, or not at all. Set `pipe.unet = compiled` before running the pipeline inside the block."
+                "The edit ended after 0 calls: none that was not refused went through the compiled module inside `with "
+                "compiled.edit(...)`. Set `pipe.unet = compiled` before running the pipeline inside the block."
             )
         if calls < self.recording.num_calls and calls in self._starts():
             raise RecordingError(

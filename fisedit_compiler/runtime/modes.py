@@ -55,13 +55,14 @@ class Modes:
     def __init__(self) -> None:
         # In the order of their claims; the first that is alive is active.
         self._claims: dict[Entered, None] = {}
-        self.waiting: dict[int, str] = {}
-        """Names of modes that were made and not entered yet."""
+        self.waiting: str | None = None
+        """Name of the mode that was made last, until one is entered."""
 
     def remind(self) -> None:
         """Say that a call is the original module's although a mode was made for it."""
-        while self.waiting:
-            warnings.warn(_not_entered(self.waiting.popitem()[1]), RuntimeWarning, stacklevel=4)
+        name, self.waiting = self.waiting, None
+        if name is not None:
+            warnings.warn(_not_entered(name), RuntimeWarning, stacklevel=4)
 
     @property
     def active(self) -> Entered | None:
@@ -130,17 +131,12 @@ class Mode(Generic[T]):
         self._modes, self._name, self._body = modes, name, body
         self._entered: Entered | None = None
         self._leaver: weakref.ref[Any] | None = None
-        modes.waiting[id(self)] = name
-
-    def __del__(self) -> None:
-        name = self._modes.waiting.pop(id(self), None)
-        if name is not None and not sys.is_finalizing():
-            warnings.warn(_not_entered(name), RuntimeWarning, stacklevel=2)
+        modes.waiting = name  # told at the next call; in a ``__del__`` an interrupt would be lost
 
     def __enter__(self) -> T:
         if self._entered is not None:
             raise ModeError(f"This {self._name}() was entered before. Call {self._name}() again for each run.")
-        self._modes.waiting.pop(id(self), None)
+        self._modes.waiting = None
         # No variable may hold the leaver itself: a traceback would keep it with this frame.
         by_with = self._leaver is not None and self._leaver() is not None
         leaver = self._leaver if self._leaver is not None and by_with else weakref.ref(self)
