@@ -6,6 +6,7 @@ Python beside a step of 7 ms.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +20,8 @@ from fisedit_compiler.passes.hoist import Bundle
 from fisedit_compiler.runtime.bundle_values import BundleValues, FlatLayout, FlatValues, SeparateValues
 from fisedit_compiler.runtime.graph_capture import capturing
 from fisedit_compiler.runtime.lowering_errors import lowering_error
+
+logger = logging.getLogger(__name__)
 
 KEPT = 16
 """Graphs that are kept: one per bundle and form of its inputs."""
@@ -81,12 +84,28 @@ class BundleRunner:
         if graph is None:
             values = _dense(bundle, module(*arguments))
             seen = key in self._captured
-            self._captured[key] = _capture(module, arguments, values) if seen and values else None
+            self._captured[key] = self._capture(module, arguments, values) if seen and values else None
             while len(self._captured) > KEPT:
                 self._captured.popitem(last=False)
             return values
         self._captured.move_to_end(key)
         return graph.run(arguments)
+
+    def _capture(
+        self, module: fx.GraphModule, arguments: Sequence[Any], values: Mapping[str, Tensor]
+    ) -> _BundleGraph | None:
+        try:
+            return _capture(module, arguments, values)
+        except (torch.cuda.OutOfMemoryError, MemoryError) as error:
+            # The values are there already, and are as right without a graph; sparse steps keep theirs.
+            logger.warning(
+                "Values that depend on the prompt are computed without CUDA graphs from now on: memory ran out (%s).\n"
+                "The results are the same; a new prompt takes some milliseconds longer.",
+                str(error).splitlines()[0] if str(error) else type(error).__name__,
+            )
+        self.graphs = False
+        self.clear()
+        return None
 
     def _capturable(self, arguments: Sequence[Any]) -> bool:
         tensors = [value for value in arguments if isinstance(value, Tensor)]

@@ -87,3 +87,24 @@ def test_what_is_computed_once_is_not_captured(device: str) -> None:
     for _ in range(3):
         eager.run(bundle_of({"text"}), module, [text, 2])
     assert not eager._captured
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("raised", [torch.cuda.OutOfMemoryError("CUDA out of memory."), MemoryError()])
+def test_memory_that_runs_out_while_capturing_is_said_once(
+    raised: Exception, device: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = Projections().to(device)
+    runner, bundle = BundleRunner(graphs=True), bundle_of({"text"})
+
+    def runs_out(*_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(bundle_graphs, "_BundleGraph", runs_out)
+    for seed in range(4):
+        text = torch.randn(2, 7, 6, generator=torch.Generator().manual_seed(seed)).to(device)
+        group = runner.run(bundle, module, [text, 2])
+        for name, eager in zip(bundle.values, module(text, 2), strict=True):
+            torch.testing.assert_close(group[name], eager)
+    assert [record.message for record in caplog.records if "memory ran out" in record.message]
+    assert len(caplog.records) == 1
