@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -24,16 +27,50 @@ class Part:
         self.a, self.b, self.c, self.d, self.e, self.f, self.g = range(7)
 
 
+class Slotted:
+    __slots__ = ("a",)
+
+    def __init__(self) -> None:
+        self.a = 1
+
+
+FACTOR = 1.0
+CHOICE: ContextVar[float] = ContextVar("CHOICE", default=1.0)
+
+
+def closing_over() -> tuple[Callable[[Tensor], Tensor], Callable[[float], None]]:
+    """A function that reads what it closes over, and what writes that."""
+    held = 1.0
+
+    def read(sample: Tensor) -> Tensor:
+        return sample * held
+
+    def write(value: float) -> None:
+        nonlocal held
+        held = value
+
+    return read, write
+
+
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(4, 4, 3, padding=1)
         self.part = Part()
         self.scale = 2.0
+        self.slotted = Slotted()
+        self.items, self.table, self.names, self.last = [1, 2], {"a": 1}, {"a"}, deque([1, 2])
+        self.array, self.text, self.constant = np.ones(3), bytearray(b"ab"), torch.ones(3)
+        read, write = closing_over()
+        self.read = read
         self.conv.register_forward_pre_hook(lambda *_: None)
+        writers[id(self)] = write
 
     def forward(self, sample: Tensor) -> Tensor:
-        return self.conv(sample) * self.scale * self.part.a
+        return self.read(self.conv(sample)) * self.scale * self.part.a * FACTOR * CHOICE.get()
+
+
+writers: dict[int, Callable[[float], None]] = {}
 
 
 def in_a_hot_loop(model: Model) -> None:
@@ -63,7 +100,30 @@ WRITES: dict[str, Callable[[Model], Any]] = {
     "a class attribute that was there": lambda model: setattr(Part, "shared", 2),
     "a submodule": lambda model: setattr(model, "conv", nn.Conv2d(4, 4, 1)),
     "the class": lambda model: setattr(Part, "extra", 1),
+    "what a function closes over": lambda model: writers[id(model)](2.0),
+    "defaults of a function": lambda model: setattr(model.read, "__defaults__", (torch.ones(1),)),
+    "code of a function": lambda model: setattr(model.read, "__code__", other_code()),
+    "a slot": lambda model: setattr(model.slotted, "a", 2),
+    "an element of a list": lambda model: model.items.__setitem__(0, 3),
+    "a list that grows": lambda model: model.items.append(3),
+    "a value of a dictionary": lambda model: model.table.update(a=2),
+    "a set": lambda model: model.names.add("b"),
+    "a deque": lambda model: model.last.rotate(),
+    "an element of an array": lambda model: model.array.__setitem__(0, 3),
+    "a byte": lambda model: model.text.__setitem__(0, 1),
+    "an element of a plain tensor": lambda model: model.constant.__setitem__(0, 3),
+    "a global": lambda model: globals().update(FACTOR=2.0),
+    "a context variable": lambda model: CHOICE.set(2.0),
 }
+
+
+def other_code() -> Any:
+    held = 1.0
+
+    def other(sample: Tensor) -> Tensor:
+        return sample - held
+
+    return other.__code__
 
 
 @pytest.fixture(params=["by clock", "by versions", "by comparison"])
@@ -91,6 +151,8 @@ def test_every_write_is_seen(write: str) -> None:
         assert state.glance() != before
     finally:
         Part.shared = 1
+        globals().update(FACTOR=1.0)
+        CHOICE.set(1.0)
         if hasattr(Part, "extra"):
             del Part.extra
 

@@ -127,7 +127,7 @@ BUGS = (
     Bug("keys/functions.py", '    reader.visit(value.keywords, ".keywords")\n', "",
         "partial(leaky_relu, negative_slope=0.1) and 0.2 share a program", ("tests/keys/test_structure.py",)),
     Bug("keys/functions.py", 'if not reader.attribute(value, "cell_contents"):', "if False:",
-        "a factor that a closure holds changes unnoticed in a run", ("tests/keys/test_structure.py",)),
+        "a factor that a closure holds changes unnoticed in a run", ("tests/keys/test_watch.py",)),
     Bug("keys/surroundings.py", "yield Place(name, hooks, list(hooks.items()))", "pass",
         "a hook of all modules is not noticed", ("tests/keys/test_surroundings.py",)),
     Bug("keys/surroundings.py", "if _is_function(member) and _root(home) != root:", "if False:",
