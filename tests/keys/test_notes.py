@@ -146,7 +146,7 @@ def test_what_a_closure_counts_is_told() -> None:
 
 
 @pytest.mark.parametrize(
-    "case", WRITES.keys() - {"array", "tensor", "global number", "global dictionary", "class attribute", "slot"}
+    "case", sorted(WRITES.keys() - {"array", "tensor", "global number", "global dictionary", "class attribute", "slot"})
 )
 def test_what_is_on_the_module_is_put_back(case: str) -> None:
     net = Net()
