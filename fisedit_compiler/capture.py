@@ -261,6 +261,16 @@ def _first_lines(error: Exception) -> str:
     return "\n".join(lines[:8])
 
 
+def _refuse_writes_to_buffers(exported: ExportedProgram, module: nn.Module) -> None:
+    written = sorted({str(name) for name in exported.graph_signature.buffers_to_mutate.values()})
+    if written:
+        raise CaptureError(
+            f"The forward of {type(module).__name__} writes to its buffers: {', '.join(written)}. Its next call would "
+            "read what this one wrote, and a recording could not be repeated. Write to them outside of the forward, or "
+            "only in training."
+        )
+
+
 def _is_mutable(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
@@ -293,6 +303,7 @@ def _rounded_size(graph: fx.Graph) -> fx.Node | None:
 
 
 def _translate(module: nn.Module, exported: ExportedProgram, signature: CallSignature, multiple: int) -> CapturedGraph:
+    _refuse_writes_to_buffers(exported, module)
     names = {spec.name: spec for spec in signature.tensors}
     symbols = _symbols(exported, signature, multiple)
     result = CapturedGraph(fx.Graph(), signature, multiple)

@@ -6,7 +6,7 @@ the module itself, on an object, in a list or among globals; a forward that also
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping, MutableSequence, MutableSet, Set
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, MutableSequence, MutableSet, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -57,10 +57,14 @@ class Change:
         now = entries(self.live)
         return now if self.keys is None else {key: now[key] for key in self.keys & now.keys()}
 
-    def notes(self) -> Iterable[Note]:
-        """What was written here."""
+    def written(self) -> list[Any]:
+        """What was written here: attributes, keys or indices."""
         now, missing = self.now, object()
-        written = [key for key in {**self.before, **now} if now.get(key, missing) is not self.before.get(key, missing)]
+        return [key for key in {**self.before, **now} if now.get(key, missing) is not self.before.get(key, missing)]
+
+    def notes(self) -> Iterable[Note]:
+        """What was written here, to be left out."""
+        now, written = self.now, self.written()
         if self.grows and now.keys() - self.before.keys():
             yield self.place, Only(frozenset(now.keys() - written))
         else:
@@ -75,22 +79,35 @@ class Change:
         if isinstance(self.live, MutableSequence):
             self.live.clear()
             self.live.extend(self.before.values())
-        for key in keys if not isinstance(self.live, MutableSequence) else ():
-            self._put_back(key)
-
-    def _put_back(self, key: Any) -> None:
-        there = key in self.before
-        if isinstance(self.live, MutableSet):
-            (self.live.add if there else self.live.discard)(key)
-        elif isinstance(self.live, MutableMapping):
-            if there:
-                self.live[key] = self.before[key]
+            return
+        for key in keys:
+            if key in self.before:
+                self.put(key, self.before[key])
             else:
-                self.live.pop(key, None)
+                self._take_out(key)
+
+    def put(self, key: Any, value: Any) -> None:
+        """Write to the place; an element of a set is put in as it is."""
+        if isinstance(self.live, MutableSet):
+            self.live.add(key)
+        elif isinstance(self.live, (MutableMapping, MutableSequence)):
+            self.live[key] = value
         elif not isinstance(self.live, _CONTAINERS) or self.owner is not None:
-            owner = self.live if self.owner is None else self.owner
             with suppress(AttributeError, TypeError):
-                setattr(owner, key, self.before[key]) if there else delattr(owner, key)
+                setattr(self._object, key, value)
+
+    def _take_out(self, key: Any) -> None:
+        if isinstance(self.live, MutableSet):
+            self.live.discard(key)
+        elif isinstance(self.live, MutableMapping):
+            self.live.pop(key, None)
+        elif not isinstance(self.live, _CONTAINERS) or self.owner is not None:
+            with suppress(AttributeError, TypeError):
+                delattr(self._object, key)
+
+    @property
+    def _object(self) -> Any:
+        return self.live if self.owner is None else self.owner
 
 
 @dataclass(frozen=True)
@@ -107,6 +124,27 @@ class Rewritten:
     def undo(self, *, everything: bool) -> None:
         if everything and self.before is not None:
             self.live[:] = self.before
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A state that only a call tells and that is another now: of an iterator, of random numbers, a context variable's.
+
+    Attributes:
+        put: writes a state back; ``None`` where that is not possible.
+    """
+
+    place: str
+    before: Any
+    now: Any
+    put: Callable[[Any], object] | None = None
+
+    def notes(self) -> Iterable[Note]:
+        yield self.place, CONTENTS
+
+    def undo(self, *, everything: bool) -> None:
+        if self.put is not None and (everything or is_of_a_capture(self.now)):
+            self.put(self.before)
 
 
 _CONTAINERS = (Mapping, MutableSequence, Set)

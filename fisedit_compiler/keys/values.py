@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fisedit_compiler.keys.drawn import state_of
 from fisedit_compiler.keys.notes import is_of_a_capture
 from fisedit_compiler.keys.reader import PLAIN, Reader, is_of_this_package
 from fisedit_compiler.keys.watch import checksum
@@ -116,14 +117,18 @@ def write_object(reader: Reader, value: Any) -> None:
         reader.say("weak")  # does not own what it leads to; the module reaches its own by another way
     elif isinstance(value, ContextVar):
         reader.say(f"context variable {value.name}")
-        reader.watch.asked(functools.partial(value.get, None))
-        reader.visit(value.get(None))
+        if reader.reads_contents():
+            reader.watch.asked(functools.partial(value.get, None), reader.place, value.set)
+            reader.visit(value.get(None))
     elif type(value).__name__ in ("lock", "RLock", "_RLock"):
         reader.say("lock")
     else:
         plain = next((base for base in _WITH_ATTRIBUTES if isinstance(value, base)), None)
         if plain is not None:  # a number or text with attributes of its own
             reader.say(plain.__repr__(value))
+        if (state := state_of(value)) is not None and reader.reads_contents():
+            reader.say(state)
+            reader.watch.asked(lambda: state_of(value), reader.place)
         if not write_attributes(reader, value) and plain is None:
             reader.opaque(value)
 

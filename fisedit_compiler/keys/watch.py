@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fisedit_compiler.keys.notes import Change, Rewritten, entries
+from fisedit_compiler.keys.notes import Change, Drawn, Rewritten, entries
 from fisedit_compiler.keys.writes import clock, dict_version
 
 _MISSING = object()
@@ -59,6 +59,7 @@ class Watch:
         self._arrays: list[tuple[Any, int]] = []
         self._array_places: list[tuple[str, Any]] = []
         self._asked: list[tuple[Callable[[], Any], Any]] = []
+        self._asked_places: list[tuple[str, Callable[[Any], object] | None]] = []
 
     # -- what is watched -------------------------------------------------------------------------
 
@@ -124,9 +125,10 @@ class Watch:
         self._attributes.append((value, name, _attribute(value, name)))
         self._attribute_places.append(place)
 
-    def asked(self, question: Callable[[], Any]) -> None:
-        """What only a call tells, such as a context variable's value."""
+    def asked(self, question: Callable[[], Any], place: str = "", put: Callable[[Any], object] | None = None) -> None:
+        """What only a call tells, such as a context variable's value; ``put`` writes it back. Texts are compared."""
         self._asked.append((question, question()))
+        self._asked_places.append((place, put))
 
     # -- looking ---------------------------------------------------------------------------------
 
@@ -146,7 +148,7 @@ class Watch:
             any(values.get(name, _MISSING) is not kept for values, name, kept in self._items)
             or any(_attribute(value, name) is not kept for value, name, kept in self._attributes)
             or any(not _identical(read(value), kept) for value, read, kept in self._parts)
-            or any(question() is not kept for question, kept in self._asked)
+            or any(not _is_told(question(), kept) for question, kept in self._asked)
             or any(checksum(array) != kept for array, kept in self._arrays)
             or any(stamps([tensor]) != kept for tensor, kept in zip(self._tensors, self._stamps, strict=True))
         )
@@ -162,7 +164,7 @@ class Watch:
         self._reading = reading  # nothing was written to, or what was there before
         return False
 
-    def changes(self) -> Iterator[Change | Rewritten]:
+    def changes(self) -> Iterator[Change | Rewritten | Drawn]:
         """What was written since, place by place; slower than :meth:`changed`."""
         for place, live, kept, grows, owner in self._places:
             before = entries(kept)
@@ -180,6 +182,10 @@ class Watch:
         for place, value, stamp in zip(self._tensor_places, self._tensors, self._stamps, strict=True):
             if stamps([value]) != stamp:
                 yield Rewritten(place, value)
+
+        for (place, put), (question, kept) in zip(self._asked_places, self._asked, strict=True):
+            if not _is_told(now := question(), kept):
+                yield Drawn(place, kept, now, put)
 
     def _large_changed(self) -> bool:
         assert dict_version is not None
@@ -221,6 +227,10 @@ def _attribute(value: Any, name: str) -> Any:
         return getattr(value, name, _MISSING)
     except ValueError:  # an empty cell
         return _MISSING
+
+
+def _is_told(now: Any, kept: Any) -> bool:
+    return now is kept or (type(now) is type(kept) is str and now == kept)
 
 
 def _present(name: str, held: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from fisedit_compiler.keys.notes import describe
 from fisedit_compiler.keys.snapshot import Snapshot
 from fisedit_compiler.runtime.call import Call
 from fisedit_compiler.runtime.executable import Executable
+from fisedit_compiler.runtime.left_behind import dependence
 from fisedit_compiler.runtime.programs import ProgramStore
 
 logger = logging.getLogger(__name__)
@@ -54,8 +55,7 @@ def record_checked(programs: ProgramStore, call: Call, *, maps: bool) -> tuple[E
             logger.warning("a program does not compute what its module computes (%s): captured again", problem)
             executable = programs.capture_again(call)
     name = type(programs.module).__name__
-    with _same_random_numbers(call):
-        itself = _difference(own, _owned(call.run_original()))
+    itself = _difference(own, _run(call))
     if itself:
         raise CaptureError(
             f"{name} computes something else at every call with the same arguments and random state ({itself}). A "
@@ -71,23 +71,42 @@ def record_checked(programs: ProgramStore, call: Call, *, maps: bool) -> tuple[E
 
 def _own_outputs(programs: ProgramStore, call: Call) -> list[Any]:
     """The module's outputs; what its forward writes is told to ``programs`` if it does not depend on it."""
-    before = Snapshot(programs.module)
-    with _same_random_numbers(call):
-        own = _owned(call.run_original())
-    written = before.written()
-    if written:
-        with _same_random_numbers(call):
-            again = _owned(call.run_original())
-        problem = _difference(own, again)
-        if problem:
-            places = ", ".join(sorted(set(map(describe, written))))
-            raise CaptureError(
-                f"{type(programs.module).__name__} computes something else at every call ({problem}), since its "
-                f"forward writes to what it reads: {places}. A recording could not be repeated. Make the forward "
-                "independent of what an earlier call left there, or pass it as an argument."
-            )
-        programs.leave_out(written)
+    start = Snapshot(programs.module)
+    own = _run(call)
+    written = start.written()
+    if not written:
+        return own
+    end = Snapshot(programs.module)
+    try:
+        problem = dependence(start, own, lambda: _run(call), lambda: _run_on_others(programs, call), _difference)
+    finally:
+        end.restore(everything=True)  # as if the module had been called once
+    if problem:
+        places = ", ".join(sorted(set(map(describe, written))))
+        raise CaptureError(
+            f"{type(programs.module).__name__} may compute something else at every call ({problem}), since its forward "
+            f"writes to what it reads: {places}. A recording could not be repeated. Make the forward independent of "
+            "what an earlier call left there (the timestep tells which step it is), or pass it as an argument."
+        )
+    programs.leave_out(written)
     return own
+
+
+def _run(call: Call) -> list[Any]:
+    with _same_random_numbers(call):
+        return _owned(call.run_original())
+
+
+def _run_on_others(programs: ProgramStore, call: Call) -> None:
+    """Call the module with other latents and texts of the same shapes."""
+    others = pytree.tree_map_only(Tensor, _other, call.arguments())
+    with _same_random_numbers(call):
+        call.ambient.around(programs.module)(**others)
+
+
+def _other(value: Tensor) -> Tensor:
+    # Numbers that come alone, such as the timestep, may be compared with those of a schedule.
+    return value.flip(-1) * 0.5 if value.is_floating_point() and value.numel() > 1 and value.dim() > 1 else value
 
 
 def _owned(result: Any) -> list[Any]:

@@ -225,9 +225,25 @@ class Unrepeatable(Scaled):
         return super().forward(sample) + self.noise.random()
 
 
-def test_a_module_that_computes_something_else_at_every_call_is_named_so() -> None:
-    sparse = compiled(Unrepeatable())
-    with pytest.raises(CaptureError, match="Unrepeatable computes something else at every call"), sparse.record():
+class UnrepeatableUnseen(Scaled):
+    """Adds noise whose source hangs on nothing that the key reads."""
+
+    def forward(self, sample: Tensor) -> Tensor:
+        return super().forward(sample) + random.random()
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (Unrepeatable, r"Unrepeatable may compute something else at every call \(it draws from noise\)"),
+        (UnrepeatableUnseen, "UnrepeatableUnseen computes something else at every call with the same arguments"),
+    ],
+)
+def test_a_module_that_computes_something_else_at_every_call_is_named_so(
+    build: Callable[[], nn.Module], words: str
+) -> None:
+    sparse = compiled(build())
+    with pytest.raises(CaptureError, match=words), sparse.record():
         sparse(SAMPLE)
 
 
