@@ -161,36 +161,21 @@ def test_an_edit_that_was_stopped_is_named_and_its_base_goes_on(pipe: Any):
         assert_edited_inside_only(base, run_pipeline(pipe, prompt="a dog", num_inference_steps=STEPS))
 
 
-def test_a_second_run_in_a_block_is_named(pipe: Any):
+@pytest.mark.parametrize(
+    ("recorded", "prompts", "words"),
+    [
+        (1, ["a dog", "a fox"], rf"call {STEPS + 1} of the edit.*first timestep again.*anew for each"),
+        (2, ["a dog"], rf"after {STEPS} calls, but the recording holds 2 runs of {2 * STEPS}"),
+        (1, [], r"ended after 0 calls.*Set `pipe.unet = compiled`"),
+    ],
+)
+def test_other_numbers_of_runs_in_a_block_are_named(pipe: Any, recorded: int, prompts: list[str], words: str):
     with pipe.unet.record() as recording:
-        run_pipeline(pipe, num_inference_steps=STEPS)
-    with (
-        pytest.raises(RecordingError, match=rf"call {STEPS + 1} of the edit.*first timestep again.*anew for each"),
-        pipe.unet.edit(recording, MASK),
-    ):
-        for prompt in ("a dog", "a fox"):
-            run_pipeline(pipe, prompt=prompt, num_inference_steps=STEPS)
-
-
-def test_a_recording_of_two_runs_is_named_by_the_edit_of_one(pipe: Any):
-    with pipe.unet.record() as recording:
-        for _ in range(2):
+        for _ in range(recorded):
             run_pipeline(pipe, num_inference_steps=STEPS)
-    with (
-        pytest.raises(RecordingError, match=rf"after {STEPS} calls, but the recording holds 2 runs of {2 * STEPS}"),
-        pipe.unet.edit(recording, MASK),
-    ):
-        run_pipeline(pipe, prompt="a dog", num_inference_steps=STEPS)
-
-
-def test_an_edit_that_no_call_reaches_is_named(pipe: Any):
-    with pipe.unet.record() as recording:
-        run_pipeline(pipe, num_inference_steps=STEPS)
-    with (
-        pytest.raises(RecordingError, match=r"ended after 0 calls.*Set `pipe.unet = compiled`"),
-        pipe.unet.edit(recording, MASK),
-    ):
-        pass
+    with pytest.raises(RecordingError, match=words), pipe.unet.edit(recording, MASK):
+        for prompt in prompts:
+            run_pipeline(pipe, prompt=prompt, num_inference_steps=STEPS)
 
 
 def test_the_pipelines_dtype_may_change():
