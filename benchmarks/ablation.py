@@ -27,7 +27,8 @@ if not __package__:  # run as a script: make the repository's root importable
 import torch
 from rich.table import Table
 
-from benchmarks.harness import (
+from benchmarks.step_latency import area
+from benchmarks.support.harness import (
     Report,
     Stopwatch,
     alternate,
@@ -39,8 +40,7 @@ from benchmarks.harness import (
     prepare,
     versions,
 )
-from benchmarks.step_latency import area
-from benchmarks.subjects import UNETS, Run, random_unet, square_mask
+from benchmarks.support.subjects import UNETS, Run, random_unet, square_mask
 
 EMBEDDED = "emoji-scenes"
 MODELS = (EMBEDDED, *UNETS)

@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.ablation import EMBEDDED, MODELS, load
-from benchmarks.harness import (
+from benchmarks.support.harness import (
     Report,
     Stopwatch,
     alternate,
@@ -34,9 +34,9 @@ from benchmarks.harness import (
     prepare,
     versions,
 )
-from benchmarks.subjects import Run, scattered_mask, square_mask, thin_mask
-from fisedit_compiler.kernels.patches import BLOCK_SIZES
-from fisedit_compiler.runtime.site_plan import SitePlan
+from benchmarks.support.subjects import Run, scattered_mask, square_mask, thin_mask
+from fisedit_compiler.geometry.patches import BLOCK_SIZES
+from fisedit_compiler.geometry.site_plan import SitePlan
 
 ADAPTIVE = "adaptive"
 ALLOWED = 1.05

@@ -26,7 +26,7 @@ if not __package__:  # run as a script: make the repository's root importable
 from rich.console import Console
 from rich.table import Table
 
-import fisedit_compiler.runtime.break_even as packaged
+import fisedit_compiler.geometry.break_even as packaged
 
 PACKAGE_FILE = Path(packaged.__file__).with_name(packaged.FILE)
 Point = tuple[float, float]

@@ -24,8 +24,8 @@ if not __package__:  # run as a script: make the repository's root importable
 import torch
 from rich.table import Table
 
-from benchmarks.harness import Report, Timing, argument_parser, machine, prepare, versions
-from benchmarks.subjects import UNETS, Run, load_unet, random_unet, square_mask
+from benchmarks.support.harness import Report, Timing, argument_parser, machine, prepare, versions
+from benchmarks.support.subjects import UNETS, Run, load_unet, random_unet, square_mask
 
 MODELS = ("emoji-scenes", *UNETS)
 DEFAULT = ("emoji-scenes", "sd21")

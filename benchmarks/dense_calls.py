@@ -18,8 +18,17 @@ if not __package__:  # run as a script: make the repository's root importable
 import torch
 from rich.table import Table
 
-from benchmarks.harness import Report, Stopwatch, alternate, argument_parser, machine, positive, prepare, versions
-from benchmarks.subjects import Call, load_unet, make_call
+from benchmarks.support.harness import (
+    Report,
+    Stopwatch,
+    alternate,
+    argument_parser,
+    machine,
+    positive,
+    prepare,
+    versions,
+)
+from benchmarks.support.subjects import Call, load_unet, make_call
 
 CALLS = ("bare", "recording", "recording with maps", "reuse", "half recorded")
 

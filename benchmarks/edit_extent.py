@@ -20,11 +20,11 @@ if not __package__:  # run as a script: make the repository's root importable
 import torch
 from rich.table import Table
 
-from benchmarks.first_steps import STEPS, first_latents, parse_pairs
-from benchmarks.harness import Report, machine, prepare, versions
+from benchmarks.support.first_steps import STEPS, first_latents, parse_pairs
+from benchmarks.support.harness import Report, machine, prepare, versions
 from fisedit_compiler import masks
-from fisedit_compiler.evaluation.grammar import make_pairs
-from fisedit_compiler.evaluation.pairs import LOCAL_KINDS, SCENE_KINDS, EditPair
+from fisedit_compiler.evaluation.pairs.grammar import make_pairs
+from fisedit_compiler.evaluation.pairs.pairs import LOCAL_KINDS, SCENE_KINDS, EditPair
 from fisedit_compiler.models import load_pipeline
 from fisedit_compiler.pipelines.detectors import EarlyDifference
 

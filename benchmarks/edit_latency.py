@@ -27,8 +27,10 @@ if not __package__:  # run as a script: make the repository's root importable
 import torch
 from rich.table import Table
 
-from benchmarks import editors, pipelines
-from benchmarks.harness import (
+from benchmarks import editors
+from benchmarks.step_latency import area
+from benchmarks.support import pipelines
+from benchmarks.support.harness import (
     Report,
     Stopwatch,
     alternate,
@@ -39,8 +41,7 @@ from benchmarks.harness import (
     prepare,
     versions,
 )
-from benchmarks.step_latency import area
-from benchmarks.subjects import moved_mask, square_mask
+from benchmarks.support.subjects import moved_mask, square_mask
 
 FRACTIONS = (0.05, 0.15, 0.30)
 STEPS = {"cuda": 50, "cpu": 10}

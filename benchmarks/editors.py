@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.table import Table
 
-from benchmarks.harness import Stopwatch, alternate
+from benchmarks.support.harness import Stopwatch, alternate
 
 if TYPE_CHECKING:
     from fisedit_compiler import Editor, SparsifyConfig

@@ -1,7 +1,7 @@
 """What does a convolution cost in blocks of 1, 2, 4 and 8? Measures real shapes and fits the package's cost model.
 
 The convolutions of whole UNets are timed with random weights on the tables of real plans (compact, scattered and thin
-masks), alone, as the sparse step runs them. The coefficients of ``fisedit_compiler.kernels.block_costs`` are fitted as
+masks), alone, as the sparse step runs them. The coefficients of ``fisedit_compiler.geometry.block_costs`` are fitted as
 non-negative numbers with the least relative errors, per block size and path; where a size has several paths, the
 one that is faster in sum is used. The result goes to the package's file, in the place of the same device's fits.
 
@@ -31,17 +31,17 @@ from rich.table import Table
 from scipy.optimize import nnls
 from torch import Tensor
 
-import fisedit_compiler.kernels.block_costs as packaged
-from benchmarks.harness import kernel_times, machine, positive, prepare, versions
-from benchmarks.subjects import EMBEDDED_CONFIG, UNETS, scattered_mask, square_mask, thin_mask
-from fisedit_compiler.kernels.block_costs import FEATURES, TERMS
+import fisedit_compiler.geometry.block_costs as packaged
+from benchmarks.support.harness import kernel_times, machine, positive, prepare, versions
+from benchmarks.support.subjects import EMBEDDED_CONFIG, UNETS, scattered_mask, square_mask, thin_mask
+from fisedit_compiler.geometry.block_costs import FEATURES, TERMS
+from fisedit_compiler.geometry.block_sizes import ConvLayer
+from fisedit_compiler.geometry.conv_tables import ConvKey
+from fisedit_compiler.geometry.patches import BLOCK_SIZES
+from fisedit_compiler.geometry.site_plan import SitePlan
 from fisedit_compiler.kernels.convolve import gathered
 from fisedit_compiler.kernels.convolve_parts import convolve_parts
 from fisedit_compiler.kernels.matmul_parts import choose_parts
-from fisedit_compiler.kernels.patches import BLOCK_SIZES
-from fisedit_compiler.runtime.block_sizes import ConvLayer
-from fisedit_compiler.runtime.conv_tables import ConvKey
-from fisedit_compiler.runtime.site_plan import SitePlan
 
 PACKAGE_FILE = Path(packaged.__file__).with_name(packaged.FILE)
 CONFIGS = {"emoji-scenes": EMBEDDED_CONFIG, **UNETS}
@@ -194,7 +194,7 @@ def calls(
     taps, places = plan.taps[key].to(device), plan.places[key.target].to(device)
     parts = choose_parts(9 * layer.channels, layer.out_channels)
     if path != "implicit" and device.type == "cuda" and parts > 1:
-        # As passes/cut_products.py has it; the sum of the parts is fused into the next kernel.
+        # As lowering/cut_products.py has it; the sum of the parts is fused into the next kernel.
         return [
             partial(convolve_parts, values, taps, places, weight, parts, key.kernel, key.stride, key.dilation)
             for weight in weights

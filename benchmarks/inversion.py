@@ -28,11 +28,11 @@ import torch
 from PIL import Image, ImageDraw
 from rich.table import Table
 
-from benchmarks.harness import Report, argument_parser, machine, positive, prepare, versions
+from benchmarks.support.harness import Report, argument_parser, machine, positive, prepare, versions
 from fisedit_compiler import Editor, masks
 from fisedit_compiler.models import load_clip, load_pipeline
 from fisedit_compiler.pipelines import DdimInversion
-from fisedit_compiler.pipelines.drawing import contact_sheet, mask_to_pixels
+from fisedit_compiler.pipelines.drawing.pictures import contact_sheet, mask_to_pixels
 
 Box = tuple[float, float, float, float]
 LEFT: Box = (0.2, 0.02, 0.85, 0.52)

@@ -24,16 +24,16 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.first_steps import STEPS, first_latents, parse_pairs
-from benchmarks.harness import Report, machine, prepare, versions
+from benchmarks.support.first_steps import STEPS, first_latents, parse_pairs
+from benchmarks.support.harness import Report, machine, prepare, versions
 from fisedit_compiler import Editor, masks
-from fisedit_compiler.evaluation.grammar import make_pairs
-from fisedit_compiler.evaluation.objects import ground_truth
-from fisedit_compiler.evaluation.pairs import LOCAL_KINDS, EditPair
+from fisedit_compiler.evaluation.pairs.grammar import make_pairs
+from fisedit_compiler.evaluation.pairs.objects import ground_truth
+from fisedit_compiler.evaluation.pairs.pairs import LOCAL_KINDS, EditPair
 from fisedit_compiler.models import load_pipeline
 from fisedit_compiler.pipelines.detectors import DetectedMask, make_mask_detector, mask_detectors
-from fisedit_compiler.pipelines.runs import Generation
-from fisedit_compiler.pipelines.words import guided_columns, token_columns
+from fisedit_compiler.pipelines.editing.runs import Generation
+from fisedit_compiler.pipelines.editing.words import guided_columns, token_columns
 
 REUSE: dict[str, dict[str, bool] | None] = {"none": None, "words": {}, "words and ends": {"align_padding": True}}
 """What is taken from the recorded maps, as options of ``token_columns``."""

@@ -21,7 +21,7 @@ if not __package__:  # run as a script: make the repository's root importable
 import torch
 from rich.table import Table
 
-from benchmarks.harness import (
+from benchmarks.support.harness import (
     Report,
     Stopwatch,
     Timing,
@@ -32,7 +32,7 @@ from benchmarks.harness import (
     prepare,
     versions,
 )
-from benchmarks.subjects import UNETS, make_call, random_unet, square_mask
+from benchmarks.support.subjects import UNETS, make_call, random_unet, square_mask
 
 WHAT = {
     "structure": "structure, read whole",
@@ -43,8 +43,8 @@ WHAT = {
 
 def measure(unet: torch.nn.Module, device: torch.device, *, repeats: int, warmup: int) -> list[dict[str, Any]]:
     """One row each for reading the structure, comparing the key, and looking between two calls."""
-    from fisedit_compiler.keys import ModelState
-    from fisedit_compiler.keys.structure import read_structure
+    from fisedit_compiler.capture.keys import ModelState
+    from fisedit_compiler.capture.keys.structure import read_structure
 
     state = ModelState(unet)
     state.read()
@@ -63,7 +63,7 @@ def _timed(name: str, run: Callable[[], Any], stopwatch: Stopwatch) -> None:
 def looks(unet: torch.nn.Module, *, calls: int, warmup: int) -> Timing:
     """Times of the looks between the calls of one edit of 5 % at 64 x 64 latents; they wait for nothing."""
     from fisedit_compiler import sparsify
-    from fisedit_compiler.keys import ModelState
+    from fisedit_compiler.capture.keys import ModelState
 
     compiled, call = sparsify(unet), make_call(unet, batch=2, height=64, width=64)
     times: list[float] = []

@@ -18,7 +18,16 @@ if not __package__:  # run as a script: make the repository's root importable
 import torch
 from rich.table import Table
 
-from benchmarks.harness import Report, Stopwatch, alternate, argument_parser, machine, positive, prepare, versions
+from benchmarks.support.harness import (
+    Report,
+    Stopwatch,
+    alternate,
+    argument_parser,
+    machine,
+    positive,
+    prepare,
+    versions,
+)
 
 BASE = "a cat on the left and a rocket on the right, blue background"
 PROMPTS = tuple(

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from rich.table import Table
 
-from benchmarks.harness import Report, argument_parser, kernel_times, machine, prepare, versions
+from benchmarks.support.harness import Report, argument_parser, kernel_times, machine, prepare, versions
 from fisedit_compiler.kernels.matmul_parts import choose_parts, matmul_parts
 
 PARTS = (1, 2, 3, 4, 5, 6, 8, 9)

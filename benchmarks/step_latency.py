@@ -19,8 +19,8 @@ if not __package__:  # run as a script: make the repository's root importable
 import torch
 from rich.table import Table
 
-from benchmarks import step_latency_cuda
-from benchmarks.harness import (
+from benchmarks.support import steps_on_cuda as step_latency_cuda
+from benchmarks.support.harness import (
     Report,
     Stopwatch,
     alternate,
@@ -30,7 +30,7 @@ from benchmarks.harness import (
     prepare,
     versions,
 )
-from benchmarks.subjects import Call, load_unet, make_call, square_mask
+from benchmarks.support.subjects import Call, load_unet, make_call, square_mask
 
 FRACTIONS = (0.02, 0.06, 0.15, 0.30, 0.60, 1.00)
 

@@ -17,7 +17,7 @@ if not __package__:  # run as a script: make the repository's root importable
 import torch
 from rich.table import Table
 
-from benchmarks.harness import (
+from benchmarks.support.harness import (
     Report,
     Stopwatch,
     alternate,
@@ -27,7 +27,7 @@ from benchmarks.harness import (
     prepare,
     versions,
 )
-from benchmarks.subjects import Call, load_unet, make_call
+from benchmarks.support.subjects import Call, load_unet, make_call
 
 MODES = ("bare", "wrapped", "recording")
 

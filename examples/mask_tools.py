@@ -9,8 +9,8 @@ import numpy as np
 from fisedit_compiler import Editor, masks
 from fisedit_compiler.errors import MaskError
 from fisedit_compiler.models import load_pipeline
-from fisedit_compiler.pipelines.drawing import contact_sheet, mask_overlay
-from fisedit_compiler.pipelines.figures import mask_contours
+from fisedit_compiler.pipelines.drawing.figures import mask_contours
+from fisedit_compiler.pipelines.drawing.pictures import contact_sheet, mask_overlay
 
 HEIGHT = WIDTH = 64  # latent sites of the embedded model's pictures
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import fisedit_compiler.kernels as _kernels  # registers torch.ops.fisedit
 from fisedit_compiler.api import sparsify
 from fisedit_compiler.config import SparsifyConfig
-from fisedit_compiler.runtime.module import SparseModule
-from fisedit_compiler.runtime.recording import Recording
+from fisedit_compiler.module import SparseModule
+from fisedit_compiler.recordings.recording import Recording
 
 if TYPE_CHECKING:
     from fisedit_compiler.pipelines import Editor

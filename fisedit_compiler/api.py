@@ -9,7 +9,7 @@ from torch import nn
 
 from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.errors import CaptureError, ConfigError, ModeError
-from fisedit_compiler.runtime.module import SparseModule
+from fisedit_compiler.module import SparseModule
 
 
 def sparsify(

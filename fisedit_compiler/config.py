@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from fisedit_compiler.errors import ConfigError
-
-if TYPE_CHECKING:
-    from fisedit_compiler.passes.base import Pass
 
 Norm = Literal["recorded", "incremental"]
 Attention = Literal["cached", "active"]
@@ -36,11 +33,11 @@ class SparsifyConfig:
             then on, after one warning that says why. On every other device all three run eagerly.
         dense_above: share of active sites (of the mask grown by ``dilation``, at latent resolution) above which an
             edit's calls run densely, their outputs outside the mask still the recorded ones. ``None`` is the break-even
-            measured on this device type and backend, or never where nobody measured one (``runtime/break_even.json``);
+            measured on this device type and backend, or never where nobody measured one (``geometry/break_even.json``);
             1.0 is never.
         block_size: sites along the side of the blocks that sparse convolutions are computed in: 1, 2, 4 or 8 at every
             level, or ``None`` for the size that a cost model chooses per level and mask, fitted to times measured on
-            the device type (``kernels/block_costs.json``). Results are the same up to rounding.
+            the device type (``geometry/block_costs.json``). Results are the same up to rounding.
         disabled_passes: names of rewrite passes to leave out; their operations then run densely.
         extra_passes: your own rewrite passes (subclasses of :class:`fisedit_compiler.extend.Pass`), each of which says
             what it comes ``after`` and ``before``.
@@ -65,7 +62,7 @@ class SparsifyConfig:
     dense_above: float | None = None
     block_size: int | None = None
     disabled_passes: frozenset[str] = field(default_factory=frozenset)
-    extra_passes: tuple[type[Pass], ...] = ()
+    extra_passes: tuple[type[Any], ...] = ()
     check_inputs: bool = True
     skip_recorded: bool = True
     spatial_inputs: tuple[str, ...] | None = None

@@ -27,12 +27,13 @@ from typing import Any, TypeVar
 import torch
 
 from fisedit_compiler.errors import ConfigError
+from fisedit_compiler.graph.layout import Layout, opaque
+from fisedit_compiler.graph.layout_rules import LAYOUT_RULES, LayoutRule
+from fisedit_compiler.graph.specs import ValueSpec, has_spec, spec_of
 from fisedit_compiler.inspect.costs import COSTS, CostRule, elements
-from fisedit_compiler.ir import ValueSpec, has_spec, spec_of
-from fisedit_compiler.layout import LAYOUT_RULES, Layout, LayoutRule, opaque
 from fisedit_compiler.passes.base import Pass, Program, Rewriter, Slot, slot_name
-from fisedit_compiler.passes.extensions import RULES, RewriteRule
-from fisedit_compiler.passes.rowwise import copy_on_rows
+from fisedit_compiler.passes.rewrites.extensions import RULES, RewriteRule
+from fisedit_compiler.passes.rewrites.rowwise import copy_on_rows
 
 __all__ = [
     "Layout",
@@ -103,16 +104,6 @@ def cost_rule(operation: Any) -> Callable[[CostRule], CostRule]:
         ConfigError: it is no such operation, or has a rule already.
     """
     return _register(operation, COSTS, "cost rule")
-
-
-def registered_namespaces() -> frozenset[str]:
-    """Namespaces of ``torch.ops`` that rules were registered for."""
-    return frozenset(
-        operation.namespace
-        for rules in (LAYOUT_RULES, RULES, COSTS)
-        for operation in tuple(rules)
-        if isinstance(operation, torch._ops.OpOverload)
-    )
 
 
 def _register(operation: Any, rules: dict[Any, Any], what: str) -> Callable[[_Rule], _Rule]:

@@ -1,10 +1,10 @@
 """How good are sparse edits? Edit pairs through several methods side by side, and what they are measured by.
 
 ``fisedit eval`` is the door; :mod:`~fisedit_compiler.evaluation.runner` runs the pairs,
-:mod:`~fisedit_compiler.evaluation.aggregate` makes figures of the results,
-:mod:`~fisedit_compiler.evaluation.report` a page.
+:mod:`~fisedit_compiler.evaluation.results.aggregate` makes figures of the results,
+:mod:`~fisedit_compiler.evaluation.pages.report` a page.
 """
 
-from fisedit_compiler.evaluation.pairs import EditPair, PairFile, RejectedLine, read_pairs, write_pairs
+from fisedit_compiler.evaluation.pairs.pairs import EditPair, PairFile, RejectedLine, read_pairs, write_pairs
 
 __all__ = ["EditPair", "PairFile", "RejectedLine", "read_pairs", "write_pairs"]

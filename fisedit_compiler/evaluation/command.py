@@ -17,14 +17,14 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from fisedit_compiler.errors import ConfigError, FiseditError
-from fisedit_compiler.evaluation import tables
-from fisedit_compiler.evaluation.aggregate import aggregate
-from fisedit_compiler.evaluation.document import document
-from fisedit_compiler.evaluation.grammar import make_pairs
-from fisedit_compiler.evaluation.pairs import EditPair, PairFile, write_pairs
-from fisedit_compiler.evaluation.report import build_report
+from fisedit_compiler.evaluation.pages import tables
+from fisedit_compiler.evaluation.pages.document import document
+from fisedit_compiler.evaluation.pages.report import build_report
+from fisedit_compiler.evaluation.pairs.grammar import make_pairs
+from fisedit_compiler.evaluation.pairs.pairs import EditPair, PairFile, write_pairs
+from fisedit_compiler.evaluation.results.aggregate import aggregate
+from fisedit_compiler.evaluation.results.store import Store
 from fisedit_compiler.evaluation.runner import Evaluation, Progress, evaluate
-from fisedit_compiler.evaluation.store import Store
 
 PROBLEMS_SHOWN = 20
 _SHARD = re.compile(r"([0-9]{1,9})/([0-9]{1,9})")

@@ -19,17 +19,17 @@ import torch
 
 from fisedit_compiler import __version__
 from fisedit_compiler.errors import ConfigError, FiseditError
-from fisedit_compiler.evaluation.bench import Bench, Case, NotApplicable
-from fisedit_compiler.evaluation.environment import machine, versions
-from fisedit_compiler.evaluation.features import Extractor, load_extractor
-from fisedit_compiler.evaluation.grammar import make_pairs
-from fisedit_compiler.evaluation.judge import Judge
-from fisedit_compiler.evaluation.measure import Reference
-from fisedit_compiler.evaluation.objects import ground_truth
-from fisedit_compiler.evaluation.pairs import EditPair, PairFile, check_prompts, read_pairs
-from fisedit_compiler.evaluation.registry import Method, choose_methods
-from fisedit_compiler.evaluation.store import Store, StoreError
-from fisedit_compiler.pipelines.drawing import mask_overlay
+from fisedit_compiler.evaluation.measures.features import Extractor, load_extractor
+from fisedit_compiler.evaluation.measures.judge import Judge
+from fisedit_compiler.evaluation.measures.measure import Reference
+from fisedit_compiler.evaluation.methods.bench import Bench, Case, NotApplicable
+from fisedit_compiler.evaluation.methods.registry import Method, choose_methods
+from fisedit_compiler.evaluation.pairs.grammar import make_pairs
+from fisedit_compiler.evaluation.pairs.objects import ground_truth
+from fisedit_compiler.evaluation.pairs.pairs import EditPair, PairFile, check_prompts, read_pairs
+from fisedit_compiler.evaluation.results.environment import machine, versions
+from fisedit_compiler.evaluation.results.store import Store, StoreError
+from fisedit_compiler.pipelines.drawing.pictures import mask_overlay
 from fisedit_compiler.pipelines.editor import EDITOR_CONFIG
 
 logger = logging.getLogger(__name__)
@@ -49,9 +49,10 @@ class Evaluation:
         output: folder of the results.
         model: directory of the pipeline; ``None`` for the embedded one.
         clip: directory of the CLIP that judges; ``None`` for the embedded one.
-        features: feature extractor of FID, see :func:`~fisedit_compiler.evaluation.features.load_extractor`; ``None``
-            for the CLIP's image tower.
-        methods: names, see :func:`~fisedit_compiler.evaluation.registry.choose_methods`; none for those of ``suite``.
+        features: feature extractor of FID, see :func:`~fisedit_compiler.evaluation.measures.features.load_extractor`;
+            ``None`` for the CLIP's image tower.
+        methods: names, see :func:`~fisedit_compiler.evaluation.methods.registry.choose_methods`; none for those
+            of ``suite``.
         suite: ``"methods"`` or ``"approximations"``.
         steps: of the scheduler.
         guidance: weight of classifier-free guidance.

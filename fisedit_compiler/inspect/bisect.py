@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 from fisedit_compiler.errors import ConfigError, FiseditError
 from fisedit_compiler.inspect.check import CheckReport, check_subject
 from fisedit_compiler.inspect.subject import Subject
+from fisedit_compiler.lowering.program import compile_captured
 from fisedit_compiler.passes.order import REQUIRED, ordered
-from fisedit_compiler.program import compile_captured
-from fisedit_compiler.runtime.executable import Executable
+from fisedit_compiler.runtime.execution.executable import Executable
 
 if TYPE_CHECKING:
     from fisedit_compiler.inspect.judge import Difference

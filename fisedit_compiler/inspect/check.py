@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from fisedit_compiler.errors import LoweringError
+from fisedit_compiler.inspect.example_inputs import call_before, scalars_of
 from fisedit_compiler.inspect.judge import (
     Difference,
     Expectations,
@@ -27,17 +28,16 @@ from fisedit_compiler.inspect.judge import (
 )
 from fisedit_compiler.inspect.lowered import NOT_COMPILATION, judge_lowered_nodes
 from fisedit_compiler.inspect.pinned import PinnedInterpreter, PinnedValue, inputs_of
-from fisedit_compiler.inspect.samples import call_before, scalars_of
 from fisedit_compiler.inspect.subject import Subject
-from fisedit_compiler.program import CompiledProgram
-from fisedit_compiler.runtime.edited_slots import Turn
-from fisedit_compiler.runtime.hoisting import HoistCache
-from fisedit_compiler.runtime.turns import after_sparse_call
+from fisedit_compiler.lowering.program import CompiledProgram
+from fisedit_compiler.recordings.edited_slots import Turn
+from fisedit_compiler.recordings.turns import after_sparse_call
+from fisedit_compiler.runtime.execution.hoisting import HoistCache
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fisedit_compiler.runtime.executable import Executable
+    from fisedit_compiler.runtime.execution.executable import Executable
 
 ROWS_SHOWN = 20
 

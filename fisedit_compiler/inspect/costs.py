@@ -23,10 +23,12 @@ import sympy
 import torch
 from torch import fx
 
-from fisedit_compiler import ir
 from fisedit_compiler.errors import ConfigError
-from fisedit_compiler.ir import BATCH, HEIGHT, TEXT, WIDTH, ValueSpec
-from fisedit_compiler.runtime.site_plan import SitePlan
+from fisedit_compiler.geometry.site_plan import SitePlan
+from fisedit_compiler.graph import ir
+from fisedit_compiler.graph.registered import rule_table
+from fisedit_compiler.graph.sizes import BATCH, HEIGHT, TEXT, WIDTH, row_symbol
+from fisedit_compiler.graph.specs import ValueSpec, has_spec, spec_of
 
 aten = torch.ops.aten
 fisedit = torch.ops.fisedit
@@ -118,7 +120,7 @@ FLOPS: dict[Any, Formula] = {
 CostRule = Callable[[list[Any], Any], Any]
 """As :data:`Formula`, for operations of other packages: gives FLOPs, or FLOPs and bytes (see ``extend.py``)."""
 
-COSTS: dict[Any, CostRule] = {}
+COSTS: dict[Any, CostRule] = rule_table()
 """Registered rules by operation."""
 
 NO_PRODUCTS = frozenset(
@@ -310,7 +312,7 @@ def plan_sizes(step: fx.Graph, plan: SitePlan) -> dict[sympy.Symbol, int]:
     values: dict[sympy.Symbol, int] = {}
     for level in plan.active:
         rows, size = plan.rows(level), plan.block_size(level)
-        symbol = ir.row_symbol(level)
+        symbol = row_symbol(level)
         values[symbol] = rows
         values[_in_blocks(symbol)] = rows if size == 1 else plan.block_count(level, size) * size**2
     for node in step.nodes:
@@ -324,7 +326,7 @@ def placeholder_specs(captured: fx.Graph, graphs: Iterable[fx.Graph]) -> dict[st
     """Specs of call inputs and of hoisted values by name, for bundles, whose placeholders carry none."""
     inputs = [node for node in captured.nodes if node.op == "placeholder"]
     computed = [node for graph in graphs for node in graph.nodes if node.op == "call_function"]
-    return {node.name: ir.spec_of(node) for node in (*inputs, *computed) if ir.has_spec(node)}
+    return {node.name: spec_of(node) for node in (*inputs, *computed) if has_spec(node)}
 
 
 def _in_blocks(rows: sympy.Expr) -> sympy.Expr:

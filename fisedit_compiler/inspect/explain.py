@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import fx
 
-from fisedit_compiler import ir
 from fisedit_compiler.errors import MaskError, PlanError
+from fisedit_compiler.geometry.site_plan import SitePlan
+from fisedit_compiler.graph import ir
+from fisedit_compiler.graph.specs import spec_of
 from fisedit_compiler.inspect import costs
 from fisedit_compiler.inspect.costs import Cost, Values
-from fisedit_compiler.inspect.explanation import (
-    Explanation,
+from fisedit_compiler.inspect.explanation import Explanation
+from fisedit_compiler.inspect.facts import (
     LevelRows,
-    Measured,
     OperationCount,
     ProgramExplanation,
     Refusal,
@@ -29,14 +30,14 @@ from fisedit_compiler.inspect.explanation import (
     Work,
 )
 from fisedit_compiler.masks import mask_pixels, to_site_mask
-from fisedit_compiler.runtime.fallback import dense_reason
-from fisedit_compiler.runtime.site_plan import SitePlan
+from fisedit_compiler.runtime.sessions.fallback import dense_reason
+from fisedit_compiler.runtime.sessions.measured import Measured
 
 if TYPE_CHECKING:
+    from fisedit_compiler.inspect.compiled import CompiledModule
+    from fisedit_compiler.lowering.program import CompiledProgram
     from fisedit_compiler.passes.base import Slot
-    from fisedit_compiler.program import CompiledProgram
-    from fisedit_compiler.runtime.executable import Executable
-    from fisedit_compiler.runtime.module import SparseModule
+    from fisedit_compiler.runtime.execution.executable import Executable
 
 Fate = Literal["rewritten", "hoisted", "fused", "kept", "refused"]
 TEXT_TOKENS = 77
@@ -44,7 +45,7 @@ TEXT_TOKENS = 77
 
 
 def explain_module(
-    module: SparseModule, mask: Any, batch: int, size: tuple[int, int] | None, tokens: int
+    module: CompiledModule, mask: Any, batch: int, size: tuple[int, int] | None, tokens: int
 ) -> Explanation:
     """Explain every program of a module; see :meth:`SparseModule.explain` for arguments and errors."""
     measured = tuple(module._measured.values())
@@ -220,7 +221,7 @@ def _levels(executable: Executable, plan: SitePlan, setting: Setting) -> tuple[L
 
 def _slots(program: CompiledProgram, values: Values) -> tuple[SlotBytes, ...]:
     loaded = [node for node in program.update.nodes if node.op == "placeholder" and node.meta["input"][0] == "slot"]
-    nbytes = {node.meta["input"][1]: costs.nbytes(ir.spec_of(node)) for node in loaded}
+    nbytes = {node.meta["input"][1]: costs.nbytes(spec_of(node)) for node in loaded}
     kinds: dict[str, list[Slot]] = {}
     for slot in program.slots:
         kinds.setdefault(slot.kind, []).append(slot)

@@ -14,7 +14,9 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from fisedit_compiler import ir
+from fisedit_compiler.geometry.site_plan import SitePlan
+from fisedit_compiler.graph import ir
+from fisedit_compiler.graph.layout import Layout
 from fisedit_compiler.inspect.pinned import (
     PinnedValue,
     attribute,
@@ -25,10 +27,8 @@ from fisedit_compiler.inspect.pinned import (
     statistics_of,
 )
 from fisedit_compiler.kernels.tolerances import TOLERANCES
-from fisedit_compiler.layout import Layout
+from fisedit_compiler.lowering.program import CompiledProgram
 from fisedit_compiler.passes.base import Slot
-from fisedit_compiler.program import CompiledProgram
-from fisedit_compiler.runtime.site_plan import SitePlan
 
 SITES_SHOWN = 4
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fisedit_compiler.layout import SITES, Layout
-from fisedit_compiler.program import CompiledProgram
-from fisedit_compiler.runtime.site_plan import SitePlan
+from fisedit_compiler.geometry.site_plan import SitePlan
+from fisedit_compiler.graph.layout import SITES, Layout
+from fisedit_compiler.lowering.program import CompiledProgram
 
 aten = torch.ops.aten
 

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, TextIO, overload
 from torch import fx
 
 from fisedit_compiler.errors import ConfigError
-from fisedit_compiler.inspect.listing import listing
+from fisedit_compiler.graph.listing import listing
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from fisedit_compiler.lowering.program import CompiledProgram
     from fisedit_compiler.passes.instruments import PassReport
-    from fisedit_compiler.program import CompiledProgram
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Stage:
 
     @cached_property
     def lines(self) -> list[str]:
-        """The graph as text, a line a node; see :func:`fisedit_compiler.inspect.listing.listing`."""
+        """The graph as text, a line a node; see :func:`fisedit_compiler.graph.listing.listing`."""
         return listing(self.graph)
 
     def print(self, file: TextIO | None = None) -> None:
@@ -150,8 +150,9 @@ class Stages(Sequence[Stage]):
 
 def stages_of(program: CompiledProgram) -> Stages:
     """Compile a program's captured graph again, keeping a copy of the graph after every pass."""
-    from fisedit_compiler.passes import Instruments, copy_graph
-    from fisedit_compiler.program import compile_captured
+    from fisedit_compiler.graph.ir import copy_graph
+    from fisedit_compiler.lowering.program import compile_captured
+    from fisedit_compiler.passes import Instruments
 
     stages: list[Stage] = []
 

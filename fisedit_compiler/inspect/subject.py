@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 
 from fisedit_compiler.errors import ConfigError, MaskError, RecordingError
-from fisedit_compiler.inspect.samples import edited_inputs, sample_inputs
+from fisedit_compiler.geometry.site_plan import SitePlan
+from fisedit_compiler.graph.layout import Layout
+from fisedit_compiler.inspect.example_inputs import edited_inputs, sample_inputs
 from fisedit_compiler.inspect.stages import choose_program
-from fisedit_compiler.layout import Layout
+from fisedit_compiler.lowering.program import CompiledProgram
 from fisedit_compiler.masks import mask_pixels, to_site_mask
-from fisedit_compiler.program import CompiledProgram
-from fisedit_compiler.runtime.recording import Recording
-from fisedit_compiler.runtime.site_plan import SitePlan
+from fisedit_compiler.recordings.recording import Recording
 
 if TYPE_CHECKING:
-    from fisedit_compiler.runtime.executable import Executable
-    from fisedit_compiler.runtime.module import SparseModule
+    from fisedit_compiler.inspect.compiled import CompiledModule
+    from fisedit_compiler.runtime.execution.executable import Executable
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def full_precision() -> Iterator[None]:
         cudnn.allow_tf32 = before
 
 
-def make_subject(module: SparseModule, mask: Any, options: CheckOptions) -> Subject:
+def make_subject(module: CompiledModule, mask: Any, options: CheckOptions) -> Subject:
     """The calls and the plan of a check; see :meth:`SparseModule.check` for arguments and errors."""
     inputs, edited, recording = options.inputs, options.edited, options.recording
     generator = torch.Generator().manual_seed(options.seed)

@@ -4,44 +4,42 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fisedit_compiler.kernels.block_costs import fits
-from fisedit_compiler.kernels.patches import BLOCK_SIZES
-
-if TYPE_CHECKING:
-    from fisedit_compiler.inspect.explanation import Explanation, Measured, ProgramExplanation, Work
+from fisedit_compiler.geometry.block_costs import fits
+from fisedit_compiler.geometry.patches import BLOCK_SIZES
+from fisedit_compiler.inspect.facts import ProgramExplanation, Work
+from fisedit_compiler.runtime.sessions.measured import Measured
 
 _UNWRAPPED = 10_000
 """Columns of plain text: no reason is broken in two, so a search finds it."""
 
 
-def drawn(explanation: Explanation) -> Group:
+def drawn(programs: Sequence[ProgramExplanation], note: str, measured: Sequence[Measured]) -> Group:
     """All tables of an explanation."""
-    parts: list[RenderableType] = [Text(explanation.note)] if explanation.note else []
-    for program in explanation.programs:
+    parts: list[RenderableType] = [Text(note)] if note else []
+    for program in programs:
         parts.extend(_program(program))
-    if explanation.measured:
-        parts.append(_measured(explanation.measured))
+    if measured:
+        parts.append(_measured(measured))
     return Group(*parts)
 
 
-def as_text(explanation: Explanation) -> str:
+def as_text(tables: Group) -> str:
     """Plain text without colours, as wide as it needs to be."""
     console = Console(file=io.StringIO(), width=_UNWRAPPED, color_system=None)
     with console.capture() as captured:
-        console.print(drawn(explanation))
+        console.print(tables)
     return "\n".join(line.rstrip() for line in captured.get().rstrip().splitlines())
 
 
-def as_html(explanation: Explanation) -> str:
+def as_html(tables: Group) -> str:
     """A ``<pre>`` element."""
     console = Console(file=io.StringIO(), width=_UNWRAPPED, record=True)
-    console.print(drawn(explanation))
+    console.print(tables)
     return console.export_html(inline_styles=True, code_format='<pre style="line-height:normal">{code}</pre>')
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fisedit_compiler.geometry.inverse_table import inverse_table
 from fisedit_compiler.kernels.registry import define_op, provide, require
 
 _NAME = "attention_sites"
@@ -114,10 +115,3 @@ def attention_sites(
         KernelError: a tensor does not have four dimensions.
     """
     return OP(query, key, value, key_canvas, value_canvas, active, scale, inverse)
-
-
-def inverse_table(active: Tensor, sites: int) -> Tensor:
-    """int32 ``[S]``: the row of every active site, -1 elsewhere. Of rows repeated by padding, the last one counts."""
-    table = torch.full((sites,), -1, dtype=torch.int64, device=active.device)
-    rows = torch.arange(active.shape[0], device=active.device)
-    return table.scatter_reduce(0, active, rows, "amax").to(torch.int32)

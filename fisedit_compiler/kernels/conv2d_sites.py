@@ -1,7 +1,7 @@
 """``fisedit::conv2d_sites``: a convolution computed at active sites only, through an index table.
 
 What it reads is put together from the new rows and the recording; ``convolve`` does the rest. Padding, a fused nearest
-upsampling and which sites are active are all in the tables (``fisedit_compiler.runtime.site_plan`` builds them), so
+upsampling and which sites are active are all in the tables (``fisedit_compiler.geometry.site_plan`` builds them), so
 nothing of that geometry may appear here.
 """
 

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fisedit_compiler.kernels.block_costs import fits
+from fisedit_compiler.geometry.block_costs import fits
+from fisedit_compiler.geometry.patches import BLOCK_SIZES, block_size_of, output_taps, patch_shape
 from fisedit_compiler.kernels.gather_taps import gather_taps
-from fisedit_compiler.kernels.patches import BLOCK_SIZES, block_size_of, output_taps, patch_shape
 from fisedit_compiler.kernels.registry import define_op, provide, require
 
 _NAME = "convolve"
@@ -164,7 +164,7 @@ def convolve(
     Args:
         values: ``[B, T, C]``, everything the convolution may read.
         taps: int64 ``[blocks, p*p]`` into the ``T`` sites: the patch of every block of ``b`` by ``b`` outputs, row by
-            row (``kernels/patches.py``). For ``b`` = 1 the taps of every output, ``[N, K]``.
+            row (``geometry/patches.py``). For ``b`` = 1 the taps of every output, ``[N, K]``.
         places: int64 ``[N]`` into the ``blocks*b*b`` outputs of the blocks: which of them are wanted. For ``b`` = 1
             all are, in order, and only the length is read.
         weight: packed by ``pack_conv_weight``, ``[O, K*C]``.

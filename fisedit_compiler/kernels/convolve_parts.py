@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from fisedit_compiler.geometry.patches import block_size_of
 from fisedit_compiler.kernels.convolve import check_lines, check_table, check_weight, convolve
 from fisedit_compiler.kernels.gather_taps import gather_taps
 from fisedit_compiler.kernels.matmul_parts import matmul_parts
-from fisedit_compiler.kernels.patches import block_size_of
 from fisedit_compiler.kernels.registry import define_op, require
 
 _NAME = "convolve_parts"

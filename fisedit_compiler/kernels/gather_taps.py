@@ -2,7 +2,7 @@
 
 What a sparse convolution reads lies in one tensor here: the new rows, the recorded ring, a site of zeros
 (``conv2d_sites`` describes them). A table of taps makes the left operand of a GEMM, a table of patches makes patches
-with their channels last (``kernels/patches.py``). On a GPU a copy at memory bandwidth and the vendor's GEMM were
+with their channels last (``geometry/patches.py``). On a GPU a copy at memory bandwidth and the vendor's GEMM were
 faster than an implicit GEMM for every shape of a 5 % edit (``benchmarks/NOTES.md``).
 """
 

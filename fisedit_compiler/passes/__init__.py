@@ -1,95 +1,9 @@
-"""The rewrite passes and the loop that runs them.
-
-A pass is one file; adding one means adding it to ``order.py``. Timing, logging, verification and counting happen around
-passes here and in ``instruments.py``, never inside them.
-"""
+"""The rewrite passes: each one file in ``rewrites/``, the loop that runs them in ``rewriting.py``."""
 
 from __future__ import annotations
 
-from torch import fx
-
-from fisedit_compiler import ir
-from fisedit_compiler.capture import CapturedGraph
-from fisedit_compiler.config import SparsifyConfig
-from fisedit_compiler.layout import Layout, LayoutRules
-from fisedit_compiler.passes.base import Program
 from fisedit_compiler.passes.instruments import Instruments, PassReport
-from fisedit_compiler.passes.lower import lower
 from fisedit_compiler.passes.order import REQUIRED, REWRITES, ordered
-from fisedit_compiler.passes.verify import verify, verify_complete
+from fisedit_compiler.passes.rewriting import mark_varying, rewrite
 
-__all__ = ["REQUIRED", "REWRITES", "Instruments", "PassReport", "copy_graph", "mark_varying", "rewrite"]
-
-
-def rewrite(captured: CapturedGraph, config: SparsifyConfig, instruments: Instruments | None = None) -> Program:
-    """Rewrite a captured and simplified graph into a lowered sparse program.
-
-    Args:
-        captured: left as it is, except that layouts are written to its nodes' ``meta``.
-        config: which passes run, and how.
-        instruments: told about every pass.
-
-    Raises:
-        ConfigError: ``config`` names an unknown or a required pass, or passes that cannot be put in order.
-        LayoutError: an output has no sites to keep.
-        VerificationError: a pass left a graph that breaks an invariant.
-    """
-    instruments = instruments or Instruments()
-    passes = ordered(config.extra_passes, config.disabled_passes)
-    LayoutRules(captured.multiple).annotate(captured.graph)
-    mark_varying(captured)
-    program = Program(captured, copy_graph(captured.graph), config)
-    for rewrite_class in passes:
-        with instruments.watch(rewrite_class.name, program.graph):
-            rewrite_class().run(program)
-            verify(program, rewrite_class.name)
-    record_refusals(program)
-    verify_complete(program)
-    with instruments.watch("lower", program.graph):
-        lower(program)
-    return program
-
-
-def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """A copy with equal node names and copied metadata."""
-    copy = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    result = copy.graph_copy(graph, mapping)
-    output = copy.output(result)
-    output.meta = dict(next(node for node in graph.nodes if node.op == "output").meta)
-    return copy
-
-
-def mark_varying(captured: CapturedGraph) -> None:
-    """Set ``meta["varies"]`` on every value that depends on what is inside a spatial input (not on its sizes)."""
-    spatial = set(captured.signature.spatial_names)
-    for node in captured.graph.nodes:
-        if node.op == "placeholder":
-            node.meta["varies"] = node.name in spatial
-        elif "expr" in node.meta:
-            node.meta["varies"] = False
-        else:
-            node.meta["varies"] = any(argument.meta.get("varies", False) for argument in node.all_input_nodes)
-
-
-def record_refusals(program: Program) -> None:
-    """Give every spatial operation that stays dense its reason."""
-    for node in program.graph.nodes:
-        if node.op != "call_function" or node.target in ir.MARKERS or not node.meta.get("varies"):
-            continue
-        if "layout" not in node.meta:
-            continue  # already on rows
-        if any(_is_spatial(value) for value in (node, *node.all_input_nodes)):
-            known = (*REWRITES, *program.config.extra_passes)
-            disabled = [p.name for p in known if p.name in program.config.disabled_passes and node.target in p.targets]
-            default = f"pass {disabled[0]} is disabled" if disabled else f"no rule for {ir.target_name(node.target)}"
-            layout = node.meta["layout"]
-            if not disabled and isinstance(layout, Layout) and layout.reason:
-                default = layout.reason
-            program.refusals[node.name] = str(node.meta.get("refused", default))
-
-
-def _is_spatial(node: fx.Node) -> bool:
-    layout = node.meta.get("layout")
-    layouts = layout if isinstance(layout, tuple) else (layout,)
-    return any(isinstance(item, Layout) and item.kind != "plain" for item in layouts)
+__all__ = ["REQUIRED", "REWRITES", "Instruments", "PassReport", "mark_varying", "ordered", "rewrite"]

@@ -18,11 +18,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import fx
 
-from fisedit_compiler import ir
-from fisedit_compiler.capture import CapturedGraph
+from fisedit_compiler.capture.export import CapturedGraph
 from fisedit_compiler.config import SparsifyConfig
-from fisedit_compiler.ir import SizeBuilder, ValueSpec, spec_of
-from fisedit_compiler.layout import Layout, packed_spec
+from fisedit_compiler.graph import ir
+from fisedit_compiler.graph.layout import Layout, packed_spec
+from fisedit_compiler.graph.sizes import HEIGHT, WIDTH, SizeBuilder, row_symbol
+from fisedit_compiler.graph.specs import ValueSpec, spec_of
 
 SlotKind = Literal["canvas", "dense", "statistics", "site_sums", "map"]
 
@@ -133,7 +134,7 @@ class Rewriter:
             if user.target is ir.pack:
                 return user
         with self.graph.inserting_after(_last_placeholder(value)):
-            spec = packed_spec(spec_of(value), layout, ir.row_symbol(layout.level))
+            spec = packed_spec(spec_of(value), layout, row_symbol(layout.level))
             node = ir.call(self.graph, ir.pack, (value,), spec=spec, source=value)
         node.meta["varies"] = True
         return node
@@ -176,7 +177,7 @@ class Rewriter:
 
     def active(self, level: Fraction, before: fx.Node) -> fx.Node:
         """Indices of the active sites of a level."""
-        return self.table("active", level, ValueSpec((ir.row_symbol(level),), torch.int64), before)
+        return self.table("active", level, ValueSpec((row_symbol(level),), torch.int64), before)
 
     def inverse(self, level: Fraction, before: fx.Node) -> fx.Node:
         """Row of every active site of a level, -1 elsewhere."""
@@ -185,7 +186,7 @@ class Rewriter:
     def site_count(self, level: Fraction) -> Any:
         """``S``, the number of sites of a level, as an expression."""
         scale = Fraction(self.program.multiple) / level
-        return ir.HEIGHT * ir.WIDTH * scale.numerator**2 / scale.denominator**2
+        return HEIGHT * WIDTH * scale.numerator**2 / scale.denominator**2
 
     # -- writing rows ----------------------------------------------------------------------------
 
@@ -208,7 +209,7 @@ class Rewriter:
         """Spec of the rows of a dense node."""
         layout: Layout = node.meta["layout"]
         assert layout.level is not None
-        return packed_spec(spec_of(node), layout, ir.row_symbol(layout.level))
+        return packed_spec(spec_of(node), layout, row_symbol(layout.level))
 
     def replace(self, node: fx.Node, rows: fx.Node) -> None:
         """Let ``rows`` stand for the dense ``node``; dense readers, if any, get an ``unpack``."""

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from fisedit_compiler import ir
-from fisedit_compiler.inspect.listing import listing
+from fisedit_compiler.graph import ir
+from fisedit_compiler.graph.listing import listing
 
 logger = logging.getLogger("fisedit_compiler.passes")
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from fisedit_compiler.errors import ConfigError
-from fisedit_compiler.passes.attention import CrossAttention, SelfAttention
 from fisedit_compiler.passes.base import Pass
-from fisedit_compiler.passes.channels import ChannelAxis, Concatenation, Split
-from fisedit_compiler.passes.convolution import Convolution
-from fisedit_compiler.passes.extensions import Extensions
-from fisedit_compiler.passes.group_norm import GroupNorm
-from fisedit_compiler.passes.merge_linears import MergeLinears
-from fisedit_compiler.passes.outputs import Outputs
-from fisedit_compiler.passes.pointwise import Pointwise
-from fisedit_compiler.passes.rowwise import Rowwise
-from fisedit_compiler.passes.upsample import Upsample
-from fisedit_compiler.passes.views import Permute, RankChange, View
+from fisedit_compiler.passes.rewrites.attention import CrossAttention, SelfAttention
+from fisedit_compiler.passes.rewrites.channels import ChannelAxis, Concatenation, Split
+from fisedit_compiler.passes.rewrites.convolution import Convolution
+from fisedit_compiler.passes.rewrites.extensions import Extensions
+from fisedit_compiler.passes.rewrites.group_norm import GroupNorm
+from fisedit_compiler.passes.rewrites.merge_linears import MergeLinears
+from fisedit_compiler.passes.rewrites.outputs import Outputs
+from fisedit_compiler.passes.rewrites.pointwise import Pointwise
+from fisedit_compiler.passes.rewrites.rowwise import Rowwise
+from fisedit_compiler.passes.rewrites.upsample import Upsample
+from fisedit_compiler.passes.rewrites.views import Permute, RankChange, View
 
 REWRITES: tuple[type[Pass], ...] = (
     Extensions,

@@ -12,9 +12,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from fisedit_compiler.capture import ASSERTIONS, CapturedGraph, is_size_node
+from fisedit_compiler.capture.export import ASSERTIONS, CapturedGraph, is_size_node
 from fisedit_compiler.errors import LayoutError
-from fisedit_compiler.ir import SizeBuilder, has_spec, spec_of
+from fisedit_compiler.graph.sizes import SizeBuilder
+from fisedit_compiler.graph.specs import has_spec, spec_of
 
 aten = torch.ops.aten
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from fisedit_compiler import ir
 from fisedit_compiler.errors import VerificationError
-from fisedit_compiler.ir import ValueSpec, has_spec, spec_of
-from fisedit_compiler.layout import SITES, Layout, packed_spec
+from fisedit_compiler.graph import ir
+from fisedit_compiler.graph.layout import SITES, Layout, packed_spec
+from fisedit_compiler.graph.sizes import row_symbol
+from fisedit_compiler.graph.specs import ValueSpec, has_spec, spec_of
 from fisedit_compiler.passes.base import Program
 
 
@@ -89,7 +90,7 @@ def _check_load(node: fx.Node, program: Program, origins: set[str], after: str) 
 def _packed(value: fx.Node) -> ValueSpec:
     layout: Layout = value.meta["layout"]
     assert layout.level is not None
-    return packed_spec(spec_of(value), layout, ir.row_symbol(layout.level))
+    return packed_spec(spec_of(value), layout, row_symbol(layout.level))
 
 
 def _expect(after: str, node: fx.Node, actual: ValueSpec, expected: ValueSpec) -> None:

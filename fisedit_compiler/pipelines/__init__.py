@@ -9,10 +9,10 @@ from fisedit_compiler.pipelines.detectors import (
     mask_detectors,
     register_mask_detector,
 )
+from fisedit_compiler.pipelines.editing.report import Detection, EditReport
+from fisedit_compiler.pipelines.editing.runs import DenseRun, Edit, Generation, RunSettings
 from fisedit_compiler.pipelines.editor import EDITOR_CONFIG, Editor
-from fisedit_compiler.pipelines.inversion import DdimInversion, Inversion, Loaded
-from fisedit_compiler.pipelines.report import Detection, EditReport
-from fisedit_compiler.pipelines.runs import DenseRun, Edit, Generation, RunSettings
+from fisedit_compiler.pipelines.inversion.load import DdimInversion, Inversion, Loaded
 
 __all__ = [
     "EDITOR_CONFIG",

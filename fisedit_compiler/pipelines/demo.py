@@ -15,9 +15,9 @@ from PIL import Image
 from skimage import metrics
 
 from fisedit_compiler import masks
-from fisedit_compiler.pipelines.drawing import contact_sheet, mask_overlay, mask_to_pixels
+from fisedit_compiler.pipelines.drawing.pictures import contact_sheet, mask_overlay, mask_to_pixels
+from fisedit_compiler.pipelines.editing.runs import DenseRun, Edit
 from fisedit_compiler.pipelines.editor import Editor
-from fisedit_compiler.pipelines.runs import DenseRun, Edit
 
 BASE_PROMPT = "a cat on the left and a rocket on the right, blue background"
 COLUMNS = ("base", "mask", "sparse edit", "dense edit (same prompt and seed)")

@@ -18,19 +18,19 @@ from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.errors import ConfigError, ModeError, RecordingError
 from fisedit_compiler.masks import Box, MaskLike, Polygon
 from fisedit_compiler.masks.feather import check_feather
-from fisedit_compiler.pipelines import batch, checks
+from fisedit_compiler.module import SparseModule
 from fisedit_compiler.pipelines.detectors import MaskDetector
-from fisedit_compiler.pipelines.driver import Driver
+from fisedit_compiler.pipelines.editing import batch, checks
+from fisedit_compiler.pipelines.editing.driver import Driver
+from fisedit_compiler.pipelines.editing.plan import EditPlan, detection_steps, mask_argument
+from fisedit_compiler.pipelines.editing.region import region_argument
+from fisedit_compiler.pipelines.editing.runs import DenseRun, Edit, Generation
+from fisedit_compiler.pipelines.editing.single import run_edit
+from fisedit_compiler.pipelines.editing.steps import KeepLatents
 from fisedit_compiler.pipelines.instruments import timed_calls
-from fisedit_compiler.pipelines.inversion import DdimInversion, Loaded, Method, load
-from fisedit_compiler.pipelines.pictures import ImageLike
-from fisedit_compiler.pipelines.plan import EditPlan, detection_steps, mask_argument
-from fisedit_compiler.pipelines.region import region_argument
-from fisedit_compiler.pipelines.runs import DenseRun, Edit, Generation
-from fisedit_compiler.pipelines.single import run_edit
-from fisedit_compiler.pipelines.steps import KeepLatents
+from fisedit_compiler.pipelines.inversion.load import DdimInversion, Loaded, Method, load
+from fisedit_compiler.pipelines.inversion.pictures import ImageLike
 from fisedit_compiler.progress import shown
-from fisedit_compiler.runtime.module import SparseModule
 
 EDITOR_CONFIG = SparsifyConfig(norm="incremental")
 """How an Editor compiles a UNet unless told otherwise. New objects change the statistics of every norm; with recorded
@@ -101,7 +101,7 @@ class Editor:
     @one_at_a_time
     def _compile(self) -> None:
         """Compile the UNet, unless another thread did meanwhile."""
-        from fisedit_compiler import sparsify
+        from fisedit_compiler.api import sparsify
 
         if self._compiled is None:
             with shown(self._driver.shows_progress):
@@ -194,7 +194,7 @@ class Editor:
         Args:
             image: a PIL image, the path of an image file, a numpy array ``[height, width, 3]`` or a torch tensor
                 ``[3, height, width]``, uint8 or float in [0, 1]; in full
-                :func:`fisedit_compiler.pipelines.pictures.read_picture`.
+                :func:`fisedit_compiler.pipelines.inversion.pictures.read_picture`.
             prompt: what the picture shows, in the model's words; the better it fits, the better edits are. It may be
                 empty.
             seed: of edit-friendly noise, and of what the scheduler draws.
@@ -202,7 +202,7 @@ class Editor:
             num_inference_steps: steps of the scheduler.
             guidance_scale: weight of classifier-free guidance in the recorded run and in edits.
             inversion: ``"ddim"``, ``"edit-friendly"``, DDIM with other settings as a
-                :class:`~fisedit_compiler.pipelines.inversion.DdimInversion`, or ``"auto"``: DDIM if the noise it finds
+                :class:`~fisedit_compiler.pipelines.DdimInversion`, or ``"auto"``: DDIM if the noise it finds
                 gives the picture back by itself, which is measured, otherwise edit-friendly noise.
             resize: scale and crop a picture of another size to one that the model takes; off, such a picture is
                 refused.

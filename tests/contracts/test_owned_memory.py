@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fisedit_compiler import Recording, SparseModule, SparsifyConfig, sparsify
-from tests.runtime.compiled import box
-from tests.runtime.test_contents import WRITES
-from tests.zoo import Inputs
+from tests.support.compiled import box
+from tests.support.zoo import Inputs
+from tests.tensors.test_contents import WRITES
 
 MASK = box(2, 2, 6, 6, 8, 8)
 Write = Callable[[Tensor, Tensor], None]

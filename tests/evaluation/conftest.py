@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 from evaluation_tools import PAIRS, STEPS, tiny_pipelines
 
-import fisedit_compiler
-from fisedit_compiler.evaluation.bench import Bench
-from fisedit_compiler.evaluation.judge import Judge
+from fisedit_compiler.evaluation.measures.judge import Judge
+from fisedit_compiler.evaluation.methods.bench import Bench
 from fisedit_compiler.evaluation.runner import Evaluation, Runner
 from fisedit_compiler.models import load_clip
 
@@ -30,7 +29,7 @@ def tiny_pipe() -> Any:
 @pytest.fixture
 def bench(tiny_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> Bench:
     """A bench whose compiled UNets are stand-ins."""
-    monkeypatch.setattr(fisedit_compiler, "sparsify", lambda unet, config=None: tiny_pipelines.PinnedUNet(unet))
+    monkeypatch.setattr("fisedit_compiler.api.sparsify", lambda unet, config=None: tiny_pipelines.PinnedUNet(unet))
     return Bench(tiny_pipe)
 
 

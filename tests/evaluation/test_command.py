@@ -18,10 +18,10 @@ from typer.testing import CliRunner, Result
 from fisedit_compiler.cli import INTERRUPTED, USER_ERROR, app
 from fisedit_compiler.errors import ConfigError
 from fisedit_compiler.evaluation.command import parse_shard, run_evaluation
-from fisedit_compiler.evaluation.grammar import make_pairs
-from fisedit_compiler.evaluation.pairs import read_pairs
+from fisedit_compiler.evaluation.pairs.grammar import make_pairs
+from fisedit_compiler.evaluation.pairs.pairs import read_pairs
+from fisedit_compiler.evaluation.results.store import Store
 from fisedit_compiler.evaluation.runner import Evaluation, Runner
-from fisedit_compiler.evaluation.store import Store
 
 ORIGINAL_LOAD = Runner.__dict__["load"]
 METHODS = ("--methods", "dense,sparse", "--methods", "sdedit@0.5")

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save
 
 from fisedit_compiler.evaluation.command import check_lines, summary_table, write_report
-from fisedit_compiler.evaluation.store import Store
+from fisedit_compiler.evaluation.results.store import Store
 
 METHODS = ["dense", "sparse", "sdedit@0.5"]
 CONFIG = {

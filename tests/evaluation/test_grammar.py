@@ -9,7 +9,7 @@ import pytest
 from transformers import CLIPTokenizer
 
 from fisedit_compiler.errors import ConfigError
-from fisedit_compiler.evaluation.grammar import (
+from fisedit_compiler.evaluation.pairs.grammar import (
     COLOURS,
     OVERLAYS,
     SCENES,
@@ -18,7 +18,7 @@ from fisedit_compiler.evaluation.grammar import (
     has_plain_background,
     make_pairs,
 )
-from fisedit_compiler.evaluation.pairs import LOCAL_KINDS, EditPair
+from fisedit_compiler.evaluation.pairs.pairs import LOCAL_KINDS, EditPair
 from fisedit_compiler.models import embedded_model_path, embedded_object_names
 
 MANY = make_pairs(400)

@@ -10,11 +10,11 @@ import torch
 from evaluation_tools import STEPS, tiny_pipelines
 
 from fisedit_compiler.errors import ConfigError
-from fisedit_compiler.evaluation.bench import Bench, Case, KeepOutside, NotApplicable, Outcome
-from fisedit_compiler.evaluation.methods import drawn_mask, local_mask
-from fisedit_compiler.evaluation.objects import GroundTruth
-from fisedit_compiler.evaluation.pairs import EditPair
-from fisedit_compiler.evaluation.registry import choose_methods, method, method_names
+from fisedit_compiler.evaluation.methods.bench import Bench, Case, KeepOutside, NotApplicable, Outcome
+from fisedit_compiler.evaluation.methods.methods import drawn_mask, local_mask
+from fisedit_compiler.evaluation.methods.registry import choose_methods, method, method_names
+from fisedit_compiler.evaluation.pairs.objects import GroundTruth
+from fisedit_compiler.evaluation.pairs.pairs import EditPair
 
 PAIR = EditPair("a cat", "dog", "a dog", region=(0.0, 0.0, 1.0, 0.5), kind="object")
 

@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 
 from fisedit_compiler.errors import ConfigError, ModelNotFoundError
-from fisedit_compiler.evaluation.features import frechet_distance, load_extractor
-from fisedit_compiler.evaluation.judge import Judge, directional_similarity, layer_distance, similarity
-from fisedit_compiler.evaluation.pixels import EQUAL_DB, outside_mask, psnr, ssim, with_base_inside
-from fisedit_compiler.evaluation.statistics import summarise
+from fisedit_compiler.evaluation.measures.features import frechet_distance, load_extractor
+from fisedit_compiler.evaluation.measures.judge import Judge, directional_similarity, layer_distance, similarity
+from fisedit_compiler.evaluation.measures.pixels import EQUAL_DB, outside_mask, psnr, ssim, with_base_inside
+from fisedit_compiler.evaluation.measures.statistics import summarise
 from fisedit_compiler.models import embedded_model_path, load_clip
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
-from fisedit_compiler.evaluation.objects import changed_object, fit_backdrop, ground_truth, object_pixels
-from fisedit_compiler.evaluation.pairs import EditPair
+from fisedit_compiler.evaluation.pairs.objects import changed_object, fit_backdrop, ground_truth, object_pixels
+from fisedit_compiler.evaluation.pairs.pairs import EditPair
 
 SIZE = 128
 LEFT = (0.0, 0.0, 1.0, 0.5)

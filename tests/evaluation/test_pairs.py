@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fisedit_compiler.errors import FiseditError
-from fisedit_compiler.evaluation.pairs import EditPair, check_prompts, parse_line, read_pairs, write_pairs
+from fisedit_compiler.evaluation.pairs.pairs import EditPair, check_prompts, parse_line, read_pairs, write_pairs
 
 GOOD = {"input": "a cat", "edit": "dog", "output": "a dog"}
 

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 from fisedit_compiler.errors import FiseditError
-from fisedit_compiler.evaluation import document as documents
-from fisedit_compiler.evaluation.aggregate import aggregate
-from fisedit_compiler.evaluation.checks import all_checks
 from fisedit_compiler.evaluation.command import write_report
-from fisedit_compiler.evaluation.curve import as_svg, trade_off
+from fisedit_compiler.evaluation.measures.checks import all_checks
+from fisedit_compiler.evaluation.pages import document as documents
+from fisedit_compiler.evaluation.pages.curve import as_svg, trade_off
+from fisedit_compiler.evaluation.results.aggregate import aggregate
+from fisedit_compiler.evaluation.results.store import Store
 from fisedit_compiler.evaluation.runner import SHEET_SIZE
-from fisedit_compiler.evaluation.store import Store
 
 METHODS = ["dense", "sparse", "sdedit@0.3", "sdedit@0.7", "p2p@0.4"]
 
@@ -119,7 +119,7 @@ def test_the_page_needs_nothing_else_and_shows_what_there_is(store: Store) -> No
 
 
 def test_a_contact_sheet_that_is_too_large_is_cut(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fisedit_compiler.evaluation.report.SHEET_BYTES", 8000)
+    monkeypatch.setattr("fisedit_compiler.evaluation.pages.report.SHEET_BYTES", 8000)
     write_report(store.folder)
     page = (store.folder / "report.html").read_text()
     assert "left out: the page would become too large" in page
@@ -174,7 +174,7 @@ def test_the_document_says_what_was_run_and_measured(store: Store, tmp_path: Pat
     assert figure.read_text().startswith("<svg")
     assert text == documents.document(
         [json.loads((store.folder / "results.json").read_text())],
-        f"python -m fisedit_compiler.evaluation.document {store.folder / 'results.json'} --figure {figure} "
+        f"python -m fisedit_compiler.evaluation.pages.document {store.folder / 'results.json'} --figure {figure} "
         f"> {tmp_path / 'q.md'}",
         "curve.svg",
     )

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from fisedit_compiler.errors import ConfigError, FiseditError
-from fisedit_compiler.evaluation.bench import Bench
-from fisedit_compiler.evaluation.measure import METRICS
-from fisedit_compiler.evaluation.pairs import EditPair
+from fisedit_compiler.evaluation.measures.measure import METRICS
+from fisedit_compiler.evaluation.methods.bench import Bench
+from fisedit_compiler.evaluation.pairs.pairs import EditPair
+from fisedit_compiler.evaluation.results.store import Store
 from fisedit_compiler.evaluation.runner import Evaluation, Progress, Runner, evaluate, sheet_pairs
-from fisedit_compiler.evaluation.store import Store
 
 METHODS = ["dense", "sparse", "sdedit@0.5"]
 
@@ -126,8 +126,8 @@ def test_another_configuration_is_refused(evaluation: Evaluation, changes: dict[
 
 
 def _configuration(evaluation: Evaluation) -> dict[str, Any]:
-    from fisedit_compiler.evaluation.pairs import read_pairs
-    from fisedit_compiler.evaluation.registry import choose_methods
+    from fisedit_compiler.evaluation.methods.registry import choose_methods
+    from fisedit_compiler.evaluation.pairs.pairs import read_pairs
 
     return evaluation.configuration(choose_methods(evaluation.methods), read_pairs(evaluation.pairs))
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fisedit_compiler import SparsifyConfig, sparsify
 from fisedit_compiler.errors import CaptureError, ConfigError, LayoutError
 from tests.fuzz.oracle import problem_of
-from tests.zoo import ZOO
+from tests.support.zoo import ZOO
 
 CHANNELS, HEIGHT, WIDTH = 4, 8, 12
 

@@ -13,7 +13,7 @@ import pytest
 
 from fisedit_compiler.errors import FiseditError, MaskError, PictureError
 from fisedit_compiler.masks import mask_pixels
-from fisedit_compiler.pipelines.pictures import read_picture
+from fisedit_compiler.pipelines.inversion.pictures import read_picture
 from tests.images.seeds import damaged, seeds
 
 _PER_SEED = 36

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fisedit_compiler.errors import MaskError, PictureError
 from fisedit_compiler.images import MAX_PIXELS
 from fisedit_compiler.masks import mask_pixels, to_site_mask
-from fisedit_compiler.pipelines.pictures import read_picture
+from fisedit_compiler.pipelines.inversion.pictures import read_picture
 
 H, W = 6, 8
 DRAWN = np.zeros((H, W), dtype=np.uint8)

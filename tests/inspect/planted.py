@@ -15,15 +15,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from compiled_zoo import zoo_model
 from diffusers import UNet2DConditionModel
-from passes.pass_tools import CHANNELS, Forward, compile_small
 from torch import Tensor, fx, nn
 
-from fisedit_compiler import SparseModule, SparsifyConfig, ir, sparsify
+from fisedit_compiler import SparseModule, SparsifyConfig, sparsify
+from fisedit_compiler.graph import ir
+from fisedit_compiler.graph.specs import spec_of
 from fisedit_compiler.passes.base import Program, Rewriter
-from fisedit_compiler.passes.extensions import RULES
 from fisedit_compiler.passes.order import REWRITES
+from fisedit_compiler.passes.rewrites.extensions import RULES
+from tests.support.compiled_zoo import zoo_model
+from tests.support.pass_tools import CHANNELS, Forward, compile_small
 
 aten = torch.ops.aten
 fisedit = torch.ops.fisedit
@@ -130,7 +132,7 @@ def reversed_argument(position: int, axis: int) -> Spoil:
         operand = node.args[position]
         assert isinstance(operand, fx.Node)
         with node.graph.inserting_before(node):
-            flipped = ir.call(node.graph, aten.flip.default, (operand, [axis]), spec=ir.spec_of(operand))
+            flipped = ir.call(node.graph, aten.flip.default, (operand, [axis]), spec=spec_of(operand))
         flipped.meta["varies"] = True
         set_argument(position, flipped)(node)
 
@@ -142,7 +144,7 @@ def reversed_result(axis: int) -> Spoil:
 
     def spoil(node: fx.Node) -> None:
         with node.graph.inserting_after(node):
-            flipped = ir.call(node.graph, aten.flip.default, (), spec=ir.spec_of(node), source=node)
+            flipped = ir.call(node.graph, aten.flip.default, (), spec=spec_of(node), source=node)
         node.replace_all_uses_with(flipped)
         flipped.args = (node, [axis])
         flipped.meta.update(varies=True, stands_for=node.meta.pop("stands_for"))

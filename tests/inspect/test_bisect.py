@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from compiled_zoo import base_inputs, compiled_model, make_mask, record_run
 from planted import PLANTS, Plant, rule, unet, with_dense_end
 
 from fisedit_compiler.errors import ModeError, VerificationError
-from fisedit_compiler.passes.group_norm import GroupNorm
-from fisedit_compiler.passes.outputs import Outputs
-from fisedit_compiler.runtime.hoisting import HoistCache
+from fisedit_compiler.passes.rewrites.group_norm import GroupNorm
+from fisedit_compiler.passes.rewrites.outputs import Outputs
+from fisedit_compiler.runtime.execution.hoisting import HoistCache
+from tests.support.compiled_zoo import base_inputs, compiled_model, make_mask, record_run
 
 __all__ = ["rule"]  # a fixture
 

@@ -8,7 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from compiled_zoo import (
+from planted import PLANTS, THIRD, Plant, rule, third_on_rows, unet, with_dense_end
+from torch import Tensor, fx
+
+from fisedit_compiler import Recording, SparseModule, SparsifyConfig, sparsify
+from fisedit_compiler.errors import ConfigError, MaskError, ModeError, RecordingError
+from fisedit_compiler.geometry import site_plan
+from fisedit_compiler.inspect.check import CheckReport
+from fisedit_compiler.inspect.pinned import PinnedInterpreter, inputs_of
+from fisedit_compiler.inspect.subject import CheckOptions, make_subject
+from fisedit_compiler.kernels.tolerances import assert_close
+from fisedit_compiler.passes.order import REQUIRED, REWRITES
+from fisedit_compiler.passes.programs import recording as recording_pass
+from fisedit_compiler.passes.rewrites.extensions import RULES
+from fisedit_compiler.passes.rewrites.outputs import Outputs
+from fisedit_compiler.runtime.execution.hoisting import HoistCache
+from tests.support.compiled_zoo import (
     SEMANTICS,
     Attention,
     Norm,
@@ -19,22 +34,7 @@ from compiled_zoo import (
     oracle,
     record_run,
 )
-from planted import PLANTS, THIRD, Plant, rule, third_on_rows, unet, with_dense_end
-from torch import Tensor, fx
-from zoo import ZOO
-
-from fisedit_compiler import Recording, SparseModule, SparsifyConfig, sparsify
-from fisedit_compiler.errors import ConfigError, MaskError, ModeError, RecordingError
-from fisedit_compiler.inspect.check import CheckReport
-from fisedit_compiler.inspect.pinned import PinnedInterpreter, inputs_of
-from fisedit_compiler.inspect.subject import CheckOptions, make_subject
-from fisedit_compiler.kernels.tolerances import assert_close
-from fisedit_compiler.passes import recording as recording_pass
-from fisedit_compiler.passes.extensions import RULES
-from fisedit_compiler.passes.order import REQUIRED, REWRITES
-from fisedit_compiler.passes.outputs import Outputs
-from fisedit_compiler.runtime import site_plan
-from fisedit_compiler.runtime.hoisting import HoistCache
+from tests.support.zoo import ZOO
 
 __all__ = ["rule"]  # a fixture
 

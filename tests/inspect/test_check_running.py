@@ -11,18 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from compiled_zoo import compiled_model, make_mask
-from runtime.graph_stand_in import fake_compile, patch_cuda
 from torch import Tensor, fx, nn
-from zoo import ZOO
 
 from fisedit_compiler import SparseModule, SparsifyConfig, sparsify
 from fisedit_compiler.errors import ConfigError
 from fisedit_compiler.inspect import check
 from fisedit_compiler.inspect.lowered import NOT_COMPILATION
-from fisedit_compiler.runtime.cuda_graphs import GraphPool
-from fisedit_compiler.runtime.executable import Executable
-from fisedit_compiler.runtime.turns import after_sparse_call
+from fisedit_compiler.recordings.turns import after_sparse_call
+from fisedit_compiler.runtime.execution.cuda_graphs import GraphPool
+from fisedit_compiler.runtime.execution.executable import Executable
+from tests.support.compiled_zoo import compiled_model, make_mask
+from tests.support.graph_stand_in import fake_compile, patch_cuda
+from tests.support.zoo import ZOO
 
 aten = torch.ops.aten
 SIZE = (8, 12)

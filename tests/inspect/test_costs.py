@@ -8,18 +8,26 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from compiled_zoo import base_inputs, base_run, compiled_model, edit_inputs, make_mask, zoo_model
-from passes.pass_tools import CHANNELS, Forward, captured_graph, compile_small, program_of, step_call, zoo_step_call
 from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from zoo import UNETS
 
 from fisedit_compiler import SparseModule
 from fisedit_compiler.inspect import costs
 from fisedit_compiler.inspect.costs import Cost, call_sizes, graph_cost, node_cost, placeholder_specs, plan_sizes
 from fisedit_compiler.kernels import registered_ops
+from tests.support.compiled_zoo import base_inputs, base_run, compiled_model, edit_inputs, make_mask, zoo_model
+from tests.support.pass_tools import (
+    CHANNELS,
+    Forward,
+    captured_graph,
+    compile_small,
+    program_of,
+    step_call,
+    zoo_step_call,
+)
+from tests.support.zoo import UNETS
 
 TOKENS = 7
 SIZE = (16, 24)

@@ -15,11 +15,12 @@ from torch import nn
 
 from fisedit_compiler import SparsifyConfig, sparsify
 from fisedit_compiler.errors import MaskError, PlanError
+from fisedit_compiler.geometry.block_costs import fits
 from fisedit_compiler.inspect.explain import fates
-from fisedit_compiler.inspect.explanation import Explanation, ProgramExplanation, Work
-from fisedit_compiler.kernels.block_costs import fits
-from tests.passes.pass_tools import Forward, compile_small
-from tests.runtime.compiled import HEIGHT, WIDTH, box, compiled_model
+from fisedit_compiler.inspect.explanation import Explanation
+from fisedit_compiler.inspect.facts import ProgramExplanation, Work
+from tests.support.compiled import HEIGHT, WIDTH, box, compiled_model
+from tests.support.pass_tools import Forward, compile_small
 
 MASK = box(2, 2, 9, 9)
 

@@ -12,19 +12,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from compiled_zoo import compiled_model
 from PIL import Image
 from torch import nn
 from typer.testing import CliRunner, Result
 
-from fisedit_compiler import SparsifyConfig, ir, sparsify
+from fisedit_compiler import SparsifyConfig, sparsify
 from fisedit_compiler.cli import USER_ERROR, app
+from fisedit_compiler.cli.inspect_model import DEFAULT_AREA, square
+from fisedit_compiler.geometry.site_plan import SitePlan
+from fisedit_compiler.graph import ir
 from fisedit_compiler.inspect.page import build_page, draw_program
-from fisedit_compiler.inspect.page.command import DEFAULT_AREA, profile_edit, square
 from fisedit_compiler.inspect.page.drawing import KINDS, block_of, group_nodes, kind_of, node_facts, place
+from fisedit_compiler.inspect.page.profile import profile_edit
 from fisedit_compiler.inspect.page.pyramid import draw_pyramid
 from fisedit_compiler.inspect.page.timeline import Event, draw_timeline
-from fisedit_compiler.runtime.site_plan import SitePlan
+from tests.support.compiled_zoo import compiled_model
 
 SVG = "{http://www.w3.org/2000/svg}"
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")

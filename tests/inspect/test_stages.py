@@ -7,14 +7,15 @@ from itertools import pairwise
 
 import pytest
 import torch
-from compiled_zoo import compiled_model
 from torch import nn
 
-from fisedit_compiler import ir, sparsify
+from fisedit_compiler import sparsify
 from fisedit_compiler.errors import ConfigError
+from fisedit_compiler.graph import ir
 from fisedit_compiler.inspect.stages import Stages
 from fisedit_compiler.passes import REWRITES
 from fisedit_compiler.passes.instruments import operations
+from tests.support.compiled_zoo import compiled_model
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +129,7 @@ def test_an_argument_of_every_kind_is_written_as_code() -> None:
     x = graph.placeholder("x")
     graph.call_function(torch.ops.aten.to.dtype, (x, torch.float16))
     graph.call_function(torch.ops.aten.cat.default, ([x, x],), {"dim": 1})
-    from fisedit_compiler.inspect.listing import listing
+    from fisedit_compiler.graph.listing import listing
 
     assert listing(graph) == [
         "x = input('x')",

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fisedit_compiler.geometry.patches import patch_shape
 from fisedit_compiler.kernels import pack_conv_weight
-from fisedit_compiler.kernels.patches import patch_shape
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fisedit_compiler.geometry.patches import BLOCK_SIZES
 from fisedit_compiler.kernels import KernelError, convolve, convolve_parts
 from fisedit_compiler.kernels.matmul_parts import sum_parts
-from fisedit_compiler.kernels.patches import BLOCK_SIZES
 from fisedit_compiler.kernels.tolerances import assert_close
 from tests.kernels.tables import GEOMETRIES, Geometry, convolution_case
 

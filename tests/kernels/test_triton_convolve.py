@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fisedit_compiler.geometry.patches import BLOCK_SIZES, patch_shape
 from fisedit_compiler.kernels.convolve import gathered
-from fisedit_compiler.kernels.patches import BLOCK_SIZES, patch_shape
 from fisedit_compiler.kernels.tolerances import assert_close
 from tests.kernels.triton_tools import poisoned, run_in_the_interpreter
 

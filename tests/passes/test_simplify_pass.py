@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from pass_tools import Forward, captured_graph, compile_small, counts, example
 from torch import nn
-from zoo import ZOO
 
-from fisedit_compiler.capture import capture, is_size_node
-from fisedit_compiler.inputs import bind, known_model, sign
+from fisedit_compiler.capture.arguments import bind, sign
+from fisedit_compiler.capture.export import capture, is_size_node
+from fisedit_compiler.capture.known_models import known_model
 from fisedit_compiler.passes.simplify import simplify
+from tests.support.pass_tools import Forward, captured_graph, compile_small, counts, example
+from tests.support.zoo import ZOO
 
 
 def test_identities_vanish() -> None:

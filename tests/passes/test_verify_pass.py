@@ -7,19 +7,19 @@ from collections.abc import Callable
 import pytest
 import sympy
 import torch
-from compiled_zoo import compiled_model
-from pass_tools import CHANNELS, Forward, working_program
 from torch import fx, nn
-from zoo import UNETS
 
-from fisedit_compiler import ir
 from fisedit_compiler.errors import VerificationError
-from fisedit_compiler.ir import ValueSpec, spec_of
-from fisedit_compiler.passes import record_refusals
+from fisedit_compiler.graph import ir
+from fisedit_compiler.graph.specs import ValueSpec, spec_of
 from fisedit_compiler.passes.base import Program, Rewriter
-from fisedit_compiler.passes.convolution import Convolution
-from fisedit_compiler.passes.outputs import Outputs
+from fisedit_compiler.passes.rewrites.convolution import Convolution
+from fisedit_compiler.passes.rewrites.outputs import Outputs
+from fisedit_compiler.passes.rewriting import record_refusals
 from fisedit_compiler.passes.verify import verify, verify_complete
+from tests.support.compiled_zoo import compiled_model
+from tests.support.pass_tools import CHANNELS, Forward, working_program
+from tests.support.zoo import UNETS
 
 aten = torch.ops.aten
 

@@ -195,7 +195,7 @@ def tiny_pipe() -> Any:
 @pytest.fixture
 def pinned_editor(tiny_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Editor]:
     """An Editor whose compiled UNet is the stand-in."""
-    monkeypatch.setattr(fisedit_compiler, "sparsify", lambda unet, config=None: PinnedUNet(unet), raising=False)
+    monkeypatch.setattr("fisedit_compiler.api.sparsify", lambda unet, config=None: PinnedUNet(unet))
     with Editor(tiny_pipe) as editor:
         yield editor
 

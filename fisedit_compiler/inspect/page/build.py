@@ -11,22 +11,22 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from fisedit_compiler.geometry.site_plan import SitePlan
+from fisedit_compiler.graph.specs import spec_of
 from fisedit_compiler.inspect import costs
-from fisedit_compiler.inspect.explain import TEXT_TOKENS
+from fisedit_compiler.inspect.explain import TEXT_TOKENS, explain_module
 from fisedit_compiler.inspect.page.drawing import KINDS, draw_program, node_facts
 from fisedit_compiler.inspect.page.pyramid import draw_pyramid
 from fisedit_compiler.inspect.page.timeline import Event, draw_timeline
 from fisedit_compiler.inspect.stages import Stages, choose_program, stages_of
-from fisedit_compiler.ir import spec_of
-from fisedit_compiler.runtime.site_plan import SitePlan
 
 if TYPE_CHECKING:
-    from fisedit_compiler.program import CompiledProgram
-    from fisedit_compiler.runtime.module import SparseModule
+    from fisedit_compiler.inspect.compiled import CompiledModule
+    from fisedit_compiler.lowering.program import CompiledProgram
 
 
 def build_page(
-    compiled: SparseModule,
+    compiled: CompiledModule,
     mask: Tensor,
     *,
     title: str = "",
@@ -63,7 +63,7 @@ def build_page(
             for name, (colour, meaning) in KINDS.items()
         ),
         drawing=draw_program(chosen),
-        summary=escape(str(compiled.explain(mask, batch=batch))),
+        summary=escape(str(explain_module(compiled, mask, batch, None, TEXT_TOKENS))),
         pyramid=draw_pyramid(plan),
         passes=_passes(stages_of(chosen)),
         slots=_slots(chosen, batch, *mask.shape),

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from fisedit_compiler import ir
-from fisedit_compiler.inspect.listing import line_of
-from fisedit_compiler.ir import ValueSpec
+from fisedit_compiler.graph import ir
+from fisedit_compiler.graph.listing import line_of
+from fisedit_compiler.graph.specs import ValueSpec
 
 if TYPE_CHECKING:
-    from fisedit_compiler.program import CompiledProgram
+    from fisedit_compiler.lowering.program import CompiledProgram
 
 KINDS: Mapping[str, tuple[str, str]] = {
     "rows": ("#2b8a3e", "computed on the rows of the active sites"),

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import torch
 
-from fisedit_compiler.runtime.site_plan import SitePlan
+from fisedit_compiler.geometry.site_plan import SitePlan
 
 _SIDE = 240
 _ACTIVE, _RING, _IDLE = "#2b8a3e", "#ffd43b", "#f1f3f5"

@@ -3,7 +3,7 @@
 ``out[b, n] = bias + sum_k values[b, table(n, k)] @ weight[k]`` with fp32 accumulation. A program owns a tile of
 ``BLOCK_M`` outputs (batch and site flattened) by ``BLOCK_N`` channels; its loop runs over taps and blocks of input
 channels, following the table by one indirection. Skinny shapes split that loop over several programs, whose partial
-sums a second kernel adds up. In blocks of sites (``kernels/patches.py``) an output's tap is an entry of its block's
+sums a second kernel adds up. In blocks of sites (``geometry/patches.py``) an output's tap is an entry of its block's
 patch; unlike patches that are gathered, outputs that nobody asked for are not computed. What surrounds a convolution
 in a UNet can be done with it: the affine map and SiLU of a normalisation on the rows that are read, and bias, time
 embedding and residual on what is written. The idea is the pixel-wise sparse convolution of FISEdit (AAAI 2024) as an
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fisedit_compiler.kernels.patches import block_size_of, patch_shape
+from fisedit_compiler.geometry.patches import block_size_of, patch_shape
 
 NARROW_SITES = 1 << 16
 """Fewer sites than this are told apart by the low 16 bits of an index."""

@@ -15,7 +15,7 @@ import torch
 from fisedit_compiler.errors import MaskError
 
 if TYPE_CHECKING:
-    from fisedit_compiler.pipelines.runs import Generation
+    from fisedit_compiler.pipelines.editing.runs import Generation
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What benchmarks share: the harness, what is measured, and other projects' ways."""

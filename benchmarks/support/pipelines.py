@@ -1,0 +1,114 @@
+"""Whole pipelines to measure: the embedded one, and Stable Diffusion's architectures with random weights.
+
+UNets come from ``subjects.py``; here are the parts around them. Nothing is downloaded: the tokenizer is the embedded
+model's, told to make texts of the published length.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.support.subjects import UNETS, random_unet
+
+EMBEDDED = "emoji-scenes"
+
+# The published configurations, with the tokenizer's special tokens left out.
+# CLIP ViT-L/14, 123 M parameters.
+_SD15_TEXT: dict[str, Any] = {
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+}
+# OpenCLIP ViT-H/14 without its last layer, 340 M parameters.
+_SD21_TEXT: dict[str, Any] = {
+    "vocab_size": 49408,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 23,
+    "num_attention_heads": 16,
+    "max_position_embeddings": 77,
+    "hidden_act": "gelu",
+}
+TEXT_ENCODERS: dict[str, dict[str, Any]] = {"sd15": _SD15_TEXT, "sd21": _SD21_TEXT}
+PREDICTIONS = {"sd15": "epsilon", "sd21": "v_prediction"}
+VAE_CONFIG: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+    "scaling_factor": 0.18215,
+}
+"""84 M parameters, the same in both."""
+SCHEDULER_CONFIG: dict[str, Any] = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+"""Of a DDIM scheduler: one UNet call a step."""
+PIPELINES = (EMBEDDED, *TEXT_ENCODERS)
+"""Names that :func:`load` takes."""
+
+
+def load(name: str, device: torch.device | str, dtype: torch.dtype) -> Any:
+    """A ``StableDiffusionPipeline`` by a name of :data:`PIPELINES`, its progress bar off."""
+    if name != EMBEDDED:
+        return random_pipeline(name, device, dtype)
+    from fisedit_compiler.models import load_pipeline
+
+    return load_pipeline(device=device, dtype=dtype)
+
+
+def random_pipeline(name: str, device: torch.device | str, dtype: torch.dtype) -> Any:
+    """A ``StableDiffusionPipeline`` of a published architecture, untrained, built on its device.
+
+    Times do not depend on the values of weights. The published tokenizer is replaced by the embedded one, which
+    knows fewer words; texts are padded to 77 tokens as they are there.
+
+    Args:
+        name: ``"sd15"`` or ``"sd21"``.
+        device: where its parts are put.
+        dtype: of all weights.
+    """
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    from fisedit_compiler.models import embedded_model_path
+
+    text = TEXT_ENCODERS[name]
+    tokenizer = CLIPTokenizer.from_pretrained(
+        str(embedded_model_path(EMBEDDED) / "tokenizer"),
+        model_max_length=text["max_position_embeddings"],
+        local_files_only=True,
+    )
+    special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+    with torch.device(device):
+        encoder = CLIPTextModel(CLIPTextConfig(**text, **special))
+        vae = AutoencoderKL(**VAE_CONFIG, sample_size=8 * UNETS[name]["sample_size"])
+    pipe = StableDiffusionPipeline(
+        vae=_ready(vae, dtype),
+        text_encoder=_ready(encoder, dtype),
+        tokenizer=tokenizer,
+        unet=random_unet(name, device, dtype),
+        scheduler=DDIMScheduler(**SCHEDULER_CONFIG, prediction_type=PREDICTIONS[name]),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _ready(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    return (module if next(module.parameters()).dtype == dtype else module.to(dtype)).eval().requires_grad_(False)

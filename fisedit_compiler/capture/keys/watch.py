@@ -1,0 +1,249 @@
+"""Whether what was read of a module is still what it is: a look that takes a fraction of a millisecond.
+
+Every dictionary, list and object that ``structure.py`` read is kept with a shallow copy. Comparing the two looks at
+identities first, in C; only what was exchanged is compared by value. Where it is known how often dictionaries were
+written to (``writes.py``), only those that were are compared. Contents of tensors are not looked at, only their
+versions and addresses.
+"""
+
+from __future__ import annotations
+
+import zlib
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fisedit_compiler.capture.keys.notes import Change, Drawn, Rewritten, entries
+from fisedit_compiler.capture.keys.writes import clock, dict_version
+
+_MISSING = object()
+_LARGE = 6
+"""Entries from which asking for the version costs less than comparing the dictionary."""
+
+Stamps = tuple[list[int], list[int]]
+"""Versions and addresses of tensors."""
+
+
+class Watch:
+    """Places that were read, and what they held then.
+
+    Every place has a name (``notes.py``), so that it can be told what was written where.
+    """
+
+    def __init__(self) -> None:
+        self._clock = clock()
+        self._reading: int | None = None
+        self._places: list[tuple[str, Any, Any, bool, type | None]] = []
+        # Pairs of lists, so that one comparison in C looks at all of them. Those in the first pair count their writes.
+        self._timed: list[Any] = []
+        self._timed_kept: list[Any] = []
+        self._live: list[Any] = []
+        self._kept: list[Any] = []
+        self._large: list[dict[str, Any]] = []
+        self._large_kept: list[dict[str, Any]] = []
+        self._large_versions: list[int] = []
+        self._empty: list[Any] = []
+        self._parts: list[tuple[Any, Callable[[Any], dict[Any, Any]], dict[Any, Any]]] = []
+        self._tensors_of: list[tuple[Mapping[str, Tensor | None], tuple[int, ...]]] = []
+        self._tensors: list[Tensor] = []
+        self._stamps: list[Stamps] = []
+        self._tensor_places: list[str] = []
+        self._items: list[tuple[dict[str, Any], str, Any]] = []
+        self._item_places: list[str] = []
+        self._attributes: list[tuple[Any, str, Any]] = []
+        self._attribute_places: list[str] = []
+        self._arrays: list[tuple[Any, int]] = []
+        self._array_places: list[tuple[str, Any]] = []
+        self._asked: list[tuple[Callable[[], Any], Any]] = []
+        self._asked_places: list[tuple[str, Callable[[Any], object] | None]] = []
+
+    # -- what is watched -------------------------------------------------------------------------
+
+    def attributes(self, values: Mapping[str, Any], place: str = "", owner: type | None = None) -> None:
+        """Attributes of an object, a module or a class, which is then their ``owner``."""
+        kept = dict(values)
+        self._places.append((place, values, kept, False, owner))
+        if dict_version is not None and self._clock is None and type(values) is dict and len(values) >= _LARGE:
+            self._large_versions.append(dict_version(values))
+            self._large.append(values)
+            self._large_kept.append(kept)
+        else:
+            self._pair(values, kept)
+
+    def container(self, value: Any, place: str = "") -> None:
+        """A dictionary, list, set or deque."""
+        kept = dict(value) if isinstance(value, Mapping) else _copied(value)
+        self._places.append((place, value, kept, True, None))
+        if not value:
+            self._empty.append(value)
+        else:
+            self._pair(value, kept)
+
+    def part(self, value: Any, read: Callable[[Any], dict[Any, Any]]) -> None:
+        """Only what ``read`` gives of a dictionary, list or set."""
+        self._parts.append((value, read, read(value)))
+
+    def _pair(self, live: Any, kept: Any) -> None:
+        timed = self._is_timed(live)
+        (self._timed if timed else self._live).append(live)
+        (self._timed_kept if timed else self._kept).append(kept)
+
+    def _is_timed(self, values: Any) -> bool:
+        return self._clock is not None and isinstance(values, Mapping) and self._clock.watch(values)
+
+    def tensors_of(self, values: Mapping[str, Tensor | None]) -> None:
+        """Parameters or buffers of a module, by identity: exchanged ones of several elements refuse to be compared."""
+        if not values:
+            self._empty.append(values)
+        elif any(value is not None and value.numel() < 2 for value in values.values()):
+            self._tensors_of.append((values, tuple(map(id, values.values()))))
+        else:
+            self._pair(values, dict(values))
+
+    def tensor(self, value: Tensor, place: str = "") -> None:
+        """A tensor whose contents were read."""
+        self._tensors.append(value)
+        self._stamps.append(stamps([value]))
+        self._tensor_places.append(place)
+
+    def array(self, value: Any, place: str = "") -> None:
+        """A numpy array, or what else has numbers in memory of its own."""
+        self._arrays.append((value, checksum(value)))
+        self._array_places.append((place, value[:] if isinstance(value, (bytearray, array)) else None))
+
+    def item(self, values: dict[str, Any], name: str, place: str = "") -> None:
+        """One global of a function's module."""
+        self._items.append((values, name, values.get(name, _MISSING)))
+        self._item_places.append(place)
+
+    def attribute(self, value: Any, name: str, place: str = "") -> None:
+        """One slot of an object, or what a function closes over (``cell_contents``)."""
+        self._attributes.append((value, name, _attribute(value, name)))
+        self._attribute_places.append(place)
+
+    def asked(self, question: Callable[[], Any], place: str = "", put: Callable[[Any], object] | None = None) -> None:
+        """What only a call tells, such as a context variable's value; ``put`` writes it back. Texts are compared."""
+        self._asked.append((question, question()))
+        self._asked_places.append((place, put))
+
+    # -- looking ---------------------------------------------------------------------------------
+
+    def changed(self) -> bool:
+        """Whether anything differs; may say yes where only an equal value was put in another's place."""
+        if any(self._empty):
+            return True
+        try:
+            if self._timed_changed() or self._live != self._kept or (self._large and self._large_changed()):
+                return True
+        except Exception:  # values that cannot be compared were exchanged: identical ones are never asked
+            return True
+        for values, identities in self._tensors_of:
+            if tuple(map(id, values.values())) != identities:
+                return True
+        return (
+            any(values.get(name, _MISSING) is not kept for values, name, kept in self._items)
+            or any(_attribute(value, name) is not kept for value, name, kept in self._attributes)
+            or any(not _identical(read(value), kept) for value, read, kept in self._parts)
+            or any(not _is_told(question(), kept) for question, kept in self._asked)
+            or any(checksum(array) != kept for array, kept in self._arrays)
+            or any(stamps([tensor]) != kept for tensor, kept in zip(self._tensors, self._stamps, strict=True))
+        )
+
+    def _timed_changed(self) -> bool:
+        if self._clock is None:
+            return False
+        reading = self._clock.read()
+        if reading == self._reading:
+            return False
+        if self._timed != self._timed_kept:
+            return True
+        self._reading = reading  # nothing was written to, or what was there before
+        return False
+
+    def changes(self) -> Iterator[Change | Rewritten | Drawn]:
+        """What was written since, place by place; slower than :meth:`changed`."""
+        for place, live, kept, grows, owner in self._places:
+            before = entries(kept)
+            if not _identical(entries(live), before):
+                yield Change(place, live, before, grows=grows, owner=owner)
+        for place, (values, name, held) in zip(self._item_places, self._items, strict=True):
+            if values.get(name, _MISSING) is not held:
+                yield Change(place, values, _present(name, held), frozenset((name,)))
+        for place, (value, name, held) in zip(self._attribute_places, self._attributes, strict=True):
+            if _attribute(value, name) is not held:
+                yield Change(place, value, _present(name, held), frozenset((name,)))
+        for (place, before), (value, kept) in zip(self._array_places, self._arrays, strict=True):
+            if checksum(value) != kept:
+                yield Rewritten(place, value, before)
+        for place, value, stamp in zip(self._tensor_places, self._tensors, self._stamps, strict=True):
+            if stamps([value]) != stamp:
+                yield Rewritten(place, value)
+
+        for (place, put), (question, kept) in zip(self._asked_places, self._asked, strict=True):
+            if not _is_told(now := question(), kept):
+                yield Drawn(place, kept, now, put)
+
+    def _large_changed(self) -> bool:
+        assert dict_version is not None
+        versions = list(map(dict_version, self._large))
+        if versions == self._large_versions:
+            return False
+        if self._large != self._large_kept:
+            return True
+        self._large_versions = versions  # written to, with what was there before
+        return False
+
+
+def stamps(values: Sequence[Tensor]) -> Stamps:
+    """Versions and addresses of tensors: both stay while nobody writes to one or exchanges its memory."""
+    try:
+        return list(map(_version_of, values)), list(map(_address_of, values))
+    except RuntimeError:  # an inference tensor, which has no version, or a wrapper without memory of its own
+        return [0 if value.is_inference() else value._version for value in values], list(map(_own_address, values))
+
+
+# Called by ``map``, which is twice as fast as a comprehension over attributes.
+_version_of: Callable[[Tensor], int] = vars(torch._C.TensorBase)["_version"].__get__
+_address_of: Callable[[Tensor], int] = Tensor.data_ptr
+
+
+def _own_address(value: Tensor) -> int:
+    try:
+        return value.data_ptr()
+    except RuntimeError:
+        return id(value)
+
+
+def _copied(value: Any) -> Any:
+    return value.copy() if hasattr(value, "copy") else type(value)(value)
+
+
+def _attribute(value: Any, name: str) -> Any:
+    try:
+        return getattr(value, name, _MISSING)
+    except ValueError:  # an empty cell
+        return _MISSING
+
+
+def _is_told(now: Any, kept: Any) -> bool:
+    return now is kept or (type(now) is type(kept) is str and now == kept)
+
+
+def _present(name: str, held: Any) -> dict[str, Any]:
+    return {} if held is _MISSING else {name: held}
+
+
+def _identical(now: Mapping[Any, Any], kept: Mapping[Any, Any]) -> bool:
+    return now.keys() == kept.keys() and all(now[key] is value for key, value in kept.items())
+
+
+def checksum(value: Any) -> int:
+    """CRC of the contents of an array, a bytearray or whatever else shows its memory."""
+    if isinstance(value, np.ndarray):
+        return zlib.crc32(np.ascontiguousarray(value).view(np.uint8).reshape(-1).data) if value.size else 0
+    with memoryview(value) as view:
+        return zlib.crc32(view if view.contiguous else view.tobytes())

@@ -1,0 +1,204 @@
+"""``docs/quality.md`` from results, by ``python -m fisedit_compiler.evaluation.pages.document``.
+
+No figure of that document is typed by hand. The first results are those of the methods, further ones (of the
+approximations) get their own section. ``--figure FILE.svg`` also writes the curve that the document shows, ``--pictures
+OUT FILE.jpg`` a sheet of pictures of the evaluation in the folder ``OUT``, which is that of the first results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fisedit_compiler.errors import FiseditError
+from fisedit_compiler.evaluation.pages import tables
+from fisedit_compiler.evaluation.pages.curve import as_svg, trade_off
+from fisedit_compiler.evaluation.pages.report import grids
+from fisedit_compiler.evaluation.pages.sheet import picture_sheet
+from fisedit_compiler.evaluation.pages.tables import Grid
+from fisedit_compiler.evaluation.results.store import Store
+
+SHEET_ROWS = 8
+"""Pairs on the sheet of pictures."""
+SHEET_QUALITY = 85
+"""Of its JPEG file."""
+
+INTRODUCTION = """# How good sparse edits are
+
+What `fisedit eval` measured. Every figure and table here is written by
+
+```console
+$ {command}
+```
+
+Pairs of captions are run through several methods from the same noise. The *base* is the picture of the first caption.
+*Dense, same seed* is the second caption from the base's noise by the unmodified model: all of the edit, nothing of the
+base kept on purpose. *Directional similarity* says how well the change of the picture, base to edit, points where the
+change of the caption points (CLIP embeddings, Gal et al. 2022); *image similarity* how much of the base is left in the
+eyes of CLIP. "Outside the mask" is the same set of pixels for all methods of a pair: those that the automatic mask of
+the sparse edit leaves alone. The distance is LPIPS-style, not LPIPS: unit-length features of all layers of the CLIP's
+vision tower. FID compares sets of CLIP features unless the run names another extractor, so it is comparable within a
+table only.
+
+Where the changed object is, is found by looking. On a plain background it is what differs from a smooth backdrop, in
+the base and in the dense regeneration, shadows left out. In a scene the largest parts in which the two pictures differ
+stand for it, an approximation that is given apart.
+"""
+
+_APPROXIMATIONS = """Every row edits inside the same mask, the one that the default edit found, from the first call on,
+so nothing but the approximation differs. *Pinned program* is the meaning of the default: the dense model whose inactive
+sites are overwritten by the base's at every step of the graph. *Dense with blending* approximates nothing inside the
+mask.
+"""
+
+
+_PICTURES = """![Pictures of a pair per row: base, mask, and a column for each method]({path})
+
+Pairs from every kind in turn, the first of the file. Below a picture stand its directional and its image similarity,
+below the mask its area.
+"""
+
+
+def document(
+    results: Sequence[Mapping[str, Any]],
+    command: str,
+    figure: str | None = None,
+    notes: Sequence[str] = (),
+    pictures: str | None = None,
+) -> str:
+    """The document as Markdown.
+
+    Args:
+        results: contents of ``results.json`` files, those of the methods first.
+        command: the command line that writes it.
+        figure: path of the curve as seen from the document, of the results with most methods; left out without one.
+        notes: what a reader must know about each of the results, in their order; an empty one says nothing.
+        pictures: path of a sheet of pictures of the first results, as seen from the document.
+    """
+    parts = [INTRODUCTION.format(command=command)]
+    for number, item in enumerate(results):
+        approximations = any(method["name"] == "pinned" for method in item["methods"])
+        parts.append("## " + ("What each approximation costs" if approximations else "Methods compared"))
+        if number < len(notes) and notes[number]:
+            parts.append(notes[number])
+        parts.append(_run(item))
+        if approximations:
+            parts.append(_APPROXIMATIONS)
+        else:
+            parts.append(markdown(tables.check_table(item)))
+        if figure is not None and item is with_curve(results):
+            parts.append(f"![Directional similarity against image similarity, a point or a curve per method]({figure})")
+        if pictures is not None and number == 0:
+            parts.append(_PICTURES.format(path=pictures))
+        parts += [markdown(grid) for grid in grids(item)]
+        parts.append(_left_out(item))
+    return "\n".join(part.rstrip() + "\n" for part in parts if part)
+
+
+def with_curve(results: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The results whose curve is drawn: those of the most methods, approximations only if there are no others."""
+    of_methods = [item for item in results if all(method["name"] != "pinned" for method in item["methods"])]
+    return max(of_methods or results, key=lambda item: len(item["methods"]))
+
+
+def markdown(grid: Grid) -> str:
+    """A table in Markdown."""
+    head = "| " + " | ".join(map(_escaped, grid.header)) + " |"
+    rule = "|---" + "|---:" * (len(grid.header) - 1) + "|"
+    rows = ["| " + " | ".join(map(_escaped, row)) + " |" for row in grid.rows]
+    return "\n".join([f"### {grid.title}", "", head, rule, *rows, *(["", grid.note] if grid.note else [])])
+
+
+def _run(results: Mapping[str, Any]) -> str:
+    config, run, counts = results["configuration"], results["run"], results["counts"]
+    machine = ", ".join(f"{name} {value}" for name, value in run.get("machine", {}).items())
+    versions = ", ".join(f"{name} {value}" for name, value in run.get("versions", {}).items())
+    shards = run.get("shards", 1)
+    shared = (
+        f" {shards} processes shared the device, so seconds an edit are longer than alone: compare rows only."
+        if shards > 1
+        else ""
+    )
+    commands = [command for command in (run.get("pairs_command"), run.get("command")) if command]
+    console = "\n".join(f"$ {command}" for command in commands)
+    return (
+        f"{counts['done']} pairs, {counts['failed']} failed, {counts['rejected']} lines rejected; model "
+        f"{config['model']}, CLIP {config['clip']}, FID features {config['features']}, {config['steps']} steps, "
+        f"guidance {config['guidance']:g}, {config['dtype']}, backend {config['backend']}{_statistics(config)}. "
+        f"Machine: {machine}. Versions: {versions}.{shared}\n\n```console\n{console}\n```\n"
+    )
+
+
+def _statistics(config: Mapping[str, Any]) -> str:
+    """How sparse edits normalise; results from before the Editor had a choice do not say."""
+    return f", norm {config['norm']}" if "norm" in config else ""
+
+
+def _left_out(results: Mapping[str, Any]) -> str:
+    lines = [
+        f"- `{method['name']}` had nothing to do for {count} pairs: {reason}."
+        for method in results["methods"]
+        for reason, count in method["skipped"].items()
+    ]
+    lines += [f"- line {item['line']} failed: {item['error']}" for item in results["failed"]]
+    return "\n".join(lines)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The contents of a ``results.json``.
+
+    Raises:
+        FiseditError: it cannot be read, or is none.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["format"] != 1:
+            raise FiseditError(f"{path} has format {found['format']}, this version reads 1; evaluate again")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FiseditError(f"{path} is no results.json of `fisedit eval` ({error!r})") from error
+    return dict(found)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read results, print the document."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("results", nargs="+", type=Path, help="results.json of the methods, then of the approximations")
+    parser.add_argument("--figure", type=Path, help="write the curve here; give the path from the repository's root")
+    parser.add_argument(
+        "--pictures", nargs=2, type=Path, metavar=("OUT", "FILE"), help="write a sheet of pictures here"
+    )
+    parser.add_argument("--note", action="append", default=[], metavar="TEXT", help="about the first, the second ...")
+    parser.add_argument("--document", type=Path, default=Path("docs/quality.md"), help="where the document will be")
+    options = parser.parse_args(arguments)
+    results = [read_results(path) for path in options.results]
+    words = [str(path) for path in options.results]
+    figure = pictures = None
+    if options.figure is not None:
+        options.figure.write_text(as_svg(trade_off(with_curve(results))), encoding="utf-8")
+        figure = _seen_from(options.document, options.figure)
+        words += ["--figure", str(options.figure)]
+    if options.pictures is not None:
+        folder, file = options.pictures
+        picture_sheet(Store(folder), results[0], SHEET_ROWS).save(file, quality=SHEET_QUALITY)
+        pictures = _seen_from(options.document, file)
+        words += ["--pictures", folder.name, str(file)]
+    words += [word for note in options.note for word in ("--note", shlex.quote(note))]
+    command = f"python -m fisedit_compiler.evaluation.pages.document {' '.join(words)} > {options.document}"
+    print(document(results, command, figure, options.note, pictures), end="")
+
+
+def _seen_from(document: Path, file: Path) -> str:
+    return Path(os.path.relpath(file, document.parent)).as_posix()
+
+
+if __name__ == "__main__":
+    main()

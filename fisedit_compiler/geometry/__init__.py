@@ -1,0 +1,1 @@
+"""A mask at every level: site plans, index tables of convolutions, patches, block sizes, break-even."""

@@ -1,0 +1,1 @@
+"""What programs are written in: sizes, specs, layouts, signatures of calls, listings."""

@@ -1,0 +1,1 @@
+"""From rewritten graphs to what runs: whole programs, staged steps, cut products, Inductor."""

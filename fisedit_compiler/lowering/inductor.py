@@ -1,0 +1,67 @@
+"""How a staged step becomes GPU code: torch.compile, with Inductor taking the ``fisedit::`` ops apart that it can fuse.
+
+Normalisation, gathers and scatters are pointwise or copies to it. A convolution is taken apart into a fused kernel that
+writes everything it reads side by side, and an op that chooses by its table between taps and patches when it runs: so
+one compilation serves every block size. Attention stays whole. Products of few rows are cut into parts
+(``lowering/cut_products.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import fx
+
+from fisedit_compiler.kernels.registry import registered_ops
+from fisedit_compiler.lowering.cut_products import cut_products
+
+_REFERENCES = ("conv2d_sites", "gather_sites", "scatter_sites", "group_norm_sites", "update_statistics")
+
+_READ_ONCE = 2048
+"""Channels of a norm that one program holds at once."""
+
+
+def compile_step(step: fx.GraphModule) -> Callable[..., Any]:
+    """The step under torch.compile: one compilation for every mask, row counts symbolic.
+
+    Args:
+        step: the step; its products are cut in place.
+    """
+    cut_products(step.graph)
+    step.recompile()
+    return torch.compile(step, fullgraph=True, backend=_inductor)
+
+
+def _inductor(graph: fx.GraphModule, example_inputs: Any) -> Any:
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.virtualized import V
+
+    ops = registered_ops()
+    inlined = {ops[name].overload: ops[name].reference for name in _REFERENCES}
+    with V.set_choices_handler(_choices()):
+        return compile_fx(graph, example_inputs, decompositions={**select_decomp_table(), **inlined})
+
+
+@cache
+def _choices() -> Any:
+    """Inductor's heuristics, except that a norm over up to 2048 channels reads them once.
+
+    Its own limit is 1024; above it a norm is a loop over the channels that reads everything three times, and here what
+    it reads are the parts of a product. With few rows there are programs enough either way.
+    """
+    from torch._inductor.choices import InductorChoices
+    from torch._inductor.runtime.hints import ReductionHint
+    from torch._inductor.virtualized import V
+
+    class Choices(InductorChoices):
+        @staticmethod
+        def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
+            if not cooperative_reduction and features.get_reduction_hint() == ReductionHint.INNER:
+                return bool(V.graph.sizevars.statically_known_leq(features.reduction_numel, _READ_ONCE))
+            return bool(InductorChoices.should_use_persistent_reduction(features, cooperative_reduction))
+
+    return Choices()

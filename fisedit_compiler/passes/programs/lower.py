@@ -1,0 +1,167 @@
+"""Turn markers into inputs and operations; afterwards the graph runs.
+
+Before: ``unpack(f(pack(x)), load("output"))``
+After:  ``scatter_sites(f(permute(gather_sites(flatten(x), active, 2))), slot_output, active, 2)`` reshaped as ``x``
+        with the recorded values and the site tables as placeholders
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, cast
+
+import sympy
+import torch
+from torch import fx
+
+from fisedit_compiler.errors import LayoutError
+from fisedit_compiler.geometry.conv_tables import ConvKey
+from fisedit_compiler.graph import ir
+from fisedit_compiler.graph.layout import SITES, Layout
+from fisedit_compiler.graph.sizes import level_name, row_symbol
+from fisedit_compiler.graph.specs import ValueSpec, spec_of
+from fisedit_compiler.passes.base import Program, Rewriter
+
+aten = torch.ops.aten
+fisedit = torch.ops.fisedit
+
+
+def lower(program: Program) -> None:
+    """Lower every marker of ``program.graph`` in place."""
+    rewriter = Rewriter(program)
+    graph = program.graph
+    _free_of_strides(graph)
+    for node in ir.nodes_calling(graph, [ir.pack]):
+        _lower_pack(node, rewriter)
+    for node in ir.nodes_calling(graph, [ir.unpack]):
+        _lower_unpack(node, rewriter)
+    graph.eliminate_dead_code()
+    program.slots = {
+        name: slot
+        for name, slot in program.slots.items()
+        if name in {n.args[0] for n in ir.nodes_calling(graph, [ir.load])}
+    }
+    _inputs(graph)
+    graph.eliminate_dead_code()
+    graph.lint()
+
+
+def _free_of_strides(graph: fx.Graph) -> None:
+    """Let dense operations read values that lie otherwise in memory than captured ones, as unpacked maps do.
+
+    Raises:
+        LayoutError: an operation names places in memory.
+    """
+    for node in graph.nodes:
+        if node.op != "call_function" or not node.meta.get("varies"):
+            continue
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default
+        elif node.target in (aten.view.dtype, aten.view_as_complex.default):
+            with graph.inserting_before(node):
+                copied = graph.call_function(
+                    aten.clone.default, node.args[:1], {"memory_format": torch.contiguous_format}
+                )
+            copied.meta = {key: value for key, value in node.args[0].meta.items() if key != "updates"}
+            node.args = (copied, *node.args[1:])
+        elif node.target is aten.as_strided.default:
+            raise LayoutError(
+                f"{ir.describe(node)} names places in memory, where an edit keeps only some sites. Write it with "
+                "views, slices or unfold, or sparsify the submodule without it."
+            )
+
+
+def _lower_pack(node: fx.Node, rewriter: Rewriter) -> None:
+    value = node.args[0]
+    assert isinstance(value, fx.Node)
+    layout: Layout = value.meta["layout"]
+    assert layout.level is not None
+    flat, axes = _flatten_sites(value, layout, node, rewriter)
+    active = rewriter.active(layout.level, node)
+    dim = axes.index(SITES)
+    shape = tuple(row_symbol(layout.level) if a == SITES else spec_of(value).shape[a] for a in axes)
+    spec = ValueSpec(shape, spec_of(value).dtype)
+    rows = rewriter.call(fisedit.gather_sites.default, (flat, active, dim), spec, node)
+    order = [axes.index(axis) for axis in layout.packed_axes()]
+    if order != sorted(order):
+        rows = rewriter.call(aten.permute.default, (rows, order), spec_of(node), node)
+    ir.stand_for(rows, node)
+    node.replace_all_uses_with(rows)
+    rewriter.graph.erase_node(node)
+
+
+def _lower_unpack(node: fx.Node, rewriter: Rewriter) -> None:
+    rows, base = node.args
+    assert isinstance(rows, fx.Node) and isinstance(base, fx.Node)
+    layout: Layout = node.meta["layout"]
+    assert layout.level is not None
+    flat, axes = _flatten_sites(base, layout, node, rewriter)
+    order = [layout.packed_axes().index(axis) for axis in axes]
+    if order != sorted(order):
+        spec = ValueSpec(tuple(spec_of(rows).shape[axis] for axis in order), spec_of(rows).dtype)
+        rows = rewriter.call(aten.permute.default, (rows, order), spec, node)
+    active = rewriter.active(layout.level, node)
+    args = (rows, flat, active, axes.index(SITES))
+    result = rewriter.call(fisedit.scatter_sites.default, args, spec_of(flat), node)
+    if layout.kind == "map":
+        ordered = [axis for axis in range(layout.rank) if axis not in layout.axes]
+        position = axes.index(SITES)
+        dense = [*ordered[:position], *layout.axes, *ordered[position:]]
+        shape = [rewriter.sizes()(spec_of(node).shape[axis]) for axis in dense]
+        spec = ValueSpec(tuple(spec_of(node).shape[axis] for axis in dense), spec_of(node).dtype)
+        result = rewriter.call(aten.reshape.default, (result, shape), spec, node)
+        order = [dense.index(axis) for axis in range(layout.rank)]
+        if order != sorted(order):
+            result = rewriter.call(aten.permute.default, (result, order), spec_of(node), node)
+    assert base.target is ir.load
+    result.meta["updates"] = base.args[0]
+    node.replace_all_uses_with(result)
+    rewriter.graph.erase_node(node)
+
+
+def _flatten_sites(value: fx.Node, layout: Layout, node: fx.Node, rewriter: Rewriter) -> tuple[fx.Node, list[int]]:
+    """``value`` with one site axis, and the dense axis behind each of its axes (SITES for that one)."""
+    if layout.kind == "tokens":
+        return value, [SITES if axis == layout.axes[0] else axis for axis in range(layout.rank)]
+    height_axis, width_axis = layout.axes
+    axes = list(range(layout.rank))
+    spec = spec_of(value)
+    if width_axis != height_axis + 1:
+        inner = [axis for axis in axes if axis not in layout.axes]
+        axes = [*inner, height_axis, width_axis]
+        spec = ValueSpec(tuple(spec.shape[axis] for axis in axes), spec.dtype)
+        value = rewriter.call(aten.permute.default, (value, axes), spec, node)
+    start = axes.index(height_axis)
+    merged = spec.shape[start] * spec.shape[start + 1]
+    spec = ValueSpec((*spec.shape[:start], sympy.sympify(merged), *spec.shape[start + 2 :]), spec.dtype)
+    flat = rewriter.call(aten.flatten.using_ints, (value, start, start + 1), spec, node)
+    return flat, [*axes[:start], SITES, *axes[start + 2 :]]
+
+
+def _inputs(graph: fx.Graph) -> None:
+    """Make one placeholder per slot and per site table, behind the call's own inputs."""
+    made: dict[Any, fx.Node] = {}
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    for node in ir.nodes_calling(graph, [ir.load, ir.site_table]):
+        identity = (node.target, *node.args)
+        if identity not in made:
+            with graph.inserting_after(last):
+                made[identity] = last = graph.placeholder(ir.unused_name(graph, _input_name(node)))
+            last.meta = dict(node.meta)
+            last.meta["input"] = ("slot", node.args[0]) if node.target is ir.load else ("table", *node.args)
+        node.replace_all_uses_with(made[identity])
+        graph.erase_node(node)
+
+
+def _input_name(node: fx.Node) -> str:
+    if node.target is ir.load:
+        return "slot_" + re.sub(r"\W", "_", str(node.args[0]))
+    kind, key = node.args[0], cast(Any, node.args[1])
+    if isinstance(key, ConvKey):
+        kernel = "x".join(map(str, key.kernel))
+        stride = f"s{key.stride[0]}" if key.stride != (1, 1) else ""
+        dilation = f"d{key.dilation[0]}" if key.dilation != (1, 1) else ""
+        upsample = f"u{key.upsample}" if key.upsample != 1 else ""
+        geometry = f"k{kernel}{stride}{dilation}{upsample}"
+        return f"{kind}_{level_name(key.source)}_to_{level_name(key.target)}_{geometry}"
+    return f"{kind}_{level_name(key)}"

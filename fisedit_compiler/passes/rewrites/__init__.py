@@ -1,0 +1,1 @@
+"""The rewrite passes, one kind of operation a file."""

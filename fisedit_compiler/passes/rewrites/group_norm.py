@@ -1,0 +1,78 @@
+"""GroupNorm over sites.
+
+Before: ``group_norm(x, groups, weight, bias, eps)``
+After, ``norm="recorded"``:
+    ``group_norm_sites(rows(x), load(statistics), weight, bias, groups, eps)``
+After, ``norm="incremental"``:
+    ``group_norm_sites(rows(x), update_statistics(rows(x), load(statistics), load(site_sums), active), ...)``
+
+Recorded statistics are FISEdit's approximate normalization; incremental ones are exact for the pinned canvas.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import sympy
+import torch
+from torch import fx
+
+from fisedit_compiler.graph.layout import SITES, Layout
+from fisedit_compiler.graph.sizes import row_symbol
+from fisedit_compiler.graph.specs import ValueSpec, spec_of
+from fisedit_compiler.passes.base import Pass, Rewriter, slot_name
+
+aten = torch.ops.aten
+fisedit = torch.ops.fisedit
+
+
+class GroupNorm(Pass):
+    """``group_norm`` to ``group_norm_sites`` with recorded or corrected statistics."""
+
+    name = "group_norm"
+    targets: ClassVar = frozenset({aten.group_norm.default})
+
+    def rewrite(self, node: fx.Node, rewriter: Rewriter) -> str | None:
+        x, groups, weight, bias, eps, *_ = [*node.args, None, None, 1e-5][: max(len(node.args), 5)]
+        assert isinstance(x, fx.Node) and isinstance(groups, int)
+        layout: Layout = x.meta["layout"]
+        if not layout.is_rows or 1 in layout.axes or 0 in layout.axes:
+            return f"the input is {layout} without a [batch, channels, sites] order"
+        if set(layout.axes) != set(range(2, layout.rank)):
+            return "axes other than sites are normalised together with channels"
+        if layout.axes != tuple(range(2, layout.rank)):
+            return "width comes before height"
+        assert layout.level is not None
+        batch, channels = spec_of(x).shape[0], spec_of(x).shape[1]
+        rows = _channels_last(rewriter, rewriter.rows(x), layout, node)
+        pair = (sympy.Integer(groups), sympy.Integer(2))
+        statistics_slot = rewriter.slot(slot_name(node, "statistics"), x, "statistics", groups)
+        statistics = rewriter.load(statistics_slot, ValueSpec((batch, *pair), torch.float32), node)
+        if rewriter.program.config.norm == "incremental":
+            slot = rewriter.slot(slot_name(node, "site_sums"), x, "site_sums", groups, of=str(statistics.args[0]))
+            sums_spec = ValueSpec((batch, rewriter.site_count(layout.level), *pair), torch.float32)
+            sums = rewriter.load(slot, sums_spec, node)
+            active = rewriter.active(layout.level, node)
+            statistics = rewriter.call(
+                fisedit.update_statistics.default, (rows, statistics, sums, active), spec_of(statistics), node
+            )
+        spec = ValueSpec((batch, row_symbol(layout.level), channels), spec_of(node).dtype)
+        args = (rows, statistics, weight, bias, groups, eps)
+        result = rewriter.call(fisedit.group_norm_sites.default, args, spec, node)
+        rewriter.replace(node, _dense_order(rewriter, result, layout, node))
+        return None
+
+
+def _channels_last(rewriter: Rewriter, rows: fx.Node, layout: Layout, node: fx.Node) -> fx.Node:
+    """``[B, N, C]`` rows of a ``[B, C, tokens]`` value (a map's rows already are)."""
+    if layout.packed_axes() == (0, SITES, 1):
+        return rows
+    spec = spec_of(rows)
+    swapped = ValueSpec((spec.shape[0], spec.shape[2], spec.shape[1]), spec.dtype)
+    return rewriter.call(aten.permute.default, (rows, [0, 2, 1]), swapped, node)
+
+
+def _dense_order(rewriter: Rewriter, rows: fx.Node, layout: Layout, node: fx.Node) -> fx.Node:
+    if layout.packed_axes() == (0, SITES, 1):
+        return rows
+    return rewriter.call(aten.permute.default, (rows, [0, 2, 1]), rewriter.row_spec(node), node)

@@ -1,0 +1,1 @@
+"""One edit or several, from checked arguments to results."""

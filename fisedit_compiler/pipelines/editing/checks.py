@@ -1,0 +1,234 @@
+"""Questions the Editor asks a pipeline and a prompt before it runs anything.
+
+Every function here either answers or raises an error with the remedy; none of them runs a model.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import inspect
+import json
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+from fisedit_compiler.errors import ConfigError, PromptError, RecordingError
+from fisedit_compiler.pipelines.editing.runs import Generation
+
+_LONGEST_BELIEVABLE_CONTEXT = 100_000
+_EXAMPLES = {"seed": 7, "num_inference_steps": 25, "height": 512, "width": 512}
+_GIVEN = (
+    "prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "height", "width", "generator", "latents",
+    "callback_on_step_end", "callback_on_step_end_tensor_inputs", "output_type",
+)  # fmt: skip
+"""Arguments of a pipeline's call that every run gives it."""
+_REFUSED = ("return_dict", "num_images_per_prompt", "prompt_embeds", "negative_prompt_embeds")
+"""Those that would change what a run is: one picture of one prompt."""
+
+
+def check_pipeline(pipe: Any) -> None:
+    """Refuse pipelines the Editor cannot drive.
+
+    Raises:
+        ConfigError: no ``unet``, no step callback that hands out the latents, or no way to start from given ones.
+    """
+    name = type(pipe).__name__
+    if getattr(pipe, "unet", None) is None:
+        raise ConfigError(f"{name} has no `unet`; the Editor drives Stable-Diffusion-like diffusers pipelines")
+    if "latents" not in getattr(pipe, "_callback_tensor_inputs", ()):
+        raise ConfigError(
+            f"{name} does not hand `latents` to `callback_on_step_end`; use compiled.record() and "
+            "compiled.edit() with it directly"
+        )
+    arguments = _arguments(pipe)
+    missing = [] if arguments is None else [argument for argument in _GIVEN if argument not in arguments]
+    if missing:
+        raise ConfigError(
+            f"{name} takes no {', '.join(map(repr, missing))}, which the Editor's runs need; use compiled.record() and "
+            "compiled.edit() with it directly, or Editor.load() with a text-to-image pipeline of the same parts"
+        )
+
+
+def check_numbers(seed: object, num_inference_steps: object, guidance_scale: object, *sizes: object) -> None:
+    """Refuse settings of a run that are no numbers of their kind.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    whole = [("seed", seed, 0), ("num_inference_steps", num_inference_steps, 1)]
+    whole += [(name, size, 1) for name, size in zip(("height", "width"), sizes, strict=True) if size is not None]
+    for name, value, least in whole:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise ConfigError(f"{name}={value!r} is no whole number; pass an int, such as {name}={_EXAMPLES[name]}")
+        if not least <= int(value) < 2**63:
+            raise ConfigError(f"{name}={value!r} must be {least} or more, and below 2**63")
+    if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, numbers.Real):
+        raise ConfigError(f"guidance_scale={guidance_scale!r} is no number; pass a float, 1 or less for no guidance")
+    if not math.isfinite(guidance_scale):
+        raise ConfigError(f"guidance_scale={guidance_scale!r} is not finite")
+
+
+def check_base(base: object) -> None:
+    """Refuse what no edit can start from.
+
+    Raises:
+        ConfigError: it is no result of the Editor.
+    """
+    if not isinstance(base, Generation):
+        raise ConfigError(
+            f"an edit starts from what generate(), load() or an edit returned, got a {type(base).__name__}; pass "
+            "`base` itself, not its image or prompt, as the first argument"
+        )
+
+
+def check_options(pipe: Any, options: Mapping[str, Any]) -> None:
+    """Refuse further arguments of the pipeline's call that it does not take, or that the Editor gives it itself.
+
+    Raises:
+        ConfigError: names the argument.
+    """
+    arguments = _arguments(pipe)
+    known = [name for name in arguments or () if name not in (*_GIVEN, *_REFUSED)]
+    for name in options:
+        if name in _GIVEN:
+            raise ConfigError(f"options[{name!r}]: the Editor gives the pipeline its {name!r} itself")
+        if name in _REFUSED:
+            raise ConfigError(f"options[{name!r}]: a run of the Editor makes one picture of one prompt; leave it out")
+        if arguments is not None and name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            meant = f"; did you mean {close[0]!r}?" if close else f"; it takes {', '.join(known)}"
+            raise ConfigError(f"options[{name!r}]: {type(pipe).__name__} takes no such argument{meant}")
+
+
+def check_nothing_mixes(pipe: Any, options: Mapping[str, Any]) -> None:
+    """Refuse what reads all sites between two UNet calls: an edit would move what lies outside its mask.
+
+    Raises:
+        ConfigError: guidance is rescaled, or the scheduler thresholds dynamically.
+    """
+    parameter = inspect.signature(type(pipe).__call__).parameters.get("guidance_rescale")
+    default = 0.0 if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
+    if options.get("guidance_rescale", default):
+        raise ConfigError(
+            f"guidance_rescale={options.get('guidance_rescale', default)} divides by a deviation over all sites, so an "
+            "edit would change what lies outside its mask; use options={'guidance_rescale': 0.0}, for zero "
+            "terminal SNR a lower guidance_scale"
+        )
+    if dict(getattr(pipe.scheduler, "config", {})).get("thresholding"):
+        raise ConfigError(
+            f"{type(pipe.scheduler).__name__} has thresholding=True, which divides by a quantile over all sites, so an "
+            "edit would change what lies outside its mask; make the scheduler with thresholding=False"
+        )
+
+
+def check_prompt(pipe: Any, prompt: object, what: str = "prompt") -> str:
+    """Return ``prompt`` if every tokenizer of ``pipe`` reads all of it.
+
+    Raises:
+        PromptError: not a string, or longer than a tokenizer's limit; names the words that would be cut off.
+    """
+    if not isinstance(prompt, str):
+        raise PromptError(f"the {what} is a {type(prompt).__name__}; the Editor takes one string per run")
+    for attribute in ("tokenizer", "tokenizer_2"):
+        tokenizer = getattr(pipe, attribute, None)
+        if tokenizer is None:
+            continue
+        limit = _token_limit(pipe, tokenizer, attribute)
+        if limit is not None and _num_tokens(tokenizer, prompt) > limit:
+            raise _too_long(tokenizer, prompt, limit, what)
+    return prompt
+
+
+def scheduler_fingerprint(scheduler: Any) -> str:
+    """Class and configuration of a scheduler as text; equal for schedulers that walk the same path."""
+    config = {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")}
+    return f"{type(scheduler).__name__} {json.dumps(config, sort_keys=True, default=str)}"
+
+
+def check_scheduler(expected: str, scheduler: Any, num_inference_steps: int) -> None:
+    """Refuse a scheduler other than the base's.
+
+    Some schedulers write their own settings when they are told the number of steps, so a run that the user made in
+    between may have changed what the user did not. Settings that lead to the same ones then are the same.
+
+    Raises:
+        RecordingError: names the settings that differ.
+    """
+    found = scheduler_fingerprint(scheduler)
+    if found == expected or _walk_alike(expected, scheduler, num_inference_steps):
+        return
+    old_name, old_config = expected.split(" ", 1)
+    new_name, new_config = found.split(" ", 1)
+    if old_name != new_name:
+        change = f"the base was made with {old_name}, the pipeline now has {new_name}"
+    else:
+        old, new = json.loads(old_config), json.loads(new_config)
+        keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+        change = f"{old_name} was changed since the base was made: " + ", ".join(
+            f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in keys
+        )
+    raise RecordingError(f"{change}; put the base's scheduler back, or generate the base again with this one")
+
+
+def _walk_alike(expected: str, scheduler: Any, num_inference_steps: int) -> bool:
+    name, config = expected.split(" ", 1)
+    if name != type(scheduler).__name__:
+        return False
+    try:
+        base, now = type(scheduler).from_config(json.loads(config)), copy.deepcopy(scheduler)
+        for one in (base, now):
+            one.set_timesteps(num_inference_steps)
+        return scheduler_fingerprint(base) == scheduler_fingerprint(now)
+    except Exception:  # not to be asked this way: what differs is named instead
+        return False
+
+
+def check_same(name: str, wanted: object, base: object) -> None:
+    """Refuse an option that must be the base's, if it was given and differs.
+
+    Raises:
+        ConfigError: ``wanted`` is neither ``None`` nor equal to ``base``.
+    """
+    if wanted is not None and wanted != base:
+        raise ConfigError(
+            f"{name}={wanted!r}, but the base was made with {base!r} and an edit follows its base step by "
+            f"step; leave {name} out, or generate a new base with {name}={wanted!r}"
+        )
+
+
+def _arguments(pipe: Any) -> list[str] | None:
+    """The names that a pipeline's call takes; ``None`` if it passes everything on to another.
+
+    ``**kwargs`` beside names is not believed: stock pipelines have it for arguments of the past and ignore the rest.
+    """
+    found = list(inspect.signature(type(pipe).__call__).parameters.values())[1:]
+    names = [one.name for one in found if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)]
+    passes_on = any(one.kind is one.VAR_KEYWORD for one in found) and not set(names) & set(_GIVEN)
+    return None if passes_on else names
+
+
+def _token_limit(pipe: Any, tokenizer: Any, attribute: str) -> int | None:
+    limit = int(getattr(tokenizer, "model_max_length", 0) or 0)
+    if 0 < limit < _LONGEST_BELIEVABLE_CONTEXT:
+        return limit
+    # Tokenizers saved without a limit report about 1e30; the text encoder's table of positions is the real
+    # one.
+    encoder = getattr(pipe, attribute.replace("tokenizer", "text_encoder"), None)
+    return getattr(getattr(encoder, "config", None), "max_position_embeddings", None)
+
+
+def _num_tokens(tokenizer: Any, text: str) -> int:
+    return len(tokenizer(text, truncation=False, verbose=False).input_ids)
+
+
+def _too_long(tokenizer: Any, prompt: str, limit: int, what: str) -> PromptError:
+    words = prompt.split()
+    kept = len(words)
+    while kept and _num_tokens(tokenizer, " ".join(words[:kept])) > limit:
+        kept -= 1
+    return PromptError(
+        f"the {what} has {_num_tokens(tokenizer, prompt)} tokens and the text encoder reads {limit}; it "
+        f"would not see {' '.join(words[kept:])!r}. Shorten the {what}"
+    )

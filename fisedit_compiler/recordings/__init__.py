@@ -1,0 +1,1 @@
+"""What runs leave behind: slots, turns of edits that share them, and copies of inputs."""

@@ -1,0 +1,110 @@
+"""From what an edited call computed to its slots: what the recording of an edit keeps, and what it shares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fisedit_compiler.lowering.program import CompiledProgram
+from fisedit_compiler.passes.base import Slot
+from fisedit_compiler.passes.programs.recording import SlotUpdate
+from fisedit_compiler.recordings.edited_slots import (
+    EditedSlots,
+    Entry,
+    Patch,
+    RowForm,
+    Turn,
+    Written,
+    WrittenSums,
+    entries_of,
+)
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def row_form(slot: Slot, update: SlotUpdate) -> RowForm:
+    """Where the rows of an update lie in its slot."""
+    assert slot.layout.level is not None
+    if slot.kind == "dense":
+        return RowForm.dense(slot.layout)
+    return RowForm(slot.layout.level, update.dim)
+
+
+def after_sparse_call(
+    program: CompiledProgram, base: Mapping[str, Tensor], turn: Turn, updates: Mapping[str, Tensor]
+) -> EditedSlots:
+    """The slots of a sparse call.
+
+    Args:
+        program: says what each update is.
+        base: slots of the call that was edited.
+        turn: the sites that rows belong to.
+        updates: what the update graph returned, by slot; kept as they are.
+    """
+    slots, known = {slot.name: slot for slot in program.slots}, entries_of(base)
+    changes: dict[str, Entry] = {}
+    for update in program.updates:
+        slot, value = slots[update.slot], updates[update.slot]
+        entry = known[update.slot]
+        if update.kind == "whole":
+            changes[update.slot] = value
+        elif update.kind == "rows":
+            patch = Patch(turn, value)
+            fresh = entry if isinstance(entry, Written) else Written(entry, row_form(slot, update), ())
+            changes[update.slot] = fresh.after(patch)
+        else:
+            centre = base[slot.of]
+            patch = Patch(turn, value, centre)
+            if not isinstance(entry, WrittenSums):
+                assert isinstance(entry, Tensor), "rows of site sums are never written without their centre"
+                entry = WrittenSums(entry, row_form(slot, update), (), centre, centre, update.channels)
+            changes[update.slot] = entry.centred_on(updates[slot.of]).after(patch)
+    return EditedSlots(base, changes, updates.values(), slots)
+
+
+def pinned_updates(program: CompiledProgram, turn: Turn, outputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The rows of the slots that hold outputs, of outputs that were set back after the step."""
+    slots = {slot.name: slot for slot in program.slots}
+    updates = {update.slot: update for update in program.updates}
+    rows = {}
+    for output, value in zip(program.outputs, outputs, strict=True):
+        if output.slot is not None and output.slot in updates:
+            form = row_form(slots[output.slot], updates[output.slot])
+            rows[output.slot] = form.gather(value, turn.sites[form.level])
+    return rows
+
+
+def after_dense_call(
+    program: CompiledProgram, base: Mapping[str, Tensor], recorded: Mapping[str, Tensor]
+) -> EditedSlots:
+    """The slots of a dense call inside an edit: whole tensors, except for those whose bits are the base's.
+
+    Args:
+        program: whose slots they are.
+        base: slots of the call that was edited.
+        recorded: all slots of the dense call; those that are kept are kept as they are.
+    """
+    names = [name for name, value in recorded.items() if value.numel() and name in base]
+    flags = [_same_bits(recorded[name], base[name]) for name in names]
+    # One transfer for all of them: on a GPU each answer by itself would be waited for.
+    same = dict(zip(names, torch.stack(flags).tolist(), strict=True)) if flags else {}
+    for slot in program.slots:
+        if slot.kind == "site_sums":
+            # What the base's are centred on is only right together with the base's statistics.
+            same[slot.name] = same.get(slot.name, True) and same.get(slot.of, True)
+    changes = {name: value for name, value in recorded.items() if name not in base or not same.get(name, True)}
+    return EditedSlots(base, changes, changes.values(), recorded)
+
+
+def unchanged(base: Mapping[str, Tensor], names: Sequence[str] | None = None) -> EditedSlots:
+    """The slots of a call that an edit answered from its recording: all of them (or those named) the base's."""
+    return EditedSlots(base, {}, (), names)
+
+
+def _same_bits(first: Tensor, second: Tensor) -> Tensor:
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return torch.tensor(False, device=first.device)
+    bits = _BITS[first.element_size()]
+    return (first.view(bits) == second.view(bits)).all()

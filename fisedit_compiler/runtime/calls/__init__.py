@@ -1,0 +1,1 @@
+"""From arguments to a call, and to the program that serves it."""

@@ -1,0 +1,351 @@
+"""Sparse calls on a GPU: one torch.compile per model, one CUDA graph per bucket of row counts.
+
+A graph replays fixed work on fixed addresses. So row counts are rounded up to buckets (the plan is padded by repeated
+rows), and what a call reads of its recording is staged by the graph itself: it begins by copying ring rows and small
+tensors to its own buffers, from wherever a table of addresses says, and finds keys and values through the same table.
+A call fills in the sample and the table. The pool of graphs is bounded.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from fisedit_compiler.compiling import one_at_a_time
+from fisedit_compiler.geometry.conv_tables import ConvKey
+from fisedit_compiler.geometry.site_plan import SitePlan
+from fisedit_compiler.kernels.addresses import is_plain
+from fisedit_compiler.lowering.errors import lowering_error
+from fisedit_compiler.lowering.inductor import compile_step
+from fisedit_compiler.progress import compiling
+from fisedit_compiler.recordings.slot_table import SlotLayout, SlotTable, slot_layout
+from fisedit_compiler.runtime.execution.graph_capture import capturing
+from fisedit_compiler.runtime.execution.hoisting import Hoisted, HoistedGroup
+
+if TYPE_CHECKING:
+    from fisedit_compiler.kernels.triton.stage_copies import CopyStager
+    from fisedit_compiler.kernels.triton.stage_rings import RingStager
+
+POOL_SIZE = 8
+Identity = tuple[Any, ...]
+Values = Mapping[str, Tensor]
+
+
+def bucket(count: int, least: int = 16) -> int:
+    """The padded size of ``count`` rows: a multiple of ``least``, at most an eighth above it from ``8 * least`` on."""
+    step = least
+    while step * 16 <= count:
+        step *= 2
+    return -(-max(count, 1) // step) * step
+
+
+def block_bucket(count: int, size: int) -> int:
+    """The padded number of blocks of ``size`` by ``size`` sites, in steps of 16 sites or a block.
+
+    It is 2 at least: a compiled step takes a dimension of 1 for a constant.
+    """
+    return max(bucket(count, max(16 // (size * size), 1)), 2)
+
+
+@dataclass(frozen=True)
+class HoistedNames:
+    """What a pool must know of one bundle: the names of its values, and whether they change at every call."""
+
+    values: tuple[str, ...]
+    per_call: bool
+    weights_only: bool
+
+
+@dataclass(frozen=True)
+class PreparedPlan:
+    """A padded plan on the device, the tables a graph needs of it, and the number of its bucket.
+
+    ``counts`` are the numbers of active sites before padding, per level.
+    """
+
+    bucket: int
+    plan: SitePlan
+    tables: dict[Identity, Tensor]
+    counts: Mapping[Fraction, int]
+
+
+@dataclass(frozen=True)
+class _GroupInputs:
+    """What of one bundle a graph reads: its entries in the table, or buffers of the graph that are copied to."""
+
+    entries: Tensor | None
+    buffers: tuple[tuple[str, Tensor], ...]
+
+
+@dataclass
+class _Graph:
+    """One captured graph and what has to be filled before a replay; the last three say what it was filled with."""
+
+    graph: torch.cuda.CUDAGraph
+    outputs: list[Tensor]
+    calls: list[tuple[str, Tensor]]
+    table: Tensor
+    slots: Tensor
+    layout: SlotLayout
+    unstaged: list[tuple[str, Tensor]]
+    groups: list[_GroupInputs]
+    tables: dict[Identity, Tensor]
+    rings: dict[ConvKey, Tensor]
+    stagers: list[CopyStager | RingStager]
+    plan: PreparedPlan
+    filled_groups: list[Callable[[], HoistedGroup | None]] = field(default_factory=list)
+    filled_slots: Tensor | None = None
+
+
+class GraphPool:
+    """Compiled step of one program, and its CUDA graphs by (shape, bucket)."""
+
+    def __init__(
+        self,
+        step: fx.GraphModule,
+        identities: Sequence[Identity],
+        slot_names: Sequence[str],
+        bundles: Sequence[HoistedNames],
+        rows: Mapping[int, tuple[int, Fraction]] = MappingProxyType({}),
+    ) -> None:
+        """``identities`` are ``meta["input"]`` of the staged step's placeholders, in order; see ``lowering/stage.py``.
+
+        ``slot_names`` gives the order of the table of addresses, ``bundles`` describes the groups of hoisted values in
+        theirs. ``rows`` says which outputs are rows, by position: on which axis, and of which level's active sites.
+        :attr:`strict` may be changed between runs, see :func:`~.lowering_errors.lowering_error`.
+        """
+        self.rows = rows
+        self.identities, self.slot_names, self.bundles = list(identities), tuple(slot_names), tuple(bundles)
+        self.step = step
+        self.strict = True
+        self._compiled: Callable[..., Any] | None = None
+        self._calls = [identity[1] for identity in self.identities if identity[0] == "call"]
+        self._graphs: OrderedDict[tuple[Any, ...], _Graph] = OrderedDict()
+        self._layouts: dict[tuple[Any, ...], SlotLayout] = {}
+        self._buckets: dict[tuple[Any, ...], int] = {}
+        self._memory: Any = None
+
+    def prepare(self, plan: SitePlan) -> PreparedPlan:
+        """Pad a plan to its bucket."""
+        rows: dict[Fraction, int] = {level: bucket(table.shape[0]) for level, table in plan.active.items()}
+        rings: dict[ConvKey, int] = {key: bucket(table.shape[0]) for key, table in plan.ring.items()}
+        blocks = {level: block_bucket(count, plan.block_size(level)) for level, count in plan.blocks.items()}
+        padded = plan.padded(rows, rings, blocks)
+        tables: dict[Identity, Tensor] = {}
+        for identity in self.identities:
+            kind, *rest = identity
+            if kind == "table":
+                tables[identity] = getattr(padded, rest[0])[rest[1]].contiguous()
+            elif kind == "iota":
+                ring = padded.ring[rest[0]]
+                tables[identity] = torch.arange(ring.shape[0], device=ring.device)
+        sizes = sorted((level, plan.block_size(level), count) for level, count in blocks.items())
+        key = (*sorted(rows.items()), *sorted(rings.items(), key=str), *sizes)
+        number = self._buckets.setdefault(key, len(self._buckets))
+        counts = {level: table.shape[0] for level, table in plan.active.items()}
+        return PreparedPlan(number, padded, tables, counts)
+
+    def run(self, prepared: PreparedPlan, tensors: Values, slots: SlotTable, hoisted: Hoisted) -> list[Tensor]:
+        """Replay (or first capture) the step; returned tensors are the caller's own.
+
+        Raises:
+            LoweringError: the step cannot be compiled or captured. It is not run eagerly here: that would be slow
+                without anybody knowing why.
+        """
+        shapes = tuple(tensors[name].shape for name in self._calls)
+        key = (prepared.bucket, shapes, *(group.form for group in hoisted.groups))
+        graph = self._graphs.get(key)
+        if graph is None:
+            graph = self._graphs[key] = self._capture(prepared, tensors, slots, hoisted)
+            while len(self._graphs) > POOL_SIZE:
+                self._graphs.popitem(last=False)
+        self._graphs.move_to_end(key)
+        for name, buffer in graph.calls:
+            buffer.copy_(tensors[name])
+        _fill(graph, prepared, slots, hoisted)
+        graph.graph.replay()
+        return [self._owned(position, output, prepared) for position, output in enumerate(graph.outputs)]
+
+    def _owned(self, position: int, output: Tensor, prepared: PreparedPlan) -> Tensor:
+        """A copy outside the graph's memory, without the rows that padding repeats."""
+        if position not in self.rows:
+            return output.clone()
+        axis, level = self.rows[position]
+        return output.narrow(axis, 0, prepared.counts[level]).clone(memory_format=torch.contiguous_format)
+
+    @one_at_a_time
+    def _capture(self, prepared: PreparedPlan, tensors: Values, slots: SlotTable, hoisted: Hoisted) -> _Graph:
+        device = tensors[self._calls[0]].device
+        layout = self._layouts.setdefault(
+            tuple(slots[name].shape for name in self.slot_names), slot_layout(slots, self.slot_names)
+        )
+        builder = _Inputs(self, prepared, device, layout)
+        arguments = [builder.add(identity, tensors, slots, hoisted) for identity in self.identities]
+        try:
+            graph = builder.graph(hoisted)
+            for name, buffer in graph.calls:
+                buffer.copy_(tensors[name])
+            _fill(graph, prepared, slots, hoisted)
+            if self._compiled is None:
+                self._compiled = compile_step(self.step)
+            self._capture_into(graph, self._compiled, arguments)
+        except Exception as error:
+            raise lowering_error(error, self.step, arguments, compile_step, self.strict) from error
+        return graph
+
+    def _capture_into(self, graph: _Graph, compiled: Callable[..., Any], arguments: Sequence[Tensor]) -> None:
+        def body() -> list[Tensor]:
+            for stager in graph.stagers:
+                stager.run(graph.table)
+            return list(compiled(*arguments))
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with compiling("Inductor"), torch.cuda.stream(stream):
+            for _ in range(2):
+                body()
+        torch.cuda.current_stream().wait_stream(stream)
+        if self._memory is None:
+            self._memory = torch.cuda.graph_pool_handle()
+        with compiling("CUDA graph"), capturing(graph.graph, self._memory):
+            graph.outputs.extend(body())
+
+
+def _fill(graph: _Graph, prepared: PreparedPlan, slots: SlotTable, hoisted: Hoisted) -> None:
+    """Bring what changed since the last replay: the host's part of it is on every call's critical path."""
+    if graph.plan is not prepared or graph.filled_slots is None:
+        for identity, table in graph.tables.items():
+            table.copy_(prepared.tables[identity])
+        for key, ring in graph.rings.items():
+            ring.copy_(prepared.plan.ring[key])
+        graph.plan = prepared
+    addresses = slots.addresses(graph.layout, graph.table.device)
+    if addresses is not graph.filled_slots:
+        graph.slots.copy_(addresses)
+        for name, buffer in graph.unstaged:
+            buffer.copy_(slots[name])
+        graph.filled_slots = addresses
+    for position, (group, inputs) in enumerate(zip(hoisted.groups, graph.groups, strict=True)):
+        if graph.filled_groups[position]() is group:
+            continue
+        if inputs.entries is not None:
+            inputs.entries.copy_(group.values.addresses)
+        moved = [(buffer, group.values[name]) for name, buffer in inputs.buffers if buffer is not group.values[name]]
+        if moved:
+            torch._foreach_copy_([buffer for buffer, _ in moved], [value for _, value in moved])
+        graph.filled_groups[position] = weakref.ref(group)
+
+
+class _Inputs:
+    """Makes a graph's inputs, one at a time, and collects how each is filled."""
+
+    def __init__(self, pool: GraphPool, prepared: PreparedPlan, device: torch.device, layout: SlotLayout) -> None:
+        self.pool, self.prepared, self.layout = pool, prepared, layout
+        self.position = {name: entry for entry, name in enumerate(pool.slot_names)}
+        entries = len(pool.slot_names)
+        self.home: dict[str, int] = {}
+        self.entries: list[slice | None] = []
+        for index, bundle in enumerate(pool.bundles):
+            self.home |= dict.fromkeys(bundle.values, index)
+            self.entries.append(slice(entries, entries + len(bundle.values)) if bundle.per_call else None)
+            if bundle.per_call:
+                self.position |= {name: entries + offset for offset, name in enumerate(bundle.values)}
+                entries += len(bundle.values)
+        self.table = torch.zeros(entries, dtype=torch.int64, device=device)
+        self.calls: list[tuple[str, Tensor]] = []
+        self.unstaged: list[tuple[str, Tensor]] = []
+        self.buffers: list[list[tuple[str, Tensor]]] = [[] for _ in pool.bundles]
+        self.tables: dict[Identity, Tensor] = {}
+        self.rings: dict[ConvKey, Tensor] = {}
+        self.copies: list[tuple[Tensor, int]] = []
+        self.ring_jobs: list[tuple[Tensor, int, ConvKey, int]] = []
+
+    def add(self, identity: Identity, tensors: Values, slots: SlotTable, hoisted: Hoisted) -> Tensor:
+        """The tensor the compiled step gets for one placeholder."""
+        kind, *rest = identity
+        if kind == "addresses":
+            return self.table
+        if kind == "addressed":
+            return slots.laid_out(self.layout, rest[0])  # only its shape and strides are read
+        if kind in ("table", "iota"):
+            buffer = self.tables[identity] = torch.empty_like(self.prepared.tables[identity])
+            if kind == "iota" or rest[0] != "inverse":
+                torch._dynamo.mark_dynamic(buffer, 0)
+            if identity[:2] == ("table", "taps") and rest[1].in_blocks:
+                torch._dynamo.mark_dynamic(buffer, 1)
+            return buffer
+        if kind == "ring_rows":
+            return self._ring(rest[0], rest[1], slots[rest[0]])
+        if kind == "call":
+            buffer = _buffer(tensors[rest[0]])
+            self.calls.append((rest[0], buffer))
+        elif kind == "slot":
+            value = slots[rest[0]]
+            buffer = torch.empty_strided(value.shape, self.layout[rest[0]], dtype=value.dtype, device=value.device)
+            if is_plain(buffer):
+                self.copies.append((buffer, self.position[rest[0]]))
+            else:
+                self.unstaged.append((rest[0], buffer))
+        else:
+            buffer = self._hoisted(rest[0], hoisted[rest[0]])
+        return buffer
+
+    def _ring(self, slot: str, key: ConvKey, canvas: Tensor) -> Tensor:
+        ring = self.prepared.plan.ring[key]
+        if key not in self.rings:
+            self.rings[key] = torch.empty_like(ring)
+        buffer = canvas.new_empty(canvas.shape[0], ring.shape[0], canvas.shape[2])
+        self.ring_jobs.append((buffer, self.position[slot], key, canvas.shape[1]))
+        torch._dynamo.mark_dynamic(buffer, 1)
+        return buffer
+
+    def _hoisted(self, name: str, value: Tensor) -> Tensor:
+        index = self.home[name]
+        bundle = self.pool.bundles[index]
+        # Packed weights are a gigabyte: a graph reads them where they are.
+        buffer = value if bundle.weights_only else _buffer(value)
+        if bundle.per_call and is_plain(buffer) and is_plain(value):
+            self.copies.append((buffer, self.position[name]))
+        else:
+            self.buffers[index].append((name, buffer))
+        return buffer
+
+    def graph(self, hoisted: Hoisted) -> _Graph:
+        """The graph, not captured and not filled yet."""
+        from fisedit_compiler.kernels.triton.stage_copies import CopyStager
+        from fisedit_compiler.kernels.triton.stage_rings import RingStager
+
+        stagers: list[CopyStager | RingStager] = []
+        if self.copies:
+            stagers.append(CopyStager([buffer for buffer, _ in self.copies], [entry for _, entry in self.copies]))
+        for dtype in dict.fromkeys(buffer.dtype for buffer, *_ in self.ring_jobs):
+            jobs = [job for job in self.ring_jobs if job[0].dtype == dtype]
+            stagers.append(
+                RingStager(
+                    [buffer for buffer, *_ in jobs],
+                    [entry for _, entry, *_ in jobs],
+                    [self.rings[key] for _, _, key, _ in jobs],
+                    [sites for *_, sites in jobs],
+                )
+            )
+        groups = [
+            _GroupInputs(None if entries is None else self.table[entries], tuple(buffers))
+            for entries, buffers in zip(self.entries, self.buffers, strict=True)
+        ]
+        return _Graph(
+            torch.cuda.CUDAGraph(), [], self.calls, self.table, self.table[: len(self.pool.slot_names)], self.layout,
+            self.unstaged, groups, self.tables, self.rings, stagers, self.prepared,
+            filled_groups=[lambda: None for _ in hoisted.groups],
+        )  # fmt: skip
+
+
+def _buffer(value: Tensor) -> Tensor:
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)

@@ -1,0 +1,334 @@
+"""A compiled program bound to a module's weights, ready to run.
+
+Binding shares the module's own parameters (never copies) and notices when the module replaced one. Which run is made
+and what is recorded is decided in ``edit_session.py`` and ``record_session.py``.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from functools import cached_property
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from fisedit_compiler.compiling import made_once, one_at_a_time
+from fisedit_compiler.config import SparsifyConfig
+from fisedit_compiler.errors import LoweringError
+from fisedit_compiler.geometry.block_sizes import BlockSizes
+from fisedit_compiler.geometry.site_plan import SitePlan
+from fisedit_compiler.lowering.program import CompiledProgram
+from fisedit_compiler.lowering.stage import stage
+from fisedit_compiler.passes.programs.hoist import Bundle
+from fisedit_compiler.recordings.slot_table import SlotTable
+from fisedit_compiler.runtime.execution.backend import ProgramBackend
+from fisedit_compiler.runtime.execution.cuda_graphs import GraphPool, HoistedNames, PreparedPlan
+from fisedit_compiler.runtime.execution.dense_module import DenseModule
+from fisedit_compiler.runtime.execution.hoisting import HoistCache
+from fisedit_compiler.runtime.execution.recorded_samples import are_independent
+from fisedit_compiler.runtime.execution.sample_axes import BatchAxes, batch_axes
+from fisedit_compiler.tensors.contents import Later
+
+PER_CALL = frozenset({"timestep"})
+"""Inputs that change from call to call."""
+
+
+class Executable:
+    """One compiled program on one module.
+
+    Graph modules are made on first use: an edit does not pay for the recording graph, nor the reverse.
+    """
+
+    def __init__(self, program: CompiledProgram, module: nn.Module, config: SparsifyConfig) -> None:
+        self.program, self.module, self.config = program, module, config
+        self.checked = False
+        self.backend = ProgramBackend(config, type(module).__name__)
+        self.hoisted = HoistCache(PER_CALL, graphs=config.backend != "eager")
+        self.dense = DenseModule(module)
+        self.slot_names = tuple(slot.name for slot in program.slots)
+        samples = [s.name for s in program.slots if s.origin == program.spatial[0] and s.kind == "canvas"]
+        self.sample_slot = samples[0] if samples else None
+        self._graphs: dict[str, fx.GraphModule] = {}
+        self._bundles: list[tuple[Bundle, fx.GraphModule]] = []
+        self._attributes: dict[str, Any] = {}
+        self._pool: GraphPool | None = None
+        self._update_pool: GraphPool | None = None
+        self._prepared: OrderedDict[tuple[bool, int], tuple[SitePlan, PreparedPlan]] = OrderedDict()
+        self._plans: OrderedDict[tuple[Any, ...], SitePlan] = OrderedDict()
+        self.block_sizes = BlockSizes(program.layers)
+
+    # -- weights ---------------------------------------------------------------------------------
+
+    def rebind(self) -> None:
+        """Follow parameters and buffers that the module replaced since the graphs were bound."""
+        if any(self._resolve(name) is not bound for name, bound in self._attributes.items()):
+            self.unbind()
+
+    def unbind(self) -> None:
+        """Let go of the module's parameters; the program is bound to those of the moment at its next call."""
+        if self._attributes:
+            self._graphs.clear()
+            self._bundles.clear()
+            self._drop_pools()
+            self._attributes.clear()
+            self.hoisted.clear()
+
+    def _resolve(self, name: str) -> Any:
+        constant = self.program.constants.get(name)
+        return constant if constant is not None else attrgetter(name)(self.module)
+
+    def _bind(self, graph: fx.Graph) -> fx.GraphModule:
+        attributes = {
+            str(node.target): self._resolve(str(node.target)) for node in graph.nodes if node.op == "get_attr"
+        }
+        self._attributes.update(attributes)
+        bound = fx.GraphModule(dict(attributes), graph)
+        return bound.eval()
+
+    def _graph(self, name: str) -> fx.GraphModule:
+        return made_once(self._graphs, name, lambda: self._bind(attrgetter(name)(self.program)))
+
+    def _bundle_modules(self) -> list[tuple[Bundle, fx.GraphModule]]:
+        if not self._bundles:
+            self._bundles = [(bundle, self._bind(bundle.graph)) for bundle in self.program.bundles]
+        return self._bundles
+
+    # -- runs ------------------------------------------------------------------------------------
+
+    def record(self, tensors: Mapping[str, Tensor], *, maps: bool = False) -> tuple[list[Any], dict[str, Tensor]]:
+        """The dense call: the model's flat outputs, and every slot; with ``maps`` also the cross-attention maps."""
+        arguments = [tensors[spec.identifier()] for spec in self.program.signature.tensors]
+        flat = self._graph("maps.recording" if maps else "recording")(*arguments)
+        return self._stored(flat, arguments)
+
+    def reuse(
+        self, tensors: Mapping[str, Tensor], maps: Mapping[str, Tensor], columns: Tensor, *, record: bool
+    ) -> tuple[list[Any], dict[str, Tensor]]:
+        """The dense call with columns of recorded cross-attention maps.
+
+        Args:
+            tensors: of the call, by placeholder name.
+            maps: the recorded maps by slot name, of the same samples.
+            columns: int64 ``[B, T]``: for every token the recorded column, or -1 for its own.
+            record: also return every slot, and the maps as they were used.
+        """
+        name = "maps.reuse_recording" if record else "maps.reuse"
+        graph = self._graph(name)
+        arguments: list[Any] = []
+        for node in graph.graph.nodes:
+            if node.op == "placeholder":
+                kind, *rest = node.meta["input"]
+                arguments.append(columns if kind == "columns" else (maps if kind == "slot" else tensors)[rest[0]])
+        return self._stored(graph(*arguments), arguments)
+
+    def _stored(self, flat: Sequence[Any], arguments: Sequence[Any]) -> tuple[list[Any], dict[str, Tensor]]:
+        """The outputs of a dense call, and its slots, with its maps if there are any, as tensors of their own."""
+        names: tuple[str, ...] = self.slot_names
+        if len(flat) == len(self.program.outputs):
+            names = ()
+        elif len(flat) > len(self.program.outputs) + len(names):
+            names = (*names, *self.map_names)
+        outputs, stored = self._divide(flat, names)
+        borrowed = [*arguments, *(value for value in outputs if isinstance(value, Tensor))]
+        return outputs, {name: _own(value, borrowed) for name, value in stored.items()}
+
+    def step(
+        self,
+        tensors: Mapping[str, Tensor],
+        slots: Mapping[str, Tensor],
+        plan: SitePlan,
+        *,
+        update: bool,
+        scalars: Mapping[str, float] | None = None,
+        strict: bool = False,
+        later: Later | None = None,
+    ) -> tuple[list[Any], dict[str, Tensor]]:
+        """The sparse call; with ``update`` also what it changes of its slots, by name (see ``program.updates``).
+
+        ``scalars`` and ``later`` are those of :meth:`HoistCache.evaluate`.
+        With ``backend="auto"`` a call that cannot be lowered is made again eagerly, as all later ones are.
+
+        Raises:
+            LoweringError: it cannot be lowered, and the backend is ``"inductor"`` or ``strict`` is set.
+        """
+        strict = strict or self.backend.is_strict
+        try:
+            return self._step(tensors, slots, plan, update, scalars or {}, strict, later)
+        except LoweringError as error:
+            if strict:
+                raise
+            self.backend.give_up(error)
+        # Outside of the handler: the error's frames hold what the attempt had allocated.
+        self._drop_pools()
+        self.hoisted.run_eagerly()
+        return self._step(tensors, slots, plan, update, scalars or {}, strict, later)
+
+    def _step(
+        self,
+        tensors: Mapping[str, Tensor],
+        slots: Mapping[str, Tensor],
+        plan: SitePlan,
+        update: bool,
+        scalars: Mapping[str, float],
+        strict: bool,
+        later: Later | None,
+    ) -> tuple[list[Any], dict[str, Tensor]]:
+        lowered = self.is_lowered(tensors)
+        if not lowered and self.backend.refused is not None:
+            self.hoisted.run_eagerly()
+        batch = tensors[self.program.spatial[0]].shape[0]
+        hoisted = self.hoisted.evaluate(self._bundle_modules(), tensors, batch, scalars, later)
+        names = [changed.slot for changed in self.program.updates] if update else []
+        if lowered and not plan.is_empty:
+            pool, prepared = self._graph_pool(update), self._prepare(plan, update)
+            pool.strict = strict
+            return self._divide(pool.run(prepared, tensors, SlotTable.of(slots), hoisted), names)
+        graph: fx.Graph = self.program.update if update else self.program.step
+        arguments: list[Any] = []
+        for node in graph.nodes:
+            if node.op != "placeholder":
+                continue
+            kind, *rest = node.meta["input"]
+            if kind == "call":
+                arguments.append(tensors[rest[0]])
+            elif kind == "slot":
+                arguments.append(slots[rest[0]])
+            elif kind == "hoisted":
+                arguments.append(hoisted[rest[0]])
+            else:
+                arguments.append(getattr(plan, rest[0])[rest[1]])
+        outputs, stored = self._divide(self._graph("update" if update else "step")(*arguments), names)
+        if any(output.slot is None for output in self.program.outputs):
+            # An output without sites may be a hoisted value itself, or a view of one.
+            kept = [*hoisted.values(), *slots.values()]
+            outputs = [_own(value, kept) if isinstance(value, Tensor) else value for value in outputs]
+        # The caller gets the outputs and may write to them; what is recorded must not follow.
+        return outputs, {name: _own(value, outputs) for name, value in stored.items()}
+
+    def is_lowered(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether a call with these tensors runs as Inductor and CUDA graphs make it, not interpreted."""
+        return self._uses_cuda_graphs(tensors)
+
+    def _uses_cuda_graphs(self, tensors: Mapping[str, Tensor]) -> bool:
+        return self.backend.on(tensors[self.program.spatial[0]].device) == "inductor"
+
+    def interpreted_step(self) -> fx.GraphModule:
+        """The step's graph on the module's weights, as nothing has compiled or staged it."""
+        return self._graph("step")
+
+    def _graph_pool(self, update: bool = False) -> GraphPool:
+        """The pool of the step, or of the step that also returns updates; each is compiled on first use."""
+        pool = self._update_pool if update else self._pool
+        if pool is None:
+            pool = self._make_pool(update)
+            if update:
+                self._update_pool = pool
+            else:
+                self._pool = pool
+        return pool
+
+    def _drop_pools(self) -> None:
+        self._pool = self._update_pool = None
+        self._prepared.clear()
+
+    @one_at_a_time
+    def _make_pool(self, update: bool) -> GraphPool:
+        program = self.program
+        graph = stage(program.update if update else program.step, self.slot_names)
+        identities = [node.meta["input"] for node in graph.nodes if node.op == "placeholder"]
+        bundles = [
+            HoistedNames(bundle.values, bool(bundle.dependences & PER_CALL), not bundle.dependences)
+            for bundle in program.bundles
+        ]
+        rows: dict[int, tuple[int, Fraction]] = {}
+        if update:
+            levels = {slot.name: slot.layout.level for slot in program.slots}
+            for position, changed in enumerate(program.updates, start=len(program.outputs)):
+                level = levels[changed.slot]
+                if changed.kind != "whole" and level is not None:
+                    rows[position] = (changed.dim, level)
+        return GraphPool(self._bind(graph), identities, self.slot_names, bundles, rows)
+
+    def _prepare(self, plan: SitePlan, update: bool = False, kept: int = 8) -> PreparedPlan:
+        # Buckets are numbered by pool, so a plan is prepared for each by itself.
+        key = (update, id(plan))
+        if key not in self._prepared:
+            self._prepared[key] = (plan, self._graph_pool(update).prepare(plan))
+            while len(self._prepared) > kept:
+                self._prepared.popitem(last=False)
+        return self._prepared[key][1]
+
+    def base_outputs(self, slots: Mapping[str, Tensor]) -> list[Tensor] | None:
+        """The recorded outputs, or ``None`` if an output is not spatial and so not recorded."""
+        names = [output.slot for output in self.program.outputs]
+        if any(name is None for name in names):
+            return None
+        return [slots[str(name)].clone() for name in names]
+
+    def _divide(self, flat: Sequence[Any], names: Sequence[str]) -> tuple[list[Any], dict[str, Tensor]]:
+        count = len(self.program.outputs)
+        return list(flat[:count]), dict(zip(names, flat[count:], strict=True))
+
+    @cached_property
+    def batch_axes(self) -> tuple[BatchAxes, BatchAxes]:
+        """The batch axis of every slot's value, and of its rows; for errors see :func:`~.sample_axes.batch_axes`."""
+        return batch_axes(self.program)
+
+    def assemble(self, outputs: list[Any]) -> Any:
+        """The model's own output structure from flat outputs."""
+        return pytree.tree_unflatten(outputs, self.program.treespec)
+
+    @property
+    def map_names(self) -> tuple[str, ...]:
+        """The slots of cross-attention maps."""
+        return tuple(slot.name for slot in self.program.maps.slots)
+
+    @cached_property
+    def independent_samples(self) -> bool:
+        """Whether a call may be made with some samples of its batch only."""
+        return are_independent(self.program.captured.graph, self.program.signature)
+
+    def text_length(self, tensors: Mapping[str, Tensor]) -> int:
+        """How many tokens a call's text has: columns of its cross-attention maps."""
+        tokens = self.program.maps.tokens
+        if tokens.is_Integer:
+            return int(tokens)
+        spec = next(spec for spec in self.program.signature.tensors if "t" in spec.axes)
+        return int(tensors[spec.identifier()].shape[spec.axes.index("t")])
+
+    # -- plans -----------------------------------------------------------------------------------
+
+    def plan(self, mask: Tensor, dilation: int, sample: Tensor, kept: int = 8) -> SitePlan:
+        """The site plan of a mask (bool ``[H, W]``) for calls with such a sample; recent ones are kept.
+
+        The sample tells where the tables go, and what block sizes are chosen for: its batch, precision and device.
+        """
+        device, batch = sample.device, sample.shape[0]
+        key = (mask.shape, mask.cpu().numpy().tobytes(), dilation, str(device), batch, sample.dtype)
+        if key not in self._plans:
+            plan = SitePlan.build(mask, self.program.levels, self.program.convs, dilation=dilation)
+            self._plans[key] = self.divided(plan, batch, sample.element_size(), device.type).to(device)
+            while len(self._plans) > kept:
+                self._plans.popitem(last=False)
+        self._plans.move_to_end(key)
+        return self._plans[key]
+
+    def divided(self, plan: SitePlan, batch: int, element_size: int, device_type: str) -> SitePlan:
+        """A plan in blocks of the configured size, or of the sizes with the smallest estimates."""
+        if self.config.block_size is None:
+            return plan.blocked(self.block_sizes.choose(plan, batch, element_size, device_type))
+        return plan.blocked(dict.fromkeys(self.block_sizes.levels, self.config.block_size))
+
+
+def _own(value: Tensor, borrowed: Sequence[Tensor]) -> Tensor:
+    """A tensor with a storage of exactly its size that nobody else writes to."""
+    storage = value.untyped_storage()
+    shared = any(storage.data_ptr() == other.untyped_storage().data_ptr() for other in borrowed)
+    if shared or storage.nbytes() != value.nbytes:
+        return value.clone(memory_format=torch.contiguous_format)
+    return value

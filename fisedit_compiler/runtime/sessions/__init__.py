@@ -1,0 +1,1 @@
+"""What a mode does with the calls of a run: recording, editing, checking."""

@@ -1,0 +1,256 @@
+"""Editing a recorded run: a session sees its calls one by one and decides how each of them runs.
+
+Whether a call fits the recording is found out in ``edit_checks.py``, what the calls leave behind is put together in
+``edit_recorder.py``. A session owns no graph: running is ``executable.py``'s business, entering and leaving the mode
+``module.py``'s.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisedit_compiler import masks
+from fisedit_compiler.config import SparsifyConfig
+from fisedit_compiler.errors import ConfigError
+from fisedit_compiler.geometry.site_plan import SitePlan
+from fisedit_compiler.masks import grown
+from fisedit_compiler.recordings.edited_slots import Turn
+from fisedit_compiler.recordings.recording import CallRecord, Recording
+from fisedit_compiler.runtime.calls.call import Call, CallKind
+from fisedit_compiler.runtime.calls.programs import ProgramStore
+from fisedit_compiler.runtime.execution.executable import Executable
+from fisedit_compiler.runtime.sessions.copies import OwnSites, masks_of_copies
+from fisedit_compiler.runtime.sessions.dense_calls import DenseCalls
+from fisedit_compiler.runtime.sessions.edit_checks import EditChecks
+from fisedit_compiler.runtime.sessions.edit_recorder import EditRecorder
+from fisedit_compiler.runtime.sessions.fallback import dense_reason, pin, pinning_plan, run_densely
+from fisedit_compiler.runtime.sessions.measured import Measured
+from fisedit_compiler.tensors.contents import Later
+
+logger = logging.getLogger(__name__)
+
+
+class EditSession:
+    """Runs calls against a recording: densely until a mask is set, sparsely (or pinned, see ``fallback``) from then on.
+
+    Attributes:
+        recording: the base run.
+        copies: how many edits are made at once; a call has so many times the recorded batch.
+        call: calls made so far.
+        mask: bool ``[H, W]`` at the spatial input's resolution, or ``None`` while calls run densely. Of several masks,
+            their union.
+        masks: bool ``[copies, H, W]`` if the copies have different ones, else ``None``.
+        fallback: why calls with the mask run densely, as a sentence; ``None`` if they run sparsely.
+        timings: kind and wall seconds of every call (on CUDA: of its launch).
+        computed_samples: how many samples of the batch every call computed: fewer than the batch where a dense call
+            found some recorded already, none if it was skipped.
+        reused_maps: for every call, whether columns of recorded cross-attention maps took part.
+        is_empty: whether the mask is empty, so that calls give the recorded outputs back.
+        ran: the program of the last sparse call, its batch, bytes of an element and type of device.
+    """
+
+    def __init__(
+        self,
+        recording: Recording,
+        config: SparsifyConfig,
+        mask: Any = None,
+        record: bool = False,
+        copies: int = 1,
+        programs: ProgramStore | None = None,
+        explain: Callable[[EditSession], Any] = str,
+    ) -> None:
+        """``explain`` answers :meth:`explain`; other arguments are those of ``compiled.edit()``."""
+        if isinstance(copies, bool) or not isinstance(copies, int) or copies < 1:
+            raise ConfigError(f"copies={copies!r}: it is the number of edits made at once, a whole number from 1 on")
+        self.recording, self.config, self.copies, self.programs = recording, config, copies, programs
+        self._explain = explain
+        self.call = 0
+        self.mask: Tensor | None = None
+        self.masks: Tensor | None = None
+        self.plan: SitePlan | None = None
+        self.fallback: str | None = None
+        self._recorder = EditRecorder(recording, copies, record)
+        self.timings: list[tuple[CallKind, float]] = []
+        self.computed_samples: list[int] = []
+        self.reused_maps: list[bool] = []
+        self._computed, self._reused = 0, False
+        self._later: Later | None = None
+        self._dense = DenseCalls(recording, config.skip_recorded, copies)
+        self._checks = EditChecks(recording, config, copies)
+        self.is_empty = False
+        self._mask_set_at = 0
+        self.ran: tuple[Executable, int, int, str] | None = None
+        self._turn: Turn | None = None
+        self._own_sites: OwnSites | None = None
+        if mask is not None:
+            self.set_mask(mask)
+
+    @property
+    def result(self) -> Recording | None:
+        """With ``record=True``, the edited run as a recording of its own; of several copies see ``results``."""
+        return self.results[0] if self.copies == 1 and self.results else None
+
+    @property
+    def results(self) -> tuple[Recording, ...]:
+        """With ``record=True``, the edited run as a recording of its own, one for each copy."""
+        return self._recorder.results
+
+    def set_mask(self, mask: Any, *, densely: str | None = None) -> None:
+        """Edit inside the mask only from the next call on: sparsely, or densely above the break-even (``fallback``).
+
+        Args:
+            mask: what to change, as anything :func:`fisedit_compiler.masks.to_site_mask` accepts: bool or uint8 or
+                float torch tensor or numpy array or PIL image or path, at latent resolution or a multiple of it. With
+                ``copies``, one for all of them or a sequence or stack ``[copies, H, W]`` of one each.
+            densely: why calls are to run densely whatever the mask's area, as a sentence (becomes ``fallback``).
+
+        Raises:
+            MaskError: its size, dtype or contents do not fit the recording, or their number does not.
+        """
+        size = (self.recording.height, self.recording.width)
+        self.mask, self.masks = masks_of_copies(mask, self.copies, *size)
+        self._checks.set_masks(self.mask[None] if self.masks is None else self.masks)
+        self.plan = self._turn = self._own_sites = None
+        self._mask_set_at = len(self.timings)
+        self.is_empty = not bool(self.mask.any())
+        reason = dense_reason(self.mask, self.config, self.recording.device) if densely is None else densely
+        told, self.fallback = self.fallback, reason
+        if self.fallback is not None and told is None:
+            logger.info(self.fallback)
+
+    def reuse_maps(self, columns: Tensor | None) -> None:
+        """Take columns of the base's cross-attention maps in dense calls while no mask is set (prompt-to-prompt).
+
+        Attention to a word that both prompts have then stays where it was in the base, so that the latents move less
+        where nothing is to change. Calls that the recording has no maps of run as they would without.
+
+        Args:
+            columns: int64 ``[T]``, or ``[B, T]`` with a row for each sample of the batch (with guidance, a row of -1
+                for the unconditional half): for every token of the edited prompt, padding included, the token of the
+                base's prompt whose column it takes, or -1 for its own. See
+                :func:`fisedit_compiler.pipelines.editing.words.token_columns`. ``None`` switches it off.
+
+        Raises:
+            ConfigError: another dtype or shape, or a token that the base's text does not have.
+            RecordingError: the recording has no maps: record with ``compiled.record(maps=...)``.
+        """
+        self._dense.reuse(columns)
+
+    def before(self) -> None:
+        """Look whether the module is still the one that was recorded; see :mod:`.edit_checks`.
+
+        Raises:
+            RecordingError: its weights are not those of the recording any more.
+        """
+        if self.programs is not None and self._checks.looks_first(self.call):
+            self._checks.weights(self.programs.glance().weights, self.call)
+
+    def handle(self, call: Call) -> Any:
+        base = self._checks.before(call, self.call)
+        self._later = self._recorder.later = self._checks.later(call, self.call)
+        start = time.perf_counter()
+        self._computed, self._reused = base.batch, False
+        kind, result = self._run(call, base)
+        self.timings.append((kind, time.perf_counter() - start))
+        self.computed_samples.append(self._computed)
+        self.reused_maps.append(self._reused)
+        self._checks.after(call, self.call, base, result, self._later)
+        if self.programs is not None and not self._checks.looks_first(self.call):
+            now = self.programs.glance()
+            self._checks.weights(now.weights, self.call)
+            self._checks.structure(call, now.structure, base, self.call)
+        self.call += 1
+        return result
+
+    def finish(self) -> None:
+        """Check that the run made as many calls as the recording has, with inputs that fit it.
+
+        Raises:
+            RecordingError: it made fewer, or the inputs of one of them were others.
+        """
+        if self.programs is not None:
+            self._checks.weights(self.programs.key.weights, self.call)
+        self._checks.finish(self.call)
+        self._recorder.finish()
+
+    def explain(self) -> Any:
+        """What the calls of this edit run as: how much is active, in what blocks, at what cost, and why if densely.
+
+        Returns:
+            An :class:`~fisedit_compiler.inspect.explanation.Explanation`. Formulas are evaluated for the recorded calls
+            and prompts of 77 tokens.
+        """
+        return self._explain(self)
+
+    def measured(self) -> tuple[Measured, ...]:
+        """The median times of this session's calls by kind; of calls that need a mask, those with the last one."""
+        recorded = self.recording.calls[0]
+        size = (recorded.batch * self.copies, recorded.height, recorded.width)
+        area = 0.0 if self.mask is None else masks.area(grown(self.mask, self.config.dilation))
+        found = []
+        for kind in ("dense", "sparse", "skipped"):
+            timings = list(zip(self.timings, self.computed_samples, strict=True))
+            if kind != "dense":
+                timings = timings[self._mask_set_at :]
+            # A dense call that computed a part of the batch says nothing about what a dense call costs.
+            whole = 0 if kind == "skipped" else size[0]
+            seconds = [took for (ran_as, took), samples in timings if ran_as == kind and samples == whole]
+            if seconds:
+                share = 1.0 if kind == "dense" else area
+                found.append(Measured(kind, len(seconds), median(seconds), *size, share, self.recording.device))
+        return tuple(found)
+
+    def _run(self, call: Call, base: CallRecord) -> tuple[CallKind, Any]:
+        executable = call.executable
+        if self.mask is None:
+            ran = self._dense.run(call, base, record=bool(self._recorder))
+            self._computed, self._reused = ran.samples, ran.reused
+            if ran.kind == "skipped":
+                self._recorder.unchanged(call, maps=True)
+            else:
+                self._recorder.dense(call, ran.slots)
+            return ran.kind, ran.result
+        if self.is_empty:
+            recorded = executable.base_outputs(base.slots)
+            if recorded is not None:
+                self._computed = 0
+                # Maps are of the base's text, which need not be this call's.
+                self._recorder.unchanged(call, maps=False)
+                return "skipped", executable.assemble(recorded)
+        if self.fallback is not None:
+            if self.plan is None:
+                self.plan = pinning_plan(self.mask, executable.program, self.config.dilation, call.sample.device)
+            own = self._own(executable, call.sample.device)
+            result, slots = run_densely(call, base, own or self.plan, record=bool(self._recorder))
+            self._recorder.dense(call, slots)
+            return "dense", result
+        if self.plan is None:
+            self.plan = executable.plan(self.mask, self.config.dilation, call.sample)
+        scalars = {} if base.timestep is None else {"timestep": base.timestep}
+        sample = call.sample
+        self.ran = (executable, sample.shape[0], sample.element_size(), sample.device.type)
+        update = bool(self._recorder)
+        outputs, updates = executable.step(
+            call.tensors, base.slots, self.plan, update=update, scalars=scalars, later=self._later
+        )
+        own = self._own(executable, sample.device)
+        if own is not None:
+            outputs = pin(outputs, executable.program, base.slots, own)
+        if self._turn is None:
+            self._turn = Turn(self.plan.active)
+        self._recorder.sparse(call, self._turn, outputs, updates, own)
+        return "sparse", executable.assemble(outputs)
+
+    def _own(self, executable: Executable, device: torch.device) -> OwnSites | None:
+        """What each copy may change, if that differs."""
+        samples, dilation = self.recording.calls[self.call].batch, self.config.dilation
+        if self.masks is not None and (self._own_sites is None or self._own_sites.samples != samples):
+            self._own_sites = OwnSites(self.masks, samples, executable.program, dilation, device)
+        return self._own_sites

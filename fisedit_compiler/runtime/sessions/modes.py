@@ -1,0 +1,193 @@
+"""Which mode a module is in, entered and left so that no interrupt leaves it in one for good.
+
+Ctrl-C may strike between any two instructions: after ``__enter__`` has returned to ``ExitStack``, or at the first
+instruction of ``__exit__``, where no ``try`` can stand. So a mode is not a flag that somebody must remember to clear.
+It lasts *as long as somebody can leave it*: what a ``with`` statement keeps of a context manager is what it found under
+``__exit__``, which is made anew for each look-up here and only watched, by a weak reference. When the statement is
+over, however it ended, that object is gone, and so is the mode. Tracebacks keep frames and their variables, not this
+object. (Where a mode is entered without a ``with`` statement, as ``ExitStack`` does, the :class:`Mode` itself is
+watched, which a traceback may keep; :meth:`Modes.reset` leaves it.)
+
+No lock is held either, which an interrupt might leave locked: a claim is one insertion into a dictionary, and the first
+living claim counts.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from fisedit_compiler.errors import ModeError
+from fisedit_compiler.runtime.sessions.blocks import Block
+
+T = TypeVar("T")
+Body = Generator[tuple[Any, T], None, None]
+"""What a mode does: yields once, its session (``None``: calls run as the original's) and what the block gets. What
+stands after the ``yield`` runs only if the block ended well; a ``finally`` runs in any case."""
+
+
+@dataclass(eq=False)
+class Entered:
+    """A mode that was entered.
+
+    Attributes:
+        name: ``record``, ``edit``, ...
+        block: who entered it.
+        leaver: alive as long as somebody can leave it.
+        session: what handles calls; ``None`` while the mode is made ready, and in modes without calls.
+    """
+
+    name: str
+    block: Block
+    leaver: Callable[[], object]
+    session: Any = None
+
+
+class Modes:
+    """The modes of one module, of which one at most is active."""
+
+    def __init__(self) -> None:
+        # In the order of their claims; the first that is alive is active.
+        self._claims: dict[Entered, None] = {}
+        self.waiting: str | None = None
+        """Name of the mode that was made last, until one is entered."""
+
+    def remind(self) -> None:
+        """Say that a call is the original module's although a mode was made for it."""
+        name, self.waiting = self.waiting, None
+        if name is not None:
+            warnings.warn(_not_entered(name), RuntimeWarning, stacklevel=4)
+
+    @property
+    def active(self) -> Entered | None:
+        """The mode that the module is in."""
+        if not self._claims:
+            return None
+        for entered in list(self._claims):  # a copy: other threads may claim meanwhile
+            if entered.leaver() is not None:
+                return entered
+            self.release(entered)
+        return None
+
+    def session(self) -> Any:
+        """What handles the call that is being made; ``None`` if the original does.
+
+        Raises:
+            ModeError: the call is not made from inside the block that entered the mode.
+        """
+        entered = self.active
+        if entered is None or entered.session is None:
+            return None
+        entered.block.check(entered.name, sys._getframe(1))
+        return entered.session
+
+    def claim(self, entered: Entered) -> None:
+        """Make a mode the active one.
+
+        Raises:
+            ModeError: another is.
+        """
+        self._claims[entered] = None
+        active = self.active
+        if active is not entered:
+            self.release(entered)
+            assert active is not None  # ours is alive
+            raise ModeError(
+                f"{entered.name}() was entered while {active.name}() is active on the same module. Modes do not nest: "
+                "leave the first `with` block before entering the next. It was entered by "
+                f"{active.block.place}; if that run is over and something still holds its mode, reset() leaves it."
+            )
+
+    def release(self, entered: Entered) -> None:
+        """Leave a mode; leaving twice is fine."""
+        self._claims.pop(entered, None)
+
+    def holds(self, entered: Entered) -> bool:
+        """Whether a mode has not been left."""
+        return entered in self._claims
+
+    def reset(self) -> None:
+        """Leave whatever mode is active, from anywhere."""
+        self._claims.clear()
+
+
+def _not_entered(name: str) -> str:
+    return (
+        f"{name}() does nothing until it is entered, so calls are the original module's: nothing is recorded, and "
+        f"nothing outside a mask is kept. Run the pipeline inside `with compiled.{name}(...):`."
+    )
+
+
+class Mode(Generic[T]):
+    """A context manager for one run in a mode: ``with compiled.record() as recording: ...``."""
+
+    def __init__(self, modes: Modes, name: str, body: Body[T]) -> None:
+        self._modes, self._name, self._body = modes, name, body
+        self._entered: Entered | None = None
+        self._leaver: weakref.ref[Any] | None = None
+        modes.waiting = name  # told at the next call; in a ``__del__`` an interrupt would be lost
+
+    def __enter__(self) -> T:
+        if self._entered is not None:
+            raise ModeError(f"This {self._name}() was entered before. Call {self._name}() again for each run.")
+        self._modes.waiting = None
+        # No variable may hold the leaver itself: a traceback would keep it with this frame.
+        by_with = self._leaver is not None and self._leaver() is not None
+        leaver = self._leaver if self._leaver is not None and by_with else weakref.ref(self)
+        entered = Entered(self._name, Block.of(sys._getframe(1), by_with=by_with), leaver)
+        self._entered = entered
+        self._modes.claim(entered)
+        try:
+            entered.session, value = next(self._body)
+            return value
+        except BaseException:
+            self._modes.release(entered)
+            raise
+
+    if TYPE_CHECKING:
+
+        def __exit__(
+            self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        ) -> None: ...
+
+
+class _Exit:
+    """``Mode.__exit__``: a new object each time it is looked up, alive as long as it may still be called."""
+
+    def __get__(self, mode: Mode[Any] | None, owner: type | None = None) -> Callable[..., None]:
+        if mode is None:  # ExitStack looks it up on the class and keeps the mode itself
+            return _leave
+        leave = partial(_leave, mode)
+        if mode._entered is None:
+            mode._leaver = weakref.ref(leave)
+        return leave
+
+
+setattr(Mode, "__exit__", _Exit())  # noqa: B010 - to mypy it is the method declared above
+
+
+def _leave(
+    mode: Mode[Any], kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+) -> None:
+    entered = mode._entered
+    if entered is None:
+        return
+    try:
+        if kind is not None:
+            mode._body.close()
+        elif mode._modes.holds(entered):
+            next(mode._body, None)
+        else:
+            mode._body.close()
+            raise ModeError(
+                f"{entered.name}() was left by reset() while its block was running: calls made since were the original "
+                "module's. Make the run again, and call reset() only when no run is going on."
+            )
+    finally:
+        mode._modes.release(entered)

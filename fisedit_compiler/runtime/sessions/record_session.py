@@ -1,0 +1,79 @@
+"""Recording a run: a session sees its calls one by one, runs them densely and keeps what they computed.
+
+What is kept is described in ``recording.py``; entering and leaving the mode is ``module.py``'s business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from fisedit_compiler.errors import RecordingError
+from fisedit_compiler.recordings.finite import FiniteWatch, note_not_finite
+from fisedit_compiler.recordings.recorded_inputs import InputCopies
+from fisedit_compiler.recordings.recording import Recording
+from fisedit_compiler.runtime.calls.call import Call
+from fisedit_compiler.runtime.calls.programs import ProgramStore
+from fisedit_compiler.runtime.execution.executable import Executable
+from fisedit_compiler.runtime.sessions.self_check import record_checked
+
+
+class RecordSession:
+    """Runs calls densely and stores their slots; of the first ``maps`` calls also the cross-attention maps."""
+
+    def __init__(self, recording: Recording, programs: ProgramStore, maps: int = 0) -> None:
+        self.recording, self.programs, self.maps = recording, programs, maps
+        self._inputs = InputCopies()
+        self._finite = FiniteWatch()
+
+    def before(self) -> None:
+        """Look whether the module is still the one that the recording is of. Another structure is followed.
+
+        Raises:
+            RecordingError: its weights changed since the first call.
+        """
+        self._check_weights(self.programs.glance().weights)
+
+    def finish(self) -> None:
+        """The run has ended as it should.
+
+        Raises:
+            RecordingError: weights changed meanwhile.
+        """
+        self._check_weights(self.programs.refresh().weights)
+        note_not_finite(self.recording, self._finite)
+        self.recording.complete = True
+
+    def _check_weights(self, weights: str) -> None:
+        if weights != self.recording.model.weights:
+            raise RecordingError(
+                f"The module's weights changed inside record(), after {self.recording.num_calls} calls (an adapter "
+                "loaded, fused or removed, a checkpoint loaded, a parameter written to). No edit could repeat such a "
+                "run: record it again, and change weights before or after it."
+            )
+
+    def handle(self, call: Call) -> Any:
+        executable, number = call.executable, self.recording.num_calls
+        maps = number < self.maps
+        if maps and not executable.map_names:
+            raise RecordingError(
+                f"record(maps={self.maps}): the module has no attention from sites to a text whose map could be "
+                f"recorded{_why_no_maps(executable)}. Record without maps."
+            )
+        inputs = self._inputs.of(number, call.signature, call.tensors, executable.sample_slot)
+        if executable.checked:
+            outputs, slots = executable.record(call.tensors, maps=maps)
+        else:
+            key = self.programs.key
+            executable, (outputs, slots) = record_checked(self.programs, call, maps=maps)
+            call = replace(call, find_executable=lambda: executable, structure=self.programs.key.structure)
+            if self.recording.model == key:
+                self.recording.model = self.programs.key
+        self.recording.calls.append(call.store(slots, call.timestep, inputs))
+        self._finite.look(outputs)
+        return executable.assemble(outputs)
+
+
+def _why_no_maps(executable: Executable) -> str:
+    refusals = executable.program.maps.refusals
+    return "" if not refusals else f" ({refusals[0][1] or 'its attention'}: {refusals[0][2]})"

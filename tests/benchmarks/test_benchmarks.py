@@ -1,0 +1,164 @@
+"""The benchmarks measure what they say, and write JSON that can be compared between machines."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+
+from benchmarks import compile_time, dense_calls, model_key, multi_turn, product_parts, step_latency, wrapper_overhead
+from benchmarks.support.harness import Report, Stopwatch, Timing, alternate, machine, versions
+from benchmarks.support.subjects import make_call, square_mask
+from tests.support.zoo import ZOO
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+
+
+def test_timing_reports_median_and_quartiles():
+    timing = Timing((1.0, 2.0, 3.0, 4.0, 100.0))
+    assert timing.median_ms == 3.0
+    assert timing.iqr_ms == 2.0
+    assert Timing((5.0,)).iqr_ms == 0.0
+    assert timing.as_dict("dense") == {"dense_ms": 3.0, "dense_iqr_ms": 2.0}
+
+
+def test_sides_are_run_in_turn_and_warm_up_is_not_timed():
+    order: list[str] = []
+
+    def side(name: str):
+        def run(stopwatch: Stopwatch) -> None:
+            stopwatch.time(name, lambda: order.append(name))
+
+        return run
+
+    stopwatch = alternate([side("a"), side("b")], repeats=3, warmup=1, device=CPU)
+    assert order == ["a", "b"] * 4
+    assert len(stopwatch["a"].samples_ms) == len(stopwatch["b"].samples_ms) == 3
+
+
+@pytest.mark.parametrize("fraction", step_latency.FRACTIONS)
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (64, 40)])
+def test_mask_has_the_area_asked_for_and_is_one_compact_block(fraction, height, width):
+    mask = square_mask(fraction, height, width)
+    assert mask.float().mean().item() == pytest.approx(fraction, abs=0.02)
+    rows, columns = mask.any(1).sum().item(), mask.any(0).sum().item()
+    assert rows * columns == mask.sum().item()
+    if fraction < 0.5:
+        assert not torch.equal(mask, mask.flip(0))
+        assert not torch.equal(mask, mask.flip(1))
+
+
+@pytest.mark.parametrize("fraction", [0.0, -0.1, 1.5])
+def test_mask_of_an_impossible_area_is_refused(fraction):
+    with pytest.raises(ValueError, match="at most 1"):
+        square_mask(fraction, 8, 8)
+
+
+def test_inputs_are_the_same_on_every_run():
+    class Unet(torch.nn.Linear):
+        config: ClassVar = {"in_channels": 4, "cross_attention_dim": 16}
+
+    first, second = (make_call(Unet(1, 1), batch=2, height=8, width=8, tokens=5) for _ in range(2))
+    assert torch.equal(first.sample, second.sample)
+    assert first.edit_text.shape == (2, 5, 16)
+    assert not torch.equal(first.base_text, first.edit_text)
+
+
+def test_report_names_machine_and_versions_but_not_the_host(tmp_path):
+    report = Report("empty", {}, machine(CPU), versions(), [])
+    text = report.as_json()
+    written = json.loads(text)
+    assert written["machine"]["cores"] >= 1
+    assert written["versions"]["torch"] == torch.__version__
+    assert os.uname().nodename not in text
+
+
+def test_step_latency_writes_a_row_per_fraction(tmp_path):
+    path = tmp_path / "rows.json"
+    size = ["--height", "32", "--width", "32", "--repeats", "2", "--warmup", "1"]
+    step_latency.main(["--fractions", "0.06", "1.0", *size, "--json", str(path)])
+    written = json.loads(path.read_text())
+    assert [row["mask_fraction"] for row in written["rows"]] == pytest.approx([0.06, 1.0], abs=0.02)
+    assert [row["kind"] for row in written["rows"]] == ["sparse", "dense"], "a full mask is above the break-even"
+    for row in written["rows"]:
+        assert row["ratio"] == pytest.approx(row["dense_ms"] / row["sparse_ms"], rel=0.01)
+        assert min(row["dense_ms"], row["sparse_ms"], row["sparse_first_call_ms"]) > 0
+    assert {"cpu", "cores", "threads"} <= set(written["machine"])
+    assert "diffusers" in written["versions"]
+
+
+def test_model_key_times_reading_comparing_and_looking(monkeypatch):
+    monkeypatch.setattr(model_key, "random_unet", lambda *_: ZOO["sd21"]().module)
+    report = model_key.main(["--repeats", "2", "--warmup", "1"])
+    assert [row["what"] for row in report.rows] == list(model_key.WHAT.values())
+
+
+def test_wrapper_overhead_compares_with_the_bare_module(tmp_path):
+    report = wrapper_overhead.main(["--height", "32", "--width", "32", "--repeats", "2", "--warmup", "1"])
+    assert [row["mode"] for row in report.rows] == list(wrapper_overhead.MODES)
+    assert report.rows[0]["ratio"] == 1.0
+
+
+def test_dense_calls_are_what_their_rows_say():
+    report = dense_calls.main(["--height", "16", "--width", "16", "--repeats", "1", "--warmup", "1"])
+    assert [row["call"] for row in report.rows] == list(dense_calls.CALLS)
+    sites = 3 * 8 * 8 + 3 * 4 * 4 + 4 * 2 * 2  # of ten cross-attentions at three levels
+    batch, heads, tokens, element_size = 2, 4, 32, 4
+    assert [row["map_bytes"] for row in report.rows] == [0, 0, batch * heads * sites * tokens * element_size, 0, 0]
+
+
+@pytest.mark.slow
+def test_multi_turn_counts_bytes_and_times_both_ways():
+    report = multi_turn.main(["--size", "64", "--steps", "2", "--turns", "3", "--repeats", "1"])
+    memory, time = report.rows
+    assert memory["as_recordings_mib"] == pytest.approx(3 * memory["base_mib"], rel=0.01)
+    assert 0 < memory["turns_mib"] < memory["as_recordings_mib"]
+    assert time["prompts"] == 4 and time["ratio"] == pytest.approx(
+        time["one_by_one_ms"] / time["together_ms"], rel=0.01
+    )
+
+
+@pytest.mark.slow
+def test_compile_time_finds_the_cache_warm_in_the_second_process():
+    report = compile_time.main(["--models", "emoji-scenes", "--repeats", "1"])
+    assert report is not None
+    (row,) = report.rows
+    assert row["cache_bytes"] > 0
+    assert row["warm_ms"] < row["cold_ms"]
+
+
+@pytest.mark.parametrize("name", ["step_latency", "wrapper_overhead", "compile_time"])
+def test_benchmarks_run_as_scripts_from_anywhere(name, tmp_path):
+    script = REPOSITORY / "benchmarks" / f"{name}.py"
+    finished = subprocess.run(
+        [sys.executable, str(script), "--help"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "--json" in finished.stdout
+
+
+def test_a_device_that_is_not_there_is_named():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    with pytest.raises(SystemExit, match="no CUDA device"):
+        step_latency.main(["--device", "cuda"])
+
+
+def test_products_are_timed_whole_and_in_the_parts_that_divide_them(tmp_path: Path):
+    file = tmp_path / "parts.json"
+    report = product_parts.main(
+        ["--products", "sdxl attention out", "--shrink", "2", "--repeats", "1", "--json", str(file)]
+    )
+    (row,) = report.rows
+    assert (row["rows"], row["inputs"], row["outputs"]) == (64, 640, 640)
+    assert row["chosen"] == 1 and row["ratio"] == pytest.approx(row["linear_us"] / row["1_us"], rel=0.05)
+    timed = [parts for parts in product_parts.PARTS if f"{parts}_us" in row]
+    assert timed == [parts for parts in product_parts.PARTS if 640 % parts == 0]
+    assert json.loads(file.read_text())["rows"] == report.rows

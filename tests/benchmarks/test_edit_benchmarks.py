@@ -1,0 +1,172 @@
+"""The benchmarks of whole edits and of single ideas, and other projects as baselines: tiny runs, no judged times."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import ablation, edit_latency, editors
+from benchmarks.support import peers, pipelines
+from benchmarks.support.harness import Stopwatch
+from benchmarks.support.peers import Peer, prepare_peers
+from benchmarks.support.subjects import UNETS, Run
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+ONCE = ["--repeats", "1", "--warmup", "1", "--fractions", "0.1"]
+TINY = ["--size", "16", "--calls", "2", *ONCE]
+
+
+def small_unet() -> torch.nn.Module:
+    """Shaped like Stable Diffusion 1.5: attention at the first level, which ToMe is about."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=16, block_out_channels=(16, 16, 32, 32), layers_per_block=1, cross_attention_dim=16,
+        attention_head_dim=4, norm_num_groups=4,
+    ).eval()  # fmt: skip
+
+
+# -- ablation ----------------------------------------------------------------------------------------
+
+
+def test_ablation_has_the_papers_five_rows(tmp_path):
+    path = tmp_path / "rows.json"
+    ablation.main([*TINY, "--json", str(path)])
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["row"] for row in rows] == [
+        ablation.VANILLA,
+        ablation.FAST,
+        *(name for name, _ in ablation.SPARSE_ROWS),
+    ]
+    for row, above in zip(rows[1:], rows, strict=False):
+        assert row["baseline_ms"] == rows[0]["row_ms"]
+        assert row["ratio"] == pytest.approx(row["baseline_ms"] / row["row_ms"], rel=0.01)
+        assert row["ratio_to_previous"] == pytest.approx(above["row_ms"] / row["row_ms"], rel=0.01)
+    *dense_attention, default = rows[2:]
+    assert all(row["dense_operations"] > 0 for row in dense_attention), "attention runs densely in these"
+    assert default["dense_operations"] == 0
+    assert all(row["identity_error"] < 1e-4 for row in rows[2:])
+
+
+def test_a_rows_note_says_its_settings():
+    notes = {name: ablation.shown(arguments) for name, arguments in ablation.SPARSE_ROWS}
+    assert notes["+ sparse convolution, fixed blocks"].startswith("block_size=4, disabled_passes=['cross_attention', ")
+    assert notes["+ approximate attention"] == "block_size=adaptive"
+
+
+def test_a_row_that_fails_costs_no_other_row(tmp_path, monkeypatch, capsys):
+    broken = ("broken", {"disabled_passes": frozenset({"no_such_pass"})})
+    monkeypatch.setattr(ablation, "SPARSE_ROWS", (broken, ablation.SPARSE_ROWS[-1]))
+    path = tmp_path / "rows.json"
+    with pytest.raises(SystemExit, match="broken"):
+        ablation.main([*TINY, "--json", str(path)])
+    rows = [row["row"] for row in json.loads(path.read_text())["rows"]]
+    assert rows == [ablation.VANILLA, ablation.FAST, ablation.SPARSE_ROWS[-1][0]]
+    assert "no_such_pass" in capsys.readouterr().err
+
+
+# -- whole edits -------------------------------------------------------------------------------------
+
+
+def test_edit_latency_says_where_the_time_goes(tmp_path):
+    path = tmp_path / "rows.json"
+    edit_latency.main(["--size", "64", "--steps", "2", *ONCE, "--json", str(path)])
+    (row,) = json.loads(path.read_text())["rows"]
+    assert (row["baseline"], row["image"], row["steps"], row["kind"]) == ("eager", "64x64", 2, "sparse")
+    assert row["unchanged_outside"]
+    assert row["ratio"] == pytest.approx(row["baseline_ms"] / row["sparse_ms"], rel=0.01)
+    for run in ("baseline", "sparse"):
+        assert all(row[f"{run}_{part}_ms"] > 0 for part in edit_latency.PARTS if (run, part) != ("baseline", "enter"))
+    assert row["editor_ms"] > 0 and row["first_edit_s"] > 0
+
+
+def test_edit_latency_measures_the_editor_as_it_comes(tmp_path):
+    path = tmp_path / "rows.json"
+    edit_latency.main(["--size", "64", "--steps", "2", *ONCE, "--as-it-comes", "--json", str(path)])
+    rows = [row for row in json.loads(path.read_text())["rows"] if "row" in row]
+    assert [row["row"] for row in rows] == [editors.AS_IT_COMES, "editor, eager"]
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["baseline_ms"] / row["editor_ms"], rel=0.01)
+        assert row["unchanged_outside"] and row["refused"] is None and row["baseline"] == "eager"
+    gpu = editors.configs(torch.device("cuda"))
+    assert list(gpu) == [editors.AS_IT_COMES, "editor, inductor", "editor, eager"] and gpu[editors.AS_IT_COMES] is None
+
+
+def test_timing_a_pipelines_parts_leaves_it_as_it_was():
+    pipe = pipelines.load(pipelines.EMBEDDED, CPU, torch.float32)
+    unet, parts = pipe.unet, Stopwatch(CPU)
+    options = edit_latency.parse(["--size", "64"])
+    subject = edit_latency.Subject("", pipe, options, 2, 64, {}, None, None, None, {}, iter(()))
+    subject.run_timed(parts, "a cat")
+    assert pipe.unet is unet
+    assert "forward" not in vars(pipe.text_encoder) and "decode" not in vars(pipe.vae)
+    counts = {part: len(parts[part].samples_ms) for part in ("text", "unet", "vae")}
+    assert counts == {"text": 2, "unet": 2, "vae": 1}, "two prompts with guidance, two steps, one picture"
+
+
+@pytest.mark.parametrize(("name", "text_parameters"), [("sd15", 123_060_480), ("sd21", 340_387_840)])
+def test_random_pipelines_have_the_published_sizes(name, text_parameters):
+    pipe = pipelines.random_pipeline(name, "meta", torch.float16)
+    assert sum(parameter.numel() for parameter in pipe.text_encoder.parameters()) == text_parameters
+    assert sum(parameter.numel() for parameter in pipe.vae.parameters()) == 83_653_863
+    assert pipe.text_encoder.config.hidden_size == UNETS[name]["cross_attention_dim"]
+    assert {part.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder)} == {torch.float16}
+    tokens = pipe.tokenizer("a cat", padding="max_length", return_tensors="pt").input_ids
+    assert tokens.shape == (1, 77)
+    assert pipe.vae_scale_factor * pipe.unet.config.sample_size == pipe.vae.config.sample_size
+
+
+# -- other projects ----------------------------------------------------------------------------------
+
+
+def test_peers_that_are_absent_or_fail_are_left_out_and_named(monkeypatch, capsys):
+    def fails(unet, run):
+        raise RuntimeError("written for another version")
+
+    # Any module that is there stands for an installed project.
+    made = {"no_such_module": fails, "json": fails, "csv": lambda unet, run: Peer("csv", "", unet, 2)}
+    monkeypatch.setattr(peers, "PEERS", made)
+    unet = small_unet()
+    with torch.no_grad():
+        (found,) = prepare_peers(unet, Run(unet, calls=2, tokens=3))
+    printed = capsys.readouterr()
+    assert found.name == "csv" and found.unet is not unet
+    assert "no_such_module is not installed" in printed.out and "json does not work" in printed.out
+    assert "written for another version" in printed.err
+
+
+def test_a_peers_time_is_the_mean_of_its_cycle():
+    stopwatch = Stopwatch(CPU)
+    stopwatch.add("peer", 30.0)
+    assert Peer("peer", "", None, cycle=3).timing(stopwatch).samples_ms == (10.0,)
+
+
+@pytest.mark.parametrize("module", list(peers.PEERS))
+def test_installed_peers_change_a_copy_only(module):
+    pytest.importorskip(module)
+    unet = small_unet()
+    run = Run(unet, calls=3, tokens=3)
+    with torch.no_grad():
+        before = run.dense(unet, 1, run.samples, run.prompt)
+        (peer,) = [peer for peer in prepare_peers(unet, run) if peer.name == module.lower()]
+        after = run.dense(unet, 1, run.samples, run.prompt)
+        # The second call of a run is the first in which DeepCache skips anything.
+        changed = [run.dense(peer.unet, call, run.samples, run.prompt) for call in range(2)][1]
+    assert torch.equal(before, after)
+    assert not torch.equal(before, changed) and changed.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["ablation", "edit_latency"])
+def test_benchmarks_run_as_scripts_from_anywhere(name, tmp_path):
+    script = REPOSITORY / "benchmarks" / f"{name}.py"
+    finished = subprocess.run(
+        [sys.executable, str(script), "--help"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "--json" in finished.stdout

@@ -1,0 +1,189 @@
+"""The watch sees every write to what was read, whatever wrote it."""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fisedit_compiler.capture.keys import ModelState, watch, writes
+from fisedit_compiler.capture.keys.structure import read_structure
+from fisedit_compiler.capture.keys.watch import Watch
+
+
+class Part:
+    """A plain object with as many attributes as make its dictionary a large one."""
+
+    shared = 1
+
+    def __init__(self) -> None:
+        self.a, self.b, self.c, self.d, self.e, self.f, self.g = range(7)
+
+
+class Slotted:
+    __slots__ = ("a",)
+
+    def __init__(self) -> None:
+        self.a = 1
+
+
+FACTOR = 1.0
+CHOICE: ContextVar[float] = ContextVar("CHOICE", default=1.0)
+
+
+def closing_over() -> tuple[Callable[[Tensor], Tensor], Callable[[float], None]]:
+    """A function that reads what it closes over, and what writes that."""
+    held = 1.0
+
+    def read(sample: Tensor) -> Tensor:
+        return sample * held
+
+    def write(value: float) -> None:
+        nonlocal held
+        held = value
+
+    return read, write
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.part = Part()
+        self.scale = 2.0
+        self.slotted = Slotted()
+        self.items, self.table, self.names, self.last = [1, 2], {"a": 1}, {"a"}, deque([1, 2])
+        self.array, self.text, self.constant = np.ones(3), bytearray(b"ab"), torch.ones(3)
+        read, write = closing_over()
+        self.read = read
+        self.conv.register_forward_pre_hook(lambda *_: None)
+        writers[id(self)] = write
+
+    def forward(self, sample: Tensor) -> Tensor:
+        return self.read(self.conv(sample)) * self.scale * self.part.a * FACTOR * CHOICE.get()
+
+
+writers: dict[int, Callable[[float], None]] = {}
+
+
+def in_a_hot_loop(model: Model) -> None:
+    """The interpreter has specialised the instruction that writes."""
+    for number in range(2000):
+        model.part.c = number
+
+
+WRITES: dict[str, Callable[[Model], Any]] = {
+    "a module's attribute": lambda model: setattr(model, "scale", 3.0),
+    "a module's own dictionary": lambda model: model.__dict__.update(scale=3.0),
+    "an attribute of a layer": lambda model: setattr(model.conv, "padding_mode", "circular"),
+    "an attribute past the module": lambda model: object.__setattr__(model.conv, "dilation", (2, 2)),
+    "a new attribute": lambda model: setattr(model.conv, "forward", lambda sample: sample),
+    "a deleted attribute": lambda model: delattr(model, "scale"),
+    "an object's attribute": lambda model: setattr(model.part, "d", 30),
+    "an object's attribute in a hot loop": in_a_hot_loop,
+    "a weight": lambda model: setattr(model.conv, "weight", nn.Parameter(torch.zeros(4, 4, 3, 3))),
+    "a weight's memory": lambda model: setattr(model.conv.weight, "data", torch.zeros(4, 4, 3, 3)),
+    "a hook": lambda model: model.conv.register_forward_hook(lambda *_: None),
+    "the table of hooks": lambda model: setattr(model.conv, "_forward_hooks", {0: lambda *_: None}),
+    "a table of buffers filled at once": lambda model: model._buffers.update({"mean": torch.zeros(4)}),
+    "hooks filled at once": lambda model: model._forward_hooks.update({0: lambda *_: None}),
+    "a hook taken out": lambda model: model.conv._forward_pre_hooks.clear(),
+    "a weight past the module": lambda model: model.conv._parameters.update(bias=nn.Parameter(torch.zeros(4))),
+    "a method of the class": lambda model: setattr(Part, "extra", lambda self: 1),
+    "a class attribute that was there": lambda model: setattr(Part, "shared", 2),
+    "a submodule": lambda model: setattr(model, "conv", nn.Conv2d(4, 4, 1)),
+    "the class": lambda model: setattr(Part, "extra", 1),
+    "what a function closes over": lambda model: writers[id(model)](2.0),
+    "defaults of a function": lambda model: setattr(model.read, "__defaults__", (torch.ones(1),)),
+    "code of a function": lambda model: setattr(model.read, "__code__", other_code()),
+    "a slot": lambda model: setattr(model.slotted, "a", 2),
+    "an element of a list": lambda model: model.items.__setitem__(0, 3),
+    "a list that grows": lambda model: model.items.append(3),
+    "a value of a dictionary": lambda model: model.table.update(a=2),
+    "a set": lambda model: model.names.add("b"),
+    "a deque": lambda model: model.last.rotate(),
+    "an element of an array": lambda model: model.array.__setitem__(0, 3),
+    "a byte": lambda model: model.text.__setitem__(0, 1),
+    "an element of a plain tensor": lambda model: model.constant.__setitem__(0, 3),
+    "a global": lambda model: globals().update(FACTOR=2.0),
+    "a context variable": lambda model: CHOICE.set(2.0),
+}
+
+
+def other_code() -> Any:
+    held = 1.0
+
+    def other(sample: Tensor) -> Tensor:
+        return sample - held
+
+    return other.__code__
+
+
+@pytest.fixture(params=["by clock", "by versions", "by comparison"])
+def _with_shortcuts_or_without(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert watch.dict_version is not None, "torch has no versions of dictionaries any more: a look costs twice as much"
+    if request.param == "by clock":
+        if sys.version_info < (3, 12):
+            pytest.skip("Python 3.11 counts the writes of each dictionary apart")
+        assert writes.clock() is not None, "writes are not numbered in one row any more: a look costs twice as much"
+        return
+    monkeypatch.setattr(watch, "clock", lambda: None)
+    if request.param == "by comparison":
+        monkeypatch.setattr(watch, "dict_version", None)
+
+
+@pytest.mark.usefixtures("_with_shortcuts_or_without")
+@pytest.mark.parametrize("write", WRITES)
+def test_every_write_is_seen(write: str) -> None:
+    model = Model()
+    state = ModelState(model)
+    before = state.read()
+    assert state.glance() is before, "nothing changed"
+    try:
+        WRITES[write](model)
+        assert state.glance() != before
+    finally:
+        Part.shared = 1
+        globals().update(FACTOR=1.0)
+        CHOICE.set(1.0)
+        if hasattr(Part, "extra"):
+            del Part.extra
+
+
+@pytest.mark.usefixtures("_with_shortcuts_or_without")
+def test_writing_what_was_there_is_no_change() -> None:
+    model = Model()
+    looked = read_structure(model).watch
+    for _ in range(3):
+        model.scale, model.part.c = 2.0, 2
+        model.conv.stride = (1, 1)
+        assert not looked.changed()
+    model.part.c = 3
+    assert looked.changed() and looked.changed(), "and it is seen again until it is read"
+
+
+def test_a_tensor_without_version_or_memory_is_watched() -> None:
+    with torch.inference_mode():
+        value = torch.zeros(3)
+    looked = Watch()
+    looked.tensor(value)
+    assert not looked.changed()
+
+
+def test_a_wrapper_is_asked_for_its_parts_every_time() -> None:
+    """What a quantized tensor is made of may be exchanged inside it."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    model = nn.Module()
+    model.weight = nn.Parameter(TwoTensor(torch.zeros(4), torch.ones(4)))
+    state = ModelState(model)
+    before = state.read()
+    model.weight.b = torch.full((4,), 2.0)
+    assert state.read() != before

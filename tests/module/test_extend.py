@@ -1,0 +1,297 @@
+"""Adding to the compiler from outside: extra passes in order, layout rules, rewrites of other packages' operations."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from fisedit_compiler import SparsifyConfig
+from fisedit_compiler.errors import ConfigError, LayoutError, VerificationError
+from fisedit_compiler.extend import (
+    Layout,
+    Pass,
+    Program,
+    Rewriter,
+    cost_rule,
+    elements,
+    layout_rule,
+    opaque,
+    rewrite_rule,
+)
+from fisedit_compiler.graph.layout_rules import LAYOUT_RULES
+from fisedit_compiler.graph.sizes import BATCH, HEIGHT, WIDTH, row_symbol
+from fisedit_compiler.inspect.costs import COSTS, node_cost
+from fisedit_compiler.passes.order import REWRITES, ordered
+from fisedit_compiler.passes.rewrites.extensions import RULES
+from tests.support.pass_tools import CHANNELS, Forward, assert_equals_oracle, compile_small, counts, program_of, reasons
+
+NAMES = [rewrite.name for rewrite in REWRITES]
+
+
+@torch.library.custom_op("fisedit_tests::halve", mutates_args=())
+def halve(tokens: Tensor) -> Tensor:
+    return tokens * 0.5
+
+
+@halve.register_fake
+def _(tokens: Tensor) -> Tensor:
+    return torch.empty_like(tokens)
+
+
+OPERATION = torch.ops.fisedit_tests.halve.default
+
+
+@pytest.fixture(autouse=True)
+def registries() -> Iterator[None]:
+    """Rules registered by a test are forgotten after it."""
+    known = [(rules, dict(rules)) for rules in (RULES, LAYOUT_RULES, COSTS)]
+    yield
+    for rules, before in known:
+        rules.clear()
+        rules.update(before)
+
+
+def module() -> nn.Module:
+    return Forward(
+        lambda self, x: self.out(torch.ops.fisedit_tests.halve(self.conv(x))),
+        conv=nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1),
+        out=nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1),
+    )
+
+
+def on_rows(node: fx.Node, rewriter: Rewriter) -> str | None:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    rows = rewriter.call(node.target, (rewriter.rows(source),), rewriter.row_spec(node), node)
+    rewriter.replace(node, rows)
+    return None
+
+
+# -- operations ----------------------------------------------------------------------------------------
+
+
+def test_an_operation_without_a_rule_runs_densely_and_says_so() -> None:
+    compiled = compile_small(module())
+    assert reasons(program_of(compiled)) == {"fisedit_tests.halve": "no rule for fisedit_tests.halve"}
+    assert_equals_oracle(compiled)
+
+
+def test_a_rewrite_rule_puts_it_on_rows() -> None:
+    rewrite_rule(OPERATION)(on_rows)
+    compiled = compile_small(module())
+    program = program_of(compiled)
+    assert not program.refusals
+    assert counts(program.step)["fisedit_tests.halve"] == 1
+    assert counts(program.step)["fisedit.gather_sites"] == 1, "only the sample is gathered"
+    assert_equals_oracle(compiled)
+
+
+def test_a_rule_may_refuse_with_a_reason() -> None:
+    rewrite_rule(OPERATION)(lambda node, rewriter: "not on a Tuesday")
+    assert reasons(program_of(compile_small(module()))) == {"fisedit_tests.halve": "extensions: not on a Tuesday"}
+
+
+def test_a_layout_rule_has_the_last_word() -> None:
+    @layout_rule(OPERATION)
+    def mixes(node: fx.Node, inferred: Layout) -> Layout:
+        assert inferred.kind == "map"
+        return opaque(inferred.rank, "it reads every site")
+
+    rewrite_rule(OPERATION)(on_rows)
+    compiled = compile_small(module())
+    assert reasons(program_of(compiled))["fisedit_tests.halve"] == "it reads every site"
+
+
+def test_errors_name_the_rule_the_place_and_the_remedy() -> None:
+    def broken(node: fx.Node, rewriter: Rewriter) -> str | None:
+        raise ZeroDivisionError("oh")
+
+    def forgetful(node: fx.Node, rewriter: Rewriter) -> str | None:
+        return None
+
+    for rule, message in ((broken, "broken failed on .*ZeroDivisionError: oh.*Mend"), (forgetful, "forgetful left")):
+        RULES.clear()
+        rewrite_rule(OPERATION)(rule)
+        with pytest.raises(VerificationError, match=f"(?s){message}") as caught:
+            compile_small(module())
+        assert "fisedit_tests.halve" in str(caught.value) and "pass_tools.py:" in str(caught.value)
+    RULES.clear()
+    layout_rule(OPERATION)(lambda node, inferred: None)  # type: ignore[arg-type, return-value]
+    with pytest.raises(LayoutError, match=r"gave None for .*whose value has 4 axes"):
+        compile_small(module())
+
+
+def test_an_operation_has_one_rule() -> None:
+    rewrite_rule(OPERATION)(on_rows)
+    rewrite_rule(OPERATION)(on_rows)  # the same one again, as a reloaded module does
+    with pytest.raises(ConfigError, match=r"has a rewrite rule already: .*on_rows"):
+        rewrite_rule(OPERATION)(lambda node, rewriter: None)
+
+
+@pytest.mark.parametrize(
+    "wrong", [torch.ops.fisedit_tests.halve, torch.relu, "mylib::gate"], ids=["packet", "function", "name"]
+)
+def test_what_is_no_operation_is_refused(wrong: Any) -> None:
+    with pytest.raises(ConfigError, match=r"is for one operation, such as torch.ops.mylib.scale.default"):
+        layout_rule(wrong)
+
+
+# -- passes --------------------------------------------------------------------------------------------
+
+
+class CountSilus(Pass):
+    """Looks, changes nothing."""
+
+    name = "count_silus"
+    after: ClassVar = ("convolution",)
+    before: ClassVar = ("pointwise",)
+    seen: ClassVar[list[int]] = []
+
+    def run(self, program: Program) -> None:
+        self.seen.append(sum(node.target is torch.ops.aten.silu.default for node in program.graph.nodes))
+
+    def rewrite(self, node: fx.Node, rewriter: Rewriter) -> str | None:
+        raise AssertionError
+
+
+def named(name: str, after: tuple[str, ...] = (), before: tuple[str, ...] = ()) -> type[Pass]:
+    return type(name, (CountSilus,), {"name": name, "after": after, "before": before})
+
+
+def test_an_extra_pass_runs_in_its_place() -> None:
+    CountSilus.seen.clear()
+    silu = Forward(lambda self, x: self.conv(torch.nn.functional.silu(x)), conv=nn.Conv2d(CHANNELS, CHANNELS, 1))
+    compiled = compile_small(silu, extra_passes=[CountSilus])
+    assert CountSilus.seen == [1]
+    names = compiled.stages().names
+    assert names[names.index("count_silus") - 1] == "convolution"
+    assert_equals_oracle(compiled)
+
+
+@pytest.mark.parametrize(
+    ("after", "before", "follows"),
+    [
+        ((), (), NAMES[-2]),
+        (("view",), (), "view"),
+        (("view", "convolution"), ("outputs",), "view"),
+        ((), ("group_norm",), "upsample"),
+        ((), ("extensions",), None),
+    ],
+)
+def test_where_it_comes(after: tuple[str, ...], before: tuple[str, ...], follows: str | None) -> None:
+    names = [rewrite.name for rewrite in ordered([named("mine", after, before)])]
+    assert [name for name in names if name != "mine"] == NAMES
+    position = names.index("mine")
+    assert (names[position - 1] if position else None) == follows
+
+
+def test_extra_passes_may_name_each_other() -> None:
+    names = [p.name for p in ordered([named("second", ("first",)), named("first", ("view",))])]
+    assert names[names.index("view") :][:3] == ["view", "first", "second"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ([named("mine", ("outputs",))], r"'mine' of extra_passes cannot come after \['outputs'\] and before"),
+        ([named("mine", ("pointwise",), ("convolution",))], "cannot come after"),
+        ([named("mine", ("nothing",))], "'mine' is ordered by 'nothing', which is no pass"),
+        ([named("view")], "called 'view' like another"),
+        ([named("mine"), named("mine")], "called 'mine' like another"),
+        ([named("one", ("two",)), named("two", ("one",))], "wait for each other"),
+        ([CountSilus()], "which is no subclass of fisedit_compiler.extend.Pass"),
+        ([named("")], "has no `name`"),
+    ],
+)
+def test_orders_that_cannot_be(extra: list[Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ordered(extra)
+
+
+def test_an_extra_pass_is_part_of_what_a_recording_is_made_for() -> None:
+    config = SparsifyConfig(extra_passes=[CountSilus])  # type: ignore[arg-type]
+    assert config.extra_passes == (CountSilus,)
+    assert config.program_key() != SparsifyConfig().program_key()
+    assert hash(config) != hash(SparsifyConfig())
+
+
+def test_an_extra_pass_can_be_disabled() -> None:
+    assert CountSilus not in ordered([CountSilus], {"count_silus"})
+
+
+# -- the worked example --------------------------------------------------------------------------------
+
+
+def load_example(name: str) -> ModuleType:
+    path = Path(__file__).parents[2] / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def test_the_example_adds_an_operation_from_outside(capsys: pytest.CaptureFixture[str]) -> None:
+    load_example("third_party_op").main()
+    printed = capsys.readouterr().out
+    assert "outside the mask the same bits: True" in printed
+    assert "mylib.gate(" in printed and "no rule" not in printed
+
+
+# -- costs -----------------------------------------------------------------------------------------------
+
+
+def costs_of_halving() -> list[Any]:
+    """What the operation costs in the dense graph, and on rows."""
+    rewrite_rule(OPERATION)(on_rows)
+    program = program_of(compile_small(module()))
+    graphs = (program.captured.graph, program.step)
+    return [node_cost(node) for graph in graphs for node in graph.nodes if node.target is OPERATION]
+
+
+def test_a_cost_rule_serves_the_operation_dense_and_on_rows() -> None:
+    cost_rule(OPERATION)(lambda arguments, result: 7 * elements(arguments[0].shape))
+    dense, rows = costs_of_halving()
+    sites, active = BATCH * CHANNELS * HEIGHT * WIDTH, BATCH * CHANNELS * row_symbol(Fraction(1))
+    assert (dense.flops, dense.nbytes, dense.uncounted) == (7 * sites, 8 * sites, ()), "bytes: read once, written once"
+    assert (rows.flops, rows.nbytes, rows.uncounted) == (7 * active, 8 * active, ())
+
+
+def test_a_cost_rule_may_give_bytes_too() -> None:
+    cost_rule(OPERATION)(lambda arguments, result: (0, 100))
+    assert all((cost.flops, cost.nbytes) == (0, 100) for cost in costs_of_halving())
+
+
+def test_explain_counts_what_has_a_rule_and_names_what_has_none() -> None:
+    rewrite_rule(OPERATION)(on_rows)
+    compiled = compile_small(module())
+    mask = torch.ones(12, 20, dtype=torch.bool)
+
+    def explained() -> tuple[set[str], list[int]]:
+        (program,) = compiled.explain(mask).programs
+        uncounted = {name for work in program.work for name in work.cost.uncounted}
+        return uncounted, [
+            work.cost.flops.subs({BATCH: 1, HEIGHT: 2, WIDTH: 3, row_symbol(Fraction(1)): 6}) for work in program.work
+        ]
+
+    names, flops = explained()
+    assert names == {"fisedit_tests.halve"}
+    cost_rule(OPERATION)(lambda arguments, result: 10**6 * elements(result.shape))
+    names_now, flops_now = explained()
+    assert not names_now
+    added = {now - then for now, then in zip(flops_now, flops, strict=True)}
+    assert added == {0, 10**6 * CHANNELS * 6}, "dense and step got it, bundles of hoisted values did not"
+
+
+def test_a_cost_rule_that_gives_no_cost_is_named() -> None:
+    cost_rule(OPERATION)(lambda arguments, result: "many")
+    with pytest.raises(ConfigError, match=r"The cost rule .*lambda.* gave 'many' for halve.*must give FLOPs"):
+        costs_of_halving()

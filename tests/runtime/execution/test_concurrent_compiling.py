@@ -1,0 +1,144 @@
+"""First uses in several threads: one compiles, the others wait, and every result is right."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fisedit_compiler import Editor, SparseModule, SparsifyConfig, dynamo, sparsify
+from fisedit_compiler.compiling import COMPILING, made_once
+from fisedit_compiler.lowering import program
+from tests.pipelines.conftest import make_tiny_pipeline
+from tests.support.compiled import HEIGHT, WIDTH, box, compiled_model
+from tests.support.zoo import ZOO
+
+MASK = box(4, 6, 11, 15)
+
+
+def together(functions: Sequence[Callable[[], Any]]) -> list[Any]:
+    """What each function returns, each in a thread of its own, all started at once; what one raises is raised."""
+    ready = threading.Barrier(len(functions))
+    results: list[Any] = [None] * len(functions)
+    raised: list[BaseException] = []
+
+    def run(number: int) -> None:
+        ready.wait()
+        try:
+            results[number] = functions[number]()
+        except BaseException as error:
+            raised.append(error)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(functions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if raised:
+        raise raised[0]
+    return results
+
+
+class Watched:
+    """Counts captures, and how many threads capture at once."""
+
+    def __init__(self, capture: Callable[..., Any]) -> None:
+        self.capture, self.calls, self.now, self.most = capture, 0, 0, 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        self.now += 1
+        self.most = max(self.most, self.now)
+        try:
+            return self.capture(*args, **kwargs)
+        finally:
+            self.now -= 1
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> Watched:
+    watched = Watched(program.capture)
+    monkeypatch.setattr(program, "capture", watched)
+    return watched
+
+
+def record_and_edit(compiled: SparseModule, sample: Tensor) -> tuple[Tensor, Tensor]:
+    with compiled.record() as recording:
+        base = compiled(sample)
+    with compiled.edit(recording, MASK):
+        return base, compiled(torch.where(MASK, -sample, sample))
+
+
+def test_first_uses_of_two_models(captures: Watched) -> None:
+    models = [ZOO["plain_conv"]() for _ in range(4)]
+    sample = models[0].make_inputs(2, HEIGHT, WIDTH)["sample"]
+
+    def first_use(number: int) -> tuple[Tensor, Tensor]:
+        config = SparsifyConfig(multiple=models[0].multiple, cache=False, dense_above=1.0)
+        return record_and_edit(sparsify(models[number].module, config), sample)
+
+    results = together([lambda number=number: first_use(number) for number in range(len(models))])
+    assert captures.calls == len(models) and captures.most == 1
+    expected = record_and_edit(compiled_model("plain_conv")[1], sample)
+    for base, edited in results:
+        assert torch.equal(base, expected[0])
+        torch.testing.assert_close(edited, expected[1])
+
+
+def test_first_uses_of_one_model(captures: Watched) -> None:
+    model = ZOO["plain_conv"]()
+    inputs = model.make_inputs(2, HEIGHT, WIDTH)
+    compiled = sparsify(model.module, SparsifyConfig(multiple=model.multiple, cache=False))
+    first, second = together([lambda: compiled._programs.prepare(inputs)] * 2)
+    assert first is second and captures.calls == 1 and len(compiled.programs) == 1
+    graphs = together([lambda: (first.interpreted_step(), first.program.maps)] * 2)
+    assert graphs[0][0] is graphs[1][0] and graphs[0][1] is graphs[1][1]
+
+
+def test_an_editor_compiles_once(captures: Watched) -> None:
+    editor = Editor(make_tiny_pipeline(), SparsifyConfig(cache=False), progress=False)
+    first, second = together([lambda: editor.compiled] * 2)
+    assert first is second is editor.pipe.unet and captures.calls == 1
+
+
+def test_the_second_door_compiles_once(captures: Watched) -> None:
+    sample = torch.zeros(1, 4, HEIGHT, WIDTH)
+    compiled: Any = torch.compile(ZOO["plain_conv"]().module, backend="fisedit", options={"cache": False})
+    first, second = together([lambda: dynamo.sparse_module(compiled)] * 2)
+    assert first is second
+    together([lambda: first._programs.prepare({"sample": sample})] * 2)
+    assert captures.calls == 1
+
+
+def test_calls_of_compiled_modules_do_not_wait() -> None:
+    model, compiled = compiled_model("plain_conv")
+    sample = model.make_inputs(2, HEIGHT, WIDTH)["sample"]
+    record_and_edit(compiled, sample)
+    done, results = threading.Event(), []
+
+    def run() -> None:
+        results.append(record_and_edit(compiled, sample))
+        done.set()
+
+    with COMPILING:  # as somebody who compiles does
+        thread = threading.Thread(target=run)
+        thread.start()
+        assert done.wait(timeout=120)
+    thread.join()
+    assert len(results) == 1
+
+
+def test_what_is_made_once_is_made_by_one_thread() -> None:
+    made: list[object] = []
+
+    def make() -> object:
+        made.append(object())
+        return made[-1]
+
+    known: dict[str, object] = {}
+    results = together([lambda: made_once(known, "key", make)] * 8)
+    assert len(made) == 1 and all(result is made[0] for result in results)

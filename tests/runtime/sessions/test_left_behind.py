@@ -1,0 +1,384 @@
+"""A forward that goes by what its earlier calls left behind is refused; one that only leaves it there is right.
+
+Every forward of ``REFUSED`` computes for its first nine calls or more what its first call computes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from array import array
+from collections import deque
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fisedit_compiler import SparseModule, SparsifyConfig, sparsify
+from fisedit_compiler.capture.keys.drawn import state_of
+from fisedit_compiler.errors import CaptureError
+
+SAMPLE = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+MASK = torch.zeros(8, 8, dtype=torch.bool)
+MASK[2:5, 3:6] = True
+LATE = 9
+CHOICE: ContextVar[int] = ContextVar("CHOICE", default=0)
+REGISTRY: dict[str, Any] = {}
+COUNT = 0
+
+
+class Controller:
+    """As the controllers of prompt-to-prompt and its relatives."""
+
+    calls = 0
+
+    def __init__(self) -> None:
+        self.step, self.settings = 0, {"step": 0, "scale": 1.0}
+
+
+class Slotted:
+    __slots__ = ("step",)
+
+    def __init__(self) -> None:
+        self.step = 0
+
+
+def closing_over() -> Callable[[], int]:
+    step = 0
+
+    def count() -> int:
+        nonlocal step
+        step += 1
+        return step
+
+    return count
+
+
+def numbers() -> Any:
+    number = 0
+    while True:
+        yield number
+        number += 1
+
+
+class Net(nn.Module):
+    """A convolution whose output a forward may double."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.step, self.name, self.pair, self.first = 0, "", (0, 0), True
+        self.kept: Any = None
+        self.size: Any = None
+        self.steps = [0]
+        self.history: list[Any] = []
+        self.store: dict[Any, Any] = {}
+        self.seen: set[Any] = set()
+        self.recent: deque[Any] = deque(maxlen=3)
+        self.array, self.bytes = np.zeros(2), array("d", [0.0])
+        self.controller, self.slotted, self.count = Controller(), Slotted(), closing_over()
+        self.iterator, self.counter, self.generator = iter(range(99)), itertools.count(), numbers()
+        self.zipped = zip(itertools.count(), itertools.repeat(1), strict=False)
+        self.random, self.legacy, self.modern = random.Random(0), np.random.RandomState(0), np.random.default_rng(0)
+
+    def late(self, sample: Tensor, yes: Any) -> Tensor:
+        return self.conv(sample) * 2 if yes else self.conv(sample)
+
+
+def _counts(self: Net, sample: Tensor) -> Tensor:
+    self.step += 1
+    return self.late(sample, self.step > LATE)
+
+
+def _chooses_steps(self: Net, sample: Tensor) -> Tensor:  # as MasaCtrl does
+    self.step += 1
+    return self.late(sample, self.step in [12, 13])
+
+
+def _every_so_often(self: Net, sample: Tensor) -> Tensor:
+    self.step += 1
+    return self.late(sample, self.step % LATE == 0)
+
+
+def _looks_up_a_scale(self: Net, sample: Tensor) -> Tensor:
+    scale = ([1.0] * LATE + [2.0] * 90)[self.step]
+    self.step += 1
+    return self.conv(sample) * scale
+
+
+def _looks_up_a_key(self: Net, sample: Tensor) -> Tensor:
+    self.step += 1
+    return self.conv(sample) * {12: 2.0}.get(self.step, 1.0)
+
+
+def _ramps(self: Net, sample: Tensor) -> Tensor:
+    self.step += 1
+    return self.conv(sample) * max(self.step - LATE, 1)
+
+
+def _counts_on_an_object(self: Net, sample: Tensor) -> Tensor:
+    self.controller.step += 1
+    return self.late(sample, self.controller.step > LATE)
+
+
+def _counts_in_a_dictionary(self: Net, sample: Tensor) -> Tensor:
+    self.controller.settings["step"] += 1
+    return self.late(sample, self.controller.settings["step"] > LATE)
+
+
+def _counts_on_a_class(self: Net, sample: Tensor) -> Tensor:
+    Controller.calls += 1
+    return self.late(sample, Controller.calls > LATE)
+
+
+def _counts_in_a_slot(self: Net, sample: Tensor) -> Tensor:
+    self.slotted.step += 1
+    return self.late(sample, self.slotted.step > LATE)
+
+
+def _counts_in_a_closure(self: Net, sample: Tensor) -> Tensor:
+    return self.late(sample, self.count() > LATE)
+
+
+def _counts_in_a_global(self: Net, sample: Tensor) -> Tensor:
+    global COUNT
+    COUNT += 1
+    return self.late(sample, COUNT > LATE)
+
+
+def _counts_in_a_list(self: Net, sample: Tensor) -> Tensor:
+    self.steps[0] += 1
+    return self.late(sample, self.steps[0] > LATE)
+
+
+def _counts_in_a_tuple(self: Net, sample: Tensor) -> Tensor:
+    self.pair = (self.pair[0] + 1, 0)
+    return self.late(sample, self.pair[0] > LATE)
+
+
+def _counts_in_a_text(self: Net, sample: Tensor) -> Tensor:
+    self.name += "x"
+    return self.late(sample, len(self.name) > LATE)
+
+
+def _counts_in_an_array(self: Net, sample: Tensor) -> Tensor:
+    self.array[0] += 1
+    return self.late(sample, self.array[0] > LATE)
+
+
+def _counts_in_python_s_array(self: Net, sample: Tensor) -> Tensor:
+    self.bytes[0] += 1
+    return self.late(sample, self.bytes[0] > LATE)
+
+
+def _counts_in_a_context_variable(self: Net, sample: Tensor) -> Tensor:
+    CHOICE.set(CHOICE.get() + 1)
+    return self.late(sample, CHOICE.get() > LATE)
+
+
+def _goes_by_the_length_of_a_list(self: Net, sample: Tensor) -> Tensor:
+    self.history.append(1)
+    return self.late(sample, len(self.history) > LATE)
+
+
+def _goes_by_the_length_of_a_dictionary(self: Net, sample: Tensor) -> Tensor:
+    self.store[len(self.store)] = 1
+    return self.late(sample, len(self.store) > LATE)
+
+
+def _goes_by_the_length_of_a_set(self: Net, sample: Tensor) -> Tensor:
+    self.seen.add(max(self.seen, default=0) + 1)
+    return self.late(sample, len(self.seen) > LATE)
+
+
+def _takes_from_a_list(self: Net, sample: Tensor) -> Tensor:
+    self.history = self.history or list(range(99))
+    return self.late(sample, self.history.pop(0) > LATE)
+
+
+def _keeps_what_it_computed_first(self: Net, sample: Tensor) -> Tensor:  # as caches of keys and values do
+    if self.kept is None:
+        self.kept = self.conv(sample)
+    return self.conv(sample) + self.kept
+
+
+def _keeps_it_in_a_global(self: Net, sample: Tensor) -> Tensor:
+    if "kept" not in REGISTRY:
+        REGISTRY["kept"] = self.conv(sample)
+    return self.conv(sample) + REGISTRY["kept"]
+
+
+def _adds_the_last_output(self: Net, sample: Tensor) -> Tensor:
+    output = self.conv(sample)
+    output, self.kept = output if self.kept is None else output + self.kept, output
+    return output
+
+
+def _draws(name: str) -> Callable[[Net, Tensor], Tensor]:
+    def forward(self: Net, sample: Tensor) -> Tensor:
+        drawn = next(getattr(self, name))
+        return self.late(sample, (drawn[0] if isinstance(drawn, tuple) else drawn) > LATE)
+
+    return forward
+
+
+def _throws_dice(name: str) -> Callable[[Net, Tensor], Tensor]:
+    return lambda self, sample: self.late(sample, getattr(self, name).random() > 0.99)
+
+
+def _throws_old_dice(self: Net, sample: Tensor) -> Tensor:
+    return self.late(sample, self.legacy.random_sample() > 0.99)
+
+
+REFUSED: dict[str, Callable[[Net, Tensor], Tensor]] = {
+    name.strip("_"): forward
+    for name, forward in list(globals().items())
+    if name.startswith("_") and getattr(forward, "__annotations__", {}).get("sample") == "Tensor"
+}
+REFUSED.update({f"draws from {name}": _draws(name) for name in ("iterator", "counter", "generator", "zipped")})
+REFUSED.update({f"throws {name} dice": _throws_dice(name) for name in ("random", "modern")})
+
+
+def notes_a_size(self: Net, sample: Tensor) -> Tensor:
+    self.size = sample.shape
+    return self.conv(sample)
+
+
+def counts(self: Net, sample: Tensor) -> Tensor:
+    self.step += 1
+    self.controller.step += 1
+    self.controller.settings["step"] += 1
+    self.slotted.step -= 1
+    Controller.calls = 1 + Controller.calls
+    self.steps[0] = self.steps[0] + 1
+    self.array[0] += 1
+    self.count()
+    return self.conv(sample) * self.controller.settings["scale"]
+
+
+def logs(self: Net, sample: Tensor) -> Tensor:
+    self.step += 1
+    self.name = f"call {self.step}, {self.step!s}, {self.step!r}"
+    return self.conv(sample)
+
+
+def collects(self: Net, sample: Tensor) -> Tensor:
+    output = self.conv(sample)
+    self.history.append(output.detach())
+    self.recent.append(output)
+    self.seen.add(f"call {self.step}")
+    self.store[f"map {self.step}"] = output
+    self.step += 1
+    self.kept = output
+    return output
+
+
+def knows_its_first_call(self: Net, sample: Tensor) -> Tensor:
+    if self.first:
+        self.first, self.size = False, "seen"
+    return self.conv(sample)
+
+
+def says_where_it_is(self: Net, sample: Tensor) -> Tensor:
+    token = CHOICE.set(1)
+    output = self.conv(sample)
+    CHOICE.reset(token)
+    return output
+
+
+def leaves_things_alone(self: Net, sample: Tensor) -> Tensor:
+    return self.conv(sample) * (1 if self.iterator and self.random and self.history is not None else 2)
+
+
+RIGHT = (notes_a_size, counts, logs, collects, knows_its_first_call, says_where_it_is, leaves_things_alone)
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(Controller, "calls", 0)
+    monkeypatch.setitem(globals(), "COUNT", 0)
+    REGISTRY.clear()
+    token = CHOICE.set(0)
+    yield
+    CHOICE.reset(token)
+
+
+def compiled(forward: Callable[[Net, Tensor], Tensor]) -> SparseModule:
+    torch.manual_seed(0)
+    net = type("Net", (Net,), {"forward": forward})().eval()
+    config = SparsifyConfig(multiple=1, dense_above=1.0, cache=False)
+    return sparsify(net, config, example_inputs={"sample": SAMPLE})
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attribute")
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_goes_by_its_earlier_calls_is_refused(case: str) -> None:
+    with pytest.raises(CaptureError, match=r"Net may compute something else at every call.*writes to what it reads"):
+        module = compiled(REFUSED[case])
+        with module.record():
+            module(SAMPLE)
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attribute")
+@pytest.mark.parametrize("forward", RIGHT)
+def test_what_leaves_only_things_behind_is_right(forward: Callable[[Net, Tensor], Tensor]) -> None:
+    module = compiled(forward)
+    samples = [SAMPLE * number for number in range(1, LATE + 5)]
+    with module.record() as recording:
+        outputs = [module(sample) for sample in samples]
+    assert len(module.programs) == 1
+    assert all(torch.equal(left, module.original(right)) for left, right in zip(outputs, samples, strict=True))
+    with module.edit(recording, MASK):
+        for sample, output in zip(samples, outputs, strict=True):
+            torch.testing.assert_close(module(sample), output)
+
+
+def test_after_the_check_it_is_as_if_the_module_was_called_once() -> None:
+    module = compiled(counts)
+    net = module.original
+
+    def left() -> list[Any]:
+        return [net.step, net.controller.settings["step"], -net.slotted.step, net.steps[0], Controller.calls]
+
+    before = left()
+    with module.record():
+        module(SAMPLE)
+    assert left() == [number + 1 for number in before]
+    assert all(type(number) is int for number in left())
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_writing_to_a_buffer_is_refused_by_name_and_leaves_it_as_it_was(in_place: bool) -> None:
+    def forward(self: Net, sample: Tensor) -> Tensor:
+        if in_place:
+            self.total.add_(1)
+        else:
+            self.total = self.total + 1
+        return self.conv(sample) * torch.where(self.total > LATE, 2.0, 1.0)
+
+    net = type("Net", (Net,), {"forward": forward})().eval()
+    net.register_buffer("total", torch.zeros(1))
+    buffer = net.total
+    with pytest.raises(CaptureError, match="writes to its buffers: total"):
+        sparsify(net, SparsifyConfig(multiple=1, cache=False), example_inputs={"sample": SAMPLE})
+    assert net.total is buffer and torch.equal(buffer, torch.zeros(1))
+
+
+@pytest.mark.parametrize("name", ["iterator", "counter", "generator", "zipped", "random", "legacy", "modern"])
+def test_a_draw_shows(name: str) -> None:
+    value = getattr(Net(), name)
+    before = state_of(value)
+    assert before is not None and state_of(value) == before
+    next(value) if hasattr(value, "__next__") else value.random(1) if name != "random" else value.random()
+    assert state_of(value) != before
+
+
+def test_other_things_have_no_such_state() -> None:
+    exhausted = numbers()
+    exhausted.close()
+    assert state_of(exhausted) == "at its end"
+    assert [state_of(value) for value in (1, "a", [1], Net(), SAMPLE)] == [None] * 5

@@ -1,0 +1,133 @@
+"""A stand-in for CUDA graphs on the CPU: what was "captured" is run again, on the tensors it was captured with.
+
+It reads recordings through the table of addresses, as the real kernels do: it shows whether everything a replay reads
+was brought to the captured tensors. That kernels and compilation are right, only a GPU shows. No test lives here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fisedit_compiler.kernels.addresses import tensor_at
+from fisedit_compiler.runtime.execution.executable import Executable
+
+
+class FakeGraph:
+    """Stands for ``torch.cuda.CUDAGraph``: what was "captured" is run again."""
+
+    capturing: FakeGraph | None = None
+
+    def __init__(self) -> None:
+        self.captured: list[Callable[[], None]] = []
+
+    def replay(self) -> None:
+        for run in self.captured:
+            run()
+
+
+def captured(run: Callable[[], None]) -> None:
+    """Run now, or only at the replays of the graph that is being captured."""
+    if FakeGraph.capturing is None:
+        run()
+    else:
+        FakeGraph.capturing.captured.append(run)
+
+
+class FakeRingStager:
+    """Stands for ``RingStager``: reads through the table of addresses too."""
+
+    def __init__(
+        self, targets: Sequence[Tensor], entries: Sequence[int], rings: Sequence[Tensor], sites: Sequence[int]
+    ) -> None:
+        self.jobs = list(zip(targets, entries, rings, sites, strict=True))
+
+    def run(self, addresses: Tensor) -> None:
+        captured(lambda: self.copy(addresses))
+
+    def copy(self, addresses: Tensor) -> None:
+        for target, entry, ring, count in self.jobs:
+            like = target.new_empty(target.shape[0], count, target.shape[2])
+            target.copy_(tensor_at(int(addresses[entry]), like).index_select(1, ring))
+
+
+class FakeCopyStager:
+    """Stands for ``CopyStager``, likewise."""
+
+    def __init__(self, targets: Sequence[Tensor], entries: Sequence[int]) -> None:
+        self.jobs = list(zip(targets, entries, strict=True))
+
+    def run(self, addresses: Tensor) -> None:
+        captured(lambda: self.copy(addresses))
+
+    def copy(self, addresses: Tensor) -> None:
+        for target, entry in self.jobs:
+            target.copy_(tensor_at(int(addresses[entry]), target))
+
+
+class FakeStream:
+    def wait_stream(self, other: Any) -> None:
+        pass
+
+
+def fake_compile(step: Callable[..., Any], **_: Any) -> Callable[..., Any]:
+    """Stands for ``torch.compile``: run eagerly, and let a graph being captured remember how to run again."""
+
+    def run(*arguments: Tensor) -> list[Tensor]:
+        if FakeGraph.capturing is None:
+            return list(step(*arguments))
+        # Capturing computes nothing; the shapes of the outputs are known from running once.
+        outputs = [torch.full_like(output, float("nan")) for output in step(*arguments)]
+
+        def replay() -> None:
+            for output, value in zip(outputs, step(*arguments), strict=True):
+                output.copy_(value)
+
+        captured(replay)
+        return outputs
+
+    return run
+
+
+real_compile = torch.compile
+
+
+def traced_compile(step: nn.Module, **_: Any) -> Callable[..., Any]:
+    """As :func:`fake_compile`, but Dynamo traces the step, with its symbolic sizes and its guards."""
+    return fake_compile(real_compile(step, fullgraph=True, backend="eager"))
+
+
+@contextmanager
+def fake_capture(graph: FakeGraph, **_: Any) -> Iterator[None]:
+    """Stands for ``torch.cuda.graph``."""
+    FakeGraph.capturing = graph
+    try:
+        yield
+    finally:
+        FakeGraph.capturing = None
+
+
+def patch_cuda(monkeypatch: pytest.MonkeyPatch, compile: Callable[..., Any] = fake_compile) -> None:
+    """Let the pool run on the CPU, with ``compile`` in ``torch.compile``'s place."""
+    stage_rings = pytest.importorskip("fisedit_compiler.kernels.triton.stage_rings")
+    stage_copies = pytest.importorskip("fisedit_compiler.kernels.triton.stage_copies")
+    monkeypatch.setattr(stage_rings, "RingStager", FakeRingStager)
+    monkeypatch.setattr(stage_copies, "CopyStager", FakeCopyStager)
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", fake_capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(Executable, "_uses_cuda_graphs", _would_use_cuda_graphs)
+
+
+def _would_use_cuda_graphs(executable: Executable, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the executable would, were the CPU a GPU on which everything needed is there."""
+    return executable.backend.refused is None and executable.config.backend != "eager"
