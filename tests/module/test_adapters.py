@@ -119,7 +119,7 @@ def test_another_process_takes_no_others_graph_from_disk(tmp_path: Path) -> None
     script = (
         "import sys, torch\n"
         "from fisedit_compiler import SparsifyConfig, sparsify\n"
-        "from tests.runtime.test_adapters import *\n"
+        "from tests.module.test_adapters import *\n"
         "torch.manual_seed(0)\n"
         "module = sparsify(with_adapters(Net(), 'A', 'B'), SparsifyConfig(multiple=1, dense_above=1.0))\n"
         "select(module, *sys.argv[1:])\n"
@@ -138,9 +138,8 @@ def test_another_process_takes_no_others_graph_from_disk(tmp_path: Path) -> None
 
 
 def test_a_pipeline_whose_lora_is_switched_off_loaded_and_unloaded() -> None:
-    from tests.support.compiled import run_pipeline
-
     from tests.pipelines.conftest import make_tiny_pipeline
+    from tests.support.compiled import run_pipeline
 
     pipe = make_tiny_pipeline()
     unet = pipe.unet
