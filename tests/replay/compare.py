@@ -161,11 +161,12 @@ def report(found: Sequence[Compared], lines: int) -> Iterator[str]:
         if file.verdict is Verdict.SAME:
             continue
         limit = lines if file.verdict is Verdict.DIFFERENT else min(lines, 6)
-        shown = file.diff if not lines else file.diff[:limit]
+        changes = file.diff[2:]  # behind the names of the two files, which the title has
+        shown = changes[:limit] if lines else changes
         yield f"== {file.title}"
         yield from shown
-        if len(shown) < len(file.diff):
-            yield f"   ... {len(file.diff) - len(shown)} lines more"
+        if len(shown) < len(changes):
+            yield f"   ... {len(changes) - len(shown)} lines more"
 
 
 def summary(found: Sequence[Compared]) -> list[str]:
@@ -203,7 +204,7 @@ def _compare(base: str, now: str, before: str, after: str) -> Compared:
         verdict = compare_results(json.loads(before), json.loads(after))
     else:
         verdict = compare_graphs(*lines)
-    diff = difflib.unified_diff(*lines, f"base/{base}", f"now/{now}", lineterm="", n=1)
+    diff = difflib.unified_diff(*lines, f"base/{base}", f"now/{now}", lineterm="", n=0)
     return Compared(base, now, verdict, tuple(diff))
 
 
