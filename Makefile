@@ -6,11 +6,12 @@ VENV   ?= .venv
 PIP    := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 SOURCES := fisedit_compiler benchmarks tests $(wildcard examples)
 
-.PHONY: help demo test lint types format bench clean
+.PHONY: help demo test replay lint types format bench clean
 
 help:
 	@echo "make demo    generate an image and edit it with the embedded model, into demo-output/"
 	@echo "make test    run the tests"
+	@echo "make replay BASE=<commit>   compare what this tree compiles and computes with that commit, into replay-output/"
 	@echo "make lint    ruff, lint and format; 'make format' mends what it can"
 	@echo "make types   mypy over the package"
 	@echo "make bench   the benchmarks on this machine's CPU, into bench-output/"
@@ -37,6 +38,11 @@ demo: $(VENV)/.runtime-installed
 test: $(VENV)/.test-installed
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
+# For a refactoring: graphs, slots, plans and results of every model of the zoo, here and at BASE.
+replay: $(VENV)/.test-installed
+	@test -n "$(BASE)" || { echo "name a commit to compare with: make replay BASE=<commit>"; exit 1; }
+	PYTHONPATH=tests $(VENV)/bin/python -m replay $(BASE) $(REPLAY_ARGS)
+
 lint: $(VENV)/.test-installed
 	$(VENV)/bin/ruff check $(SOURCES)
 	$(VENV)/bin/ruff format --check $(SOURCES)
@@ -57,4 +63,4 @@ bench: $(VENV)/.runtime-installed
 	$(VENV)/bin/python -m benchmarks.edit_latency --json bench-output/edit_latency.json
 
 clean:
-	rm -rf build dist demo-output bench-output .fisedit-cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf build dist demo-output bench-output replay-output .fisedit-cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
