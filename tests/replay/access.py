@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 
 PLACES: dict[str, tuple[str, ...]] = {
     # The models. Those of the working tree serve both commits.
-    "zoo": ("zoo", "support.zoo", "models.zoo", "tests.zoo"),
+    "zoo": ("zoo", "support.zoo", "models.zoo", "tests.support.zoo", "tests.zoo"),
     # (step graph, slot names) -> what reads its slots by address and brings rings.
     "stage_step": (
         "fisedit_compiler.passes.stage:stage",
