@@ -4,15 +4,16 @@
 PYTHON ?= python3
 VENV   ?= .venv
 PIP    := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
-SOURCES := fisedit_compiler benchmarks tests $(wildcard examples)
+SOURCES := fisedit_compiler benchmarks tests docs $(wildcard examples)
 
-.PHONY: help demo test lint types format bench clean
+.PHONY: help demo test lint types format docs bench clean
 
 help:
 	@echo "make demo    generate an image and edit it with the embedded model, into demo-output/"
 	@echo "make test    run the tests"
 	@echo "make lint    ruff, lint and format; 'make format' mends what it can"
 	@echo "make types   mypy over the package"
+	@echo "make docs    the documents as a site that opens without a network, site/index.html"
 	@echo "make bench   the benchmarks on this machine's CPU, into bench-output/"
 	@echo "make clean   remove caches and outputs, keep the environment"
 
@@ -29,6 +30,10 @@ $(VENV)/.runtime-installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.test-installed: $(VENV)/.runtime-installed
 	$(PIP) -e '.[test]'
+	@touch $@
+
+$(VENV)/.docs-installed: $(VENV)/.runtime-installed
+	$(PIP) -e '.[docs]'
 	@touch $@
 
 demo: $(VENV)/.runtime-installed
@@ -48,6 +53,11 @@ format: $(VENV)/.test-installed
 types: $(VENV)/.test-installed
 	$(VENV)/bin/mypy
 
+# Fails on links and anchors that lead nowhere and on pages that nothing leads to.
+docs: $(VENV)/.docs-installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --clean
+	@echo "site/index.html"
+
 bench: $(VENV)/.runtime-installed
 	@mkdir -p bench-output
 	$(VENV)/bin/python -m benchmarks.step_latency --json bench-output/step_latency.json
@@ -57,4 +67,4 @@ bench: $(VENV)/.runtime-installed
 	$(VENV)/bin/python -m benchmarks.edit_latency --json bench-output/edit_latency.json
 
 clean:
-	rm -rf build dist demo-output bench-output .fisedit-cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf build dist site demo-output bench-output .fisedit-cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
