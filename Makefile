@@ -6,7 +6,7 @@ VENV   ?= .venv
 PIP    := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 SOURCES := fisedit_compiler benchmarks tests docs $(wildcard examples)
 
-.PHONY: help demo test lint types format docs bench clean
+.PHONY: help demo test lint types format docs hooks bench clean
 
 help:
 	@echo "make demo    generate an image and edit it with the embedded model, into demo-output/"
@@ -14,6 +14,7 @@ help:
 	@echo "make lint    ruff, lint and format; 'make format' mends what it can"
 	@echo "make types   mypy over the package"
 	@echo "make docs    the documents as a site that opens without a network, site/index.html"
+	@echo "make hooks   run lint, types and docs before every commit of this clone"
 	@echo "make bench   the benchmarks on this machine's CPU, into bench-output/"
 	@echo "make clean   remove caches and outputs, keep the environment"
 
@@ -34,6 +35,10 @@ $(VENV)/.test-installed: $(VENV)/.runtime-installed
 
 $(VENV)/.docs-installed: $(VENV)/.runtime-installed
 	$(PIP) -e '.[docs]'
+	@touch $@
+
+$(VENV)/.dev-installed: $(VENV)/.runtime-installed
+	$(PIP) -e '.[dev]'
 	@touch $@
 
 demo: $(VENV)/.runtime-installed
@@ -57,6 +62,9 @@ types: $(VENV)/.test-installed
 docs: $(VENV)/.docs-installed
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --clean
 	@echo "site/index.html"
+
+hooks: $(VENV)/.dev-installed
+	$(VENV)/bin/pre-commit install
 
 bench: $(VENV)/.runtime-installed
 	@mkdir -p bench-output
