@@ -4,16 +4,19 @@
 PYTHON ?= python3
 VENV   ?= .venv
 PIP    := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
-SOURCES := fisedit_compiler benchmarks tests $(wildcard examples)
+SOURCES := fisedit_compiler benchmarks tests docs .ci $(wildcard examples)
 
-.PHONY: help demo test replay lint types format bench clean
+.PHONY: help demo test replay lint types format docs hooks wheel bench clean
 
 help:
 	@echo "make demo    generate an image and edit it with the embedded model, into demo-output/"
 	@echo "make test    run the tests"
 	@echo "make replay BASE=<commit>   compare what this tree compiles and computes with that commit, into replay-output/"
-	@echo "make lint    ruff, lint and format; 'make format' mends what it can"
+	@echo "make lint    ruff, and which room imports from which; 'make format' mends what it can"
 	@echo "make types   mypy over the package"
+	@echo "make docs    the documents as a site that opens without a network, site/index.html"
+	@echo "make hooks   run lint, types and docs before every commit of this clone"
+	@echo "make wheel   build the package into dist/, run its demo in an empty environment"
 	@echo "make bench   the benchmarks on this machine's CPU, into bench-output/"
 	@echo "make clean   remove caches and outputs, keep the environment"
 
@@ -32,6 +35,14 @@ $(VENV)/.test-installed: $(VENV)/.runtime-installed
 	$(PIP) -e '.[test]'
 	@touch $@
 
+$(VENV)/.docs-installed: $(VENV)/.runtime-installed
+	$(PIP) -e '.[docs]'
+	@touch $@
+
+$(VENV)/.dev-installed: $(VENV)/.runtime-installed
+	$(PIP) -e '.[dev]'
+	@touch $@
+
 demo: $(VENV)/.runtime-installed
 	$(VENV)/bin/fisedit demo --output demo-output
 
@@ -46,6 +57,7 @@ replay: $(VENV)/.test-installed
 lint: $(VENV)/.test-installed
 	$(VENV)/bin/ruff check $(SOURCES)
 	$(VENV)/bin/ruff format --check $(SOURCES)
+	$(VENV)/bin/lint-imports --no-cache --no-logo
 
 format: $(VENV)/.test-installed
 	$(VENV)/bin/ruff check --fix $(SOURCES)
@@ -53,6 +65,17 @@ format: $(VENV)/.test-installed
 
 types: $(VENV)/.test-installed
 	$(VENV)/bin/mypy
+
+# Fails on links and anchors that lead nowhere and on pages that nothing leads to.
+docs: $(VENV)/.docs-installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --clean
+	@echo "site/index.html"
+
+hooks: $(VENV)/.dev-installed
+	$(VENV)/bin/pre-commit install
+
+wheel: $(VENV)/.dev-installed
+	$(VENV)/bin/python .ci/wheel.py
 
 bench: $(VENV)/.runtime-installed
 	@mkdir -p bench-output
@@ -63,4 +86,4 @@ bench: $(VENV)/.runtime-installed
 	$(VENV)/bin/python -m benchmarks.edit_latency --json bench-output/edit_latency.json
 
 clean:
-	rm -rf build dist demo-output bench-output replay-output .fisedit-cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf build dist site demo-output bench-output replay-output .fisedit-cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -9,7 +9,8 @@ through an allow-list (``targets.py``), the graph through a check of every field
 their owner, written whole or not at all, and carry a digest (``store.py``). Whatever is wrong with a file or the
 folder, the model is captured as if there were no cache, and a warning says so once.
 
-``FISEDIT_CACHE_DIR`` selects the folder; the default is ``fisedit_compiler`` in the user's cache directory.
+``FISEDIT_CACHE_DIR`` selects the folder; the default is ``fisedit_compiler`` where the platform keeps caches of a user
+(``XDG_CACHE_HOME`` or ``~/.cache`` on Linux).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from platformdirs import user_cache_path
 from safetensors.torch import load as read_tensors
 from safetensors.torch import save as write_tensors
 
@@ -44,8 +46,10 @@ def directory() -> Path:
     """
     if chosen := os.environ.get("FISEDIT_CACHE_DIR"):
         return Path(chosen)
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "fisedit_compiler"
+    folder = user_cache_path("fisedit_compiler", appauthor=False)
+    if not folder.is_absolute():  # older versions of platformdirs leave a "~" that they cannot resolve
+        raise RuntimeError("the user has no home directory")
+    return folder
 
 
 def entry_path(structure: str, signature: CallSignature, multiple: int | None) -> Path | None:

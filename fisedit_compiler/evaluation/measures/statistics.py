@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -58,9 +59,14 @@ def summarise(values: Sequence[float | None], seed: int = 0) -> Summary | None:
 
 def bootstrap(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean (Efron, 1979); the same for the same values and seed."""
-    rng = np.random.default_rng(seed)
-    picks = rng.integers(0, values.size, size=(RESAMPLES, values.size))
-    means = values[picks].mean(axis=1)
-    tail = 50.0 * (1.0 - CONFIDENCE)
-    low, high = np.percentile(means, [tail, 100.0 - tail])
-    return float(low), float(high)
+    if values.size == 1:  # scipy refuses to resample a single value
+        return float(values[0]), float(values[0])
+    interval = stats.bootstrap(
+        (values,),
+        np.mean,
+        n_resamples=RESAMPLES,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(interval.low), float(interval.high)

@@ -6,11 +6,10 @@ import base64
 import io
 import json
 from collections.abc import Mapping, Sequence
-from html import escape
-from importlib import resources
-from string import Template
+from dataclasses import dataclass
 from typing import Any
 
+from markupsafe import Markup
 from PIL import Image
 
 from fisedit_compiler.evaluation.pages import tables
@@ -19,13 +18,46 @@ from fisedit_compiler.evaluation.pages.sheet import pair_of, similarities
 from fisedit_compiler.evaluation.pages.tables import Grid
 from fisedit_compiler.evaluation.results.store import Store
 from fisedit_compiler.evaluation.runner import SHEET_PAIRS, sheet_pairs
+from fisedit_compiler.pages import render
 
 THUMBNAIL = 112
 """Edge in pixels of a picture on the contact sheet."""
 SHEET_BYTES = 3_500_000
-"""Room for the contact sheet, so that the page stays below 5 MB; what does not fit is left out and said to be."""
+"""Room for the pictures of the contact sheet, so that the page stays below 5 MB; further ones are left out."""
 
 _TITLES = {"all": "All pairs", "local": "Edits of one object", "scene-wide": "Edits of the whole picture"}
+_SECTIONS = {
+    "checks": "What must hold", "curve": "Curve", "tables": "Tables", "sheet": "Contact sheet", "failures": "Failures",
+    "run": "Run",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A picture of a method as a data URL, or ``None``, and the words below it or in its place."""
+
+    name: str
+    picture: str | None
+    words: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A pair: what was asked for, the base's caption, further words, and its pictures."""
+
+    edit: str
+    caption: str
+    about: str
+    cells: list[Cell]
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """The contact sheet: names of its columns, its rows, and whether further ones found no room."""
+
+    names: list[str]
+    rows: list[Row]
+    cut: bool
 
 
 def build_report(store: Store, results: Mapping[str, Any]) -> str:
@@ -35,15 +67,17 @@ def build_report(store: Store, results: Mapping[str, Any]) -> str:
         store: where the pictures are.
         results: of :func:`~fisedit_compiler.evaluation.results.aggregate.aggregate`.
     """
-    template = resources.files(__package__) / "report.html"
-    return Template(template.read_text(encoding="utf-8")).substitute(
-        title=escape(f"Edits compared: {results['counts']['done']} pairs, {results['configuration']['model']}"),
-        checks=_table(tables.check_table(results), text=True),
-        curves="".join(_curves(results)),
-        tables="".join(_table(grid) for grid in grids(results)),
+    return render(
+        __package__,
+        "report.html",
+        title=f"Edits compared: {results['counts']['done']} pairs, {results['configuration']['model']}",
+        sections=_SECTIONS,
+        checks=tables.check_table(results),
+        curves=_curves(results),
+        grids=grids(results),
         sheet=_sheet(store, results),
         failures=_failures(results),
-        run=escape(json.dumps({"configuration": results["configuration"], "run": results["run"]}, indent=1)),
+        run=json.dumps({"configuration": results["configuration"], "run": results["run"]}, indent=1),
     )
 
 
@@ -61,59 +95,42 @@ def grids(results: Mapping[str, Any]) -> list[Grid]:
     return [*found, tables.mask_table(results)]
 
 
-def _curves(results: Mapping[str, Any]) -> list[str]:
+def _curves(results: Mapping[str, Any]) -> list[tuple[str, Markup]]:
     groups = [group for group in ("all", "local") if results["counts"][group]]
-    return [f"<h3>{_TITLES[group]}</h3>{as_svg(trade_off(results, group), inline=True)}" for group in groups]
+    return [(_TITLES[group], Markup(as_svg(trade_off(results, group), inline=True))) for group in groups]
 
 
-def _table(grid: Grid, text: bool = False) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in grid.header)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in grid.rows)
-    style = ' class="text"' if text else ""
-    return (
-        f'<h2>{escape(grid.title)}</h2><div class="scroll"><table{style}><thead><tr>{head}</tr></thead>'
-        f'<tbody>{body}</tbody></table></div><p class="note">{escape(grid.note)}</p>'
-    )
-
-
-def _sheet(store: Store, results: Mapping[str, Any]) -> str:
+def _sheet(store: Store, results: Mapping[str, Any]) -> Sheet:
     records = {record["line"]: record for record in store.records() if record["status"] == "done"}
     kept = [pair_of(record) for record in records.values() if store.image(record["line"], "base") is not None]
     names = ["base", "mask", *(method["name"] for method in results["methods"])]
-    rows, size = [], 0
+    rows: list[Row] = []
+    size = 0
     for pair in sheet_pairs(kept, SHEET_PAIRS):
         row = _sheet_row(store, records[pair.line], names)
-        size += len(row)
+        size += sum(len(cell.picture or "") for cell in row.cells)
         if size > SHEET_BYTES:
-            rows.append("<tr><td>the other pairs are left out: the page would become too large</td></tr>")
-            break
+            return Sheet(names, rows, cut=True)
         rows.append(row)
-    if not rows:
-        return "<p>no pictures were kept</p>"
-    head = "".join(f"<th>{escape(name)}</th>" for name in ("captions", *names))
-    return f'<table class="sheet"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    return Sheet(names, rows, cut=False)
 
 
-def _sheet_row(store: Store, record: Mapping[str, Any], names: Sequence[str]) -> str:
+def _sheet_row(store: Store, record: Mapping[str, Any], names: Sequence[str]) -> Row:
     pair = record["pair"]
     kind = pair.get("kind", "pair")
     area = record["methods"].get("sparse", {}).get("mask_area")
-    mask = "" if area is None else f"<br>mask {area:.1%}"
-    caption = f"<b>{escape(pair['edit'] or kind)}</b><br>{escape(pair['input'])}<br>line {record['line']}, {kind}{mask}"
     cells = []
     for name in names:
         image = store.image(record["line"], name)
         figures = record["methods"].get(name, {})
-        below = similarities(figures)
-        shown = (
-            escape(figures.get("skipped", "")) if image is None else f'<img alt="{escape(name)}" src="{_data(image)}">'
-        )
-        cells.append(f"<td>{shown}{below}</td>")
-    return f'<tr><td class="caption">{caption}</td>{"".join(cells)}</tr>'
+        skipped = figures.get("skipped", "") if image is None else ""
+        cells.append(Cell(name, None if image is None else _data(image), skipped + similarities(figures)))
+    about = f"line {record['line']}, {kind}" + ("" if area is None else f", mask {area:.1%}")
+    return Row(pair["edit"] or kind, pair["input"], about, cells)
 
 
-def _failures(results: Mapping[str, Any]) -> str:
-    lines = [
+def _failures(results: Mapping[str, Any]) -> list[str]:
+    return [
         *(f"line {item['line']}: {item['error']} ({item['pair']['output']})" for item in results["failed"]),
         *results["run"].get("rejected", ()),
         *(
@@ -122,7 +139,6 @@ def _failures(results: Mapping[str, Any]) -> str:
             for reason, count in method["skipped"].items()
         ),
     ]
-    return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>" if lines else "<p>none</p>"
 
 
 def _data(image: Image.Image) -> str:

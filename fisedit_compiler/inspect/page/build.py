@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from html import escape
-from importlib import resources
-from string import Template
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -19,10 +16,36 @@ from fisedit_compiler.inspect.page.drawing import KINDS, draw_program, node_fact
 from fisedit_compiler.inspect.page.pyramid import draw_pyramid
 from fisedit_compiler.inspect.page.timeline import Event, draw_timeline
 from fisedit_compiler.inspect.stages import Stages, choose_program, stages_of
+from fisedit_compiler.pages import render
 
 if TYPE_CHECKING:
     from fisedit_compiler.inspect.compiled import CompiledModule
     from fisedit_compiler.lowering.program import CompiledProgram
+
+
+SECTIONS = {"graph": "Program", "summary": "Summary", "mask": "Mask", "passes": "Passes", "slots": "Slots"}
+"""Anchors of the page and their names; a time line comes last."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a pass did. ``changes`` are lines of the difference that it made and their kinds; empty where left out."""
+
+    name: str
+    milliseconds: float
+    nodes: int
+    what: str
+    changes: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class SlotRow:
+    """A slot and the bytes that a call records in it."""
+
+    name: str
+    kind: str
+    layout: str
+    nbytes: float
 
 
 def build_page(
@@ -54,58 +77,43 @@ def build_page(
     plan = SitePlan.build(mask, chosen.levels, chosen.convs, dilation=compiled.sparsify_config.dilation)
     executable = compiled._programs.executables()[program]
     plan = executable.divided(plan, batch, parameter.element_size(), parameter.device.type)
-    timeline = "" if events is None else f'<section id="time"><h2>One call</h2>{draw_timeline(list(events))}</section>'
-    template = Template((resources.files(__package__) / "template.html").read_text(encoding="utf-8"))
-    return template.substitute(
-        title=escape(title or type(compiled.original).__name__),
-        legend="".join(
-            f'<span><i style="background:{colour}"></i>{escape(name)}: {escape(meaning)}</span>'
-            for name, (colour, meaning) in KINDS.items()
-        ),
+    return render(
+        __package__,
+        "page.html",
+        title=title or type(compiled.original).__name__,
+        sections=SECTIONS if events is None else SECTIONS | {"time": "One call"},
+        kinds=KINDS,
         drawing=draw_program(chosen),
-        summary=escape(str(explain_module(compiled, mask, batch, None, TEXT_TOKENS))),
+        summary=str(explain_module(compiled, mask, batch, None, TEXT_TOKENS)),
         pyramid=draw_pyramid(plan),
         passes=_passes(stages_of(chosen)),
         slots=_slots(chosen, batch, *mask.shape),
-        timeline=timeline,
-        timeline_link="" if events is None else '<a href="#time">One call</a>',
-        nodes=json.dumps(node_facts(chosen), separators=(",", ":")).replace("</", "<\\/"),
+        timeline=None if events is None else draw_timeline(list(events)),
+        nodes=node_facts(chosen),
     )
 
 
-def _passes(stages: Stages) -> str:
-    parts = []
+def _passes(stages: Stages) -> list[Pass]:
+    passes = []
     for stage in stages:
         removed, added = (", ".join(f"{n} {op}" for op, n in of.items()) for of in (stage.removed, stage.added))
         what = f"removed {removed or 'nothing'}; added {added or 'nothing'}" if stage.name != "capture" else "the model"
         changes = stages.changes(stage.name, context=1) if stage.name not in ("recording", "update") else ""
-        shown = f"<pre>{_coloured(changes)}</pre>" if changes else ""
-        parts.append(
-            f"<details><summary><b>{escape(stage.name)}</b> {stage.seconds * 1e3:.1f} ms, "
-            f"{len(stage.graph.nodes)} nodes: {escape(what)}</summary>{shown}</details>"
-        )
-    return "\n".join(parts)
+        passes.append(Pass(stage.name, stage.seconds * 1e3, len(stage.graph.nodes), what, _kinds_of(changes)))
+    return passes
 
 
-def _coloured(diff: str) -> str:
+def _kinds_of(diff: str) -> list[tuple[str, str]]:
+    """The lines of a difference without their comments, each with what its sign means."""
     kinds = {"+": "add", "-": "del", "@": "hunk"}
-    lines = []
-    for line in diff.splitlines():
-        code = line.split("  #")[0].rstrip() if not line[1:].startswith("#") else line
-        name = kinds.get(line[:1])
-        lines.append(f'<span class="{name}">{escape(code)}</span>' if name else escape(code))
-    return "\n".join(lines)
+    return [
+        (kinds.get(line[:1], ""), line if line[1:].startswith("#") else line.split("  #")[0].rstrip())
+        for line in diff.splitlines()
+    ]
 
 
-def _slots(program: CompiledProgram, batch: int, height: int, width: int) -> str:
+def _slots(program: CompiledProgram, batch: int, height: int, width: int) -> list[SlotRow]:
     values = costs.call_sizes(program.multiple, height, width, batch, TEXT_TOKENS)
     loaded = [node for node in program.update.nodes if node.op == "placeholder" and node.meta["input"][0] == "slot"]
     nbytes = {node.meta["input"][1]: costs.evaluate(costs.nbytes(spec_of(node)), values) for node in loaded}
-    rows = [
-        f"<tr><td>{escape(slot.name)}</td><td>{slot.kind}</td><td>{escape(str(slot.layout))}</td>"
-        f'<td class="number">{nbytes[slot.name] / 2**10:,.0f}</td></tr>'
-        for slot in program.slots
-    ]
-    head = '<tr><th>slot</th><th>kind</th><th>layout</th><th class="number">KiB a call</th></tr>'
-    total = sum(nbytes.values()) / 2**20
-    return f"<p>{len(rows)} slots, {total:,.1f} MiB a call.</p><table>{head}{''.join(rows)}</table>"
+    return [SlotRow(slot.name, slot.kind, str(slot.layout), nbytes[slot.name]) for slot in program.slots]

@@ -10,15 +10,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 import torch
+from markupsafe import Markup
 from torch import fx
 
 from fisedit_compiler.graph import ir
 from fisedit_compiler.graph.listing import line_of
 from fisedit_compiler.graph.specs import ValueSpec
+from fisedit_compiler.pages import render
 
 if TYPE_CHECKING:
     from fisedit_compiler.lowering.program import CompiledProgram
@@ -66,25 +67,45 @@ class Group:
         return -(-len(self.nodes) // self.columns) * _SQUARE + 2 * _MARGIN
 
 
-def draw_program(program: CompiledProgram) -> str:
+@dataclass(frozen=True)
+class Square:
+    """One node: its number, its kind, its line of the listing, and its corner."""
+
+    number: int
+    kind: str
+    line: str
+    x: float
+    y: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The values that one block takes from another: an SVG path, wider for more of them, and words about it."""
+
+    path: str
+    width: float
+    title: str
+
+
+def draw_program(program: CompiledProgram) -> Markup:
     """The step graph of a program as an SVG document, with a legend."""
     refused = {name for name, *_ in program.refusals}
     nodes = [node for node in program.step.nodes if node.op != "output"]
     numbers = {node: number for number, node in enumerate(nodes)}
     groups = group_nodes(nodes)
     place(groups)
-    home = {node: group for group in groups for node in group.nodes}
-    width = max((group.x + group.width for group in groups), default=0.0) + 20
-    height = max((group.y + group.height for group in groups), default=0.0) + 60
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" font-family="sans-serif">',
-        f'<rect width="{width:.0f}" height="{height:.0f}" fill="#ffffff"/>',
-        *_edges(groups, home),
-        *(part for group in groups for part in _box(group, numbers, refused)),
-        *_legend(height),
-        "</svg>",
-    ]
-    return "\n".join(parts)
+    return render(
+        __package__,
+        "drawing.svg",
+        width=round(max((group.x + group.width for group in groups), default=0.0) + 20),
+        height=round(max((group.y + group.height for group in groups), default=0.0) + 60),
+        curves=_curves(groups),
+        groups=groups,
+        squares=lambda group: _squares(group, numbers, refused),
+        side=_SQUARE - 2,
+        kinds=KINDS,
+        legend=_legend(),
+    )
 
 
 def kind_of(node: fx.Node, refused: set[str]) -> str:
@@ -154,8 +175,9 @@ def _row_levels(spec: ValueSpec) -> list[Fraction]:
     return [Fraction(name[2:].replace("over", "/")) for name in names if name.startswith("n_")]
 
 
-def _edges(groups: list[Group], home: Mapping[fx.Node, Group]) -> list[str]:
-    """One curve per pair of blocks that exchange values, thicker for more of them."""
+def _curves(groups: list[Group]) -> list[Curve]:
+    """One curve per pair of blocks that exchange values."""
+    home = {node: group for group in groups for node in group.nodes}
     counts: dict[tuple[int, int], int] = {}
     order = {id(group): number for number, group in enumerate(groups)}
     for group in groups:
@@ -165,47 +187,34 @@ def _edges(groups: list[Group], home: Mapping[fx.Node, Group]) -> list[str]:
                 if origin is not None and origin is not group and source.op == "call_function":
                     key = (order[id(origin)], order[id(group)])
                     counts[key] = counts.get(key, 0) + 1
-    parts = []
+    curves = []
     for (first, second), count in counts.items():
         a, b = groups[first], groups[second]
         x1, y1, x2, y2 = a.x + a.width, a.y + a.height / 2, b.x, b.y + b.height / 2
         bend = max(abs(x2 - x1) / 2, 20)
         title = f"{count} values from {a.path or 'the top module'} to {b.path or 'the top module'}"
-        parts.append(
-            f'<path d="M{x1:.0f} {y1:.0f} C{x1 + bend:.0f} {y1:.0f} {x2 - bend:.0f} {y2:.0f} {x2:.0f} {y2:.0f}" '
-            f'fill="none" stroke="#868e96" stroke-opacity="0.45" stroke-width="{min(1 + count / 3, 5):.1f}">'
-            f"<title>{escape(title)}</title></path>"
-        )
-    return parts
+        path = f"M{x1:.0f} {y1:.0f} C{x1 + bend:.0f} {y1:.0f} {x2 - bend:.0f} {y2:.0f} {x2:.0f} {y2:.0f}"
+        curves.append(Curve(path, min(1 + count / 3, 5), title))
+    return curves
 
 
-def _box(group: Group, numbers: Mapping[fx.Node, int], refused: set[str]) -> list[str]:
-    title = group.path or "inputs and outputs"
-    parts = [
-        f'<g class="block"><rect x="{group.x:.0f}" y="{group.y:.0f}" width="{group.width:.0f}" '
-        f'height="{group.height:.0f}" rx="4" fill="#f8f9fa" stroke="#ced4da"><title>{escape(title)}</title></rect>',
-        f'<text x="{group.x + 4:.0f}" y="{group.y - 5:.0f}" font-size="9" '
-        f'transform="rotate(-14 {group.x + 4:.0f} {group.y - 5:.0f})">{escape(title)}</text>',
-    ]
+def _squares(group: Group, numbers: Mapping[fx.Node, int], refused: set[str]) -> list[Square]:
+    squares = []
     for position, node in enumerate(group.nodes):
         x = group.x + _MARGIN + position % group.columns * _SQUARE
         y = group.y + _MARGIN + position // group.columns * _SQUARE
-        kind = kind_of(node, refused)
-        parts.append(
-            f'<rect class="node {kind}" data-n="{numbers[node]}" x="{x:.0f}" y="{y:.0f}" width="{_SQUARE - 2}" '
-            f'height="{_SQUARE - 2}" fill="{KINDS[kind][0]}"><title>{escape(line_of(node))}</title></rect>'
-        )
-    return [*parts, "</g>"]
+        squares.append(Square(numbers[node], kind_of(node, refused), line_of(node), x, y))
+    return squares
 
 
-def _legend(height: float) -> list[str]:
-    parts, x = [], 20.0
+def _legend() -> list[tuple[float, str, str]]:
+    """Where an entry starts, its colour and its words."""
+    entries, x = [], 20.0
     for name, (colour, meaning) in KINDS.items():
         text = f"{name}: {meaning}"
-        parts.append(f'<rect x="{x:.0f}" y="{height - 24:.0f}" width="12" height="12" fill="{colour}"/>')
-        parts.append(f'<text x="{x + 16:.0f}" y="{height - 14:.0f}" font-size="11">{escape(text)}</text>')
+        entries.append((x, colour, text))
         x += 30 + 6.2 * len(text)
-    return parts
+    return entries
 
 
 def node_facts(program: CompiledProgram) -> list[dict[str, Any]]:

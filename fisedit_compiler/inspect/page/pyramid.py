@@ -2,72 +2,78 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
+from markupsafe import Markup
 
 from fisedit_compiler.geometry.site_plan import SitePlan
+from fisedit_compiler.pages import render
 
 _SIDE = 240
-_ACTIVE, _RING, _IDLE = "#2b8a3e", "#ffd43b", "#f1f3f5"
+_IDLE, _RING, _ACTIVE = range(3)
+_COLOURS = ("#f1f3f5", "#ffd43b", "#2b8a3e")
+"""Of idle sites, of the ring, of active sites."""
 
 
-def draw_pyramid(plan: SitePlan) -> str:
+@dataclass(frozen=True)
+class Run:
+    """Neighbours of one kind in a row: one rectangle."""
+
+    row: int
+    start: int
+    length: int
+    kind: int
+
+
+@dataclass(frozen=True)
+class Level:
+    """One picture: the sites of a level, ``cell`` pixels each, its counts, and its blocks of ``block`` by ``block``."""
+
+    level: Fraction
+    height: int
+    width: int
+    cell: float
+    runs: list[Run]
+    active: int
+    ring: int
+    block: int
+
+
+def draw_pyramid(plan: SitePlan) -> Markup:
     """One picture a level, side by side, as HTML."""
-    return "\n".join(_level(plan, level) for level in sorted(plan.active))
+    levels = [_level(plan, level) for level in sorted(plan.active)]
+    return render(__package__, "pyramid.html", levels=levels, colours=_COLOURS)
 
 
-def _level(plan: SitePlan, level: Fraction) -> str:
+def _level(plan: SitePlan, level: Fraction) -> Level:
     height, width = plan.size(level)
     kinds = torch.zeros(height * width, dtype=torch.uint8)
     for key, sites in plan.ring.items():
         if key.source == level:
-            kinds[sites.cpu()] = 1
-    kinds[plan.active[level].cpu()] = 2
-    size = plan.block_size(level)
-    cell = _SIDE / max(height, width)
-    parts = [f'<rect width="{width * cell:.1f}" height="{height * cell:.1f}" fill="{_IDLE}"/>']
-    parts += _runs(kinds.view(height, width), cell)
-    if size > 1:
-        parts += _grid(height, width, size, cell)
-    active, ring = int((kinds == 2).sum()), int((kinds == 1).sum())
-    caption = (
-        f"level {level}: {height} x {width} sites, {active} active ({active / (height * width):.1%}), "
-        f"{ring} in rings, blocks of {size}"
-    )
-    svg = "".join(parts)
-    box = f"{width * cell:.1f} {height * cell:.1f}"
-    return (
-        f'<figure><svg xmlns="http://www.w3.org/2000/svg" width="{width * cell:.0f}" height="{height * cell:.0f}" '
-        f'viewBox="0 0 {box}" shape-rendering="crispEdges">{svg}</svg><figcaption>{caption}</figcaption></figure>'
+            kinds[sites.cpu()] = _RING
+    kinds[plan.active[level].cpu()] = _ACTIVE
+    return Level(
+        level=level,
+        height=height,
+        width=width,
+        cell=_SIDE / max(height, width),
+        runs=_runs(kinds.view(height, width)),
+        active=int((kinds == _ACTIVE).sum()),
+        ring=int((kinds == _RING).sum()),
+        block=plan.block_size(level),
     )
 
 
-def _runs(kinds: torch.Tensor, cell: float) -> list[str]:
-    """Neighbours of one kind in a row are one rectangle."""
-    parts = []
+def _runs(kinds: torch.Tensor) -> list[Run]:
+    runs = []
     for row, line in enumerate(kinds.tolist()):
         start = 0
         for column in range(1, len(line) + 1):
             if column < len(line) and line[column] == line[start]:
                 continue
-            if line[start]:
-                colour = _ACTIVE if line[start] == 2 else _RING
-                parts.append(
-                    f'<rect x="{start * cell:.1f}" y="{row * cell:.1f}" width="{(column - start) * cell:.1f}" '
-                    f'height="{cell:.1f}" fill="{colour}"/>'
-                )
+            if line[start] != _IDLE:
+                runs.append(Run(row, start, column - start, line[start]))
             start = column
-    return parts
-
-
-def _grid(height: int, width: int, size: int, cell: float) -> list[str]:
-    lines = [
-        f'<path d="M{column * cell:.1f} 0V{height * cell:.1f}" stroke="#495057" stroke-width="0.5"/>'
-        for column in range(0, width, size)
-    ]
-    lines += [
-        f'<path d="M0 {row * cell:.1f}H{width * cell:.1f}" stroke="#495057" stroke-width="0.5"/>'
-        for row in range(0, height, size)
-    ]
-    return lines
+    return runs

@@ -180,13 +180,14 @@ def test_a_name_that_is_too_long(monkeypatch: pytest.MonkeyPatch, caplog: pytest
     assert_works_without(caplog, "too long")
 
 
+@posix
 def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    def homeless() -> Path:
-        raise RuntimeError("Could not determine home directory.")
+    def unknown(user: int) -> Any:
+        raise KeyError(user)
 
-    monkeypatch.delenv("FISEDIT_CACHE_DIR")
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(Path, "home", homeless)
+    for variable in ("FISEDIT_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
     assert cache.entry_path("model", SIGNATURE, 2) is None
     assert_works_without(caplog, "home directory")
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")

@@ -1,0 +1,62 @@
+"""The shape of the repository: no circle of imports, no long file, no crowded room, and tests where their subject is.
+
+Which room may import from which is checked by ``lint-imports`` (``pyproject.toml``).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import grimp
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LONGEST_FILE = 400
+"""Lines."""
+FULLEST_ROOM = 15
+"""Files, in a folder without folders."""
+CROWDED = frozenset({"fisedit_compiler/kernels", "fisedit_compiler/passes/rewrites", "tests/passes/rewrites"})
+"""Rooms of many alike files: one op, or one kind of operation, each."""
+WITHOUT_A_ROOM = frozenset(
+    {"benchmarks", "contracts", "documents", "fuzz", "mutation", "reference", "replay", "structure", "support"}
+)
+"""Folders of tests that are about more than one room."""
+
+
+def sources() -> list[Path]:
+    return [
+        path.relative_to(ROOT)
+        for folder in ("fisedit_compiler", "benchmarks", "tests", "examples", "docs")
+        for path in (ROOT / folder).rglob("*.py")
+    ]
+
+
+@pytest.mark.parametrize("package", ["fisedit_compiler", "benchmarks"])
+def test_no_files_import_each_other(package: str) -> None:
+    graph = grimp.build_graph(package, cache_dir=None)
+    imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    try:
+        TopologicalSorter(imports).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(error.args[1]))
+
+
+def test_no_file_is_too_long() -> None:
+    lines = {str(path): len((ROOT / path).read_text(encoding="utf-8").splitlines()) for path in sources()}
+    assert not {path: count for path, count in lines.items() if count > LONGEST_FILE}
+
+
+def test_no_room_is_crowded() -> None:
+    rooms = Counter(str(path.parent) for path in sources())
+    with_rooms = {str(Path(room).parent) for room in rooms}
+    crowded = {room: count for room, count in rooms.items() if count > FULLEST_ROOM and room not in with_rooms}
+    assert not crowded.keys() - CROWDED
+
+
+def test_tests_mirror_the_package() -> None:
+    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and any(path.rglob("*.py"))}
+    package = ROOT / "fisedit_compiler"
+    rooms = {path.name.removesuffix(".py") for path in package.iterdir() if path.name[0] not in "_."}
+    assert not folders - rooms - WITHOUT_A_ROOM
