@@ -56,8 +56,6 @@ def main() -> None:
         timed("imports", str(python), "-c", IMPORT_EVERYTHING, cwd=place)
         command = [str(python.with_name("fisedit")), "demo", "--steps", "6", "--output", "out"]
         timed("demo", *command, cwd=place, quiet=True)
-            "demo", str(python.with_name("fisedit")), "demo", "--steps", "6", "--output", "out", cwd=place, quiet=True
-        )
         if not list((place / "out").glob("*.png")):
             sys.exit("the demo left no pictures")
 

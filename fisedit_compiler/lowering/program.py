@@ -17,7 +17,8 @@ import torch
 from torch import fx, nn
 
 from fisedit_compiler.capture import cache
-from fisedit_compiler.capture.export import CapturedGraph, capture
+from fisedit_compiler.capture.captured import CapturedGraph
+from fisedit_compiler.capture.export import capture
 from fisedit_compiler.compiling import made_once, one_at_a_time
 from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.errors import ConfigError

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import fx
 
-from fisedit_compiler.capture.export import CapturedGraph
+from fisedit_compiler.capture.captured import CapturedGraph
 from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.graph import ir
 from fisedit_compiler.graph.layout import Layout, packed_spec

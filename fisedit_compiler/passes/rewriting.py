@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from fisedit_compiler.capture.export import CapturedGraph
+from fisedit_compiler.capture.captured import CapturedGraph
 from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.graph import ir
 from fisedit_compiler.graph.ir import copy_graph

@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from fisedit_compiler.capture.export import ASSERTIONS, CapturedGraph, is_size_node
+from fisedit_compiler.capture.captured import CapturedGraph, is_size_node
+from fisedit_compiler.capture.translate import ASSERTIONS
 from fisedit_compiler.errors import LayoutError
 from fisedit_compiler.graph.sizes import SizeBuilder
 from fisedit_compiler.graph.specs import has_spec, spec_of

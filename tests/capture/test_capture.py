@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from fisedit_compiler import SparsifyConfig, sparsify
 from fisedit_compiler.capture import export as capture_module
 from fisedit_compiler.capture.arguments import bind, sign
-from fisedit_compiler.capture.export import CapturedGraph, capture
+from fisedit_compiler.capture.captured import CapturedGraph
+from fisedit_compiler.capture.export import capture
 from fisedit_compiler.capture.known_models import known_model
 from fisedit_compiler.errors import CaptureError
 from fisedit_compiler.graph.sizes import BATCH, HEIGHT, WIDTH

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.fuzz.axes import home
-from tests.fuzz.steps import KINDS, TEXT_CHANNELS, TEXT_TOKENS, Call, State, Step, following, possible, start
+from tests.fuzz.state import TEXT_CHANNELS, TEXT_TOKENS, Call, State, Step
+from tests.fuzz.steps import KINDS, following, possible, start
 
 INPUT_CHANNELS = 4
 

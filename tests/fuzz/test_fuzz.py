@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from tests.fuzz.oracle import judge
 from tests.fuzz.programs import GeneratedProgram, programs, shortest
-from tests.fuzz.steps import Step
+from tests.fuzz.state import Step
 
 MODULES = 200
 

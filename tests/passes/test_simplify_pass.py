@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fisedit_compiler.capture.arguments import bind, sign
-from fisedit_compiler.capture.export import capture, is_size_node
+from fisedit_compiler.capture.captured import is_size_node
+from fisedit_compiler.capture.export import capture
 from fisedit_compiler.capture.known_models import known_model
 from fisedit_compiler.passes.simplify import simplify
 from tests.support.pass_tools import Forward, captured_graph, compile_small, counts, example

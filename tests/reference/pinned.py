@@ -22,16 +22,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-Resolution = tuple[int, int]
-ActiveSites = Mapping[Resolution, Tensor]
+from tests.reference.active_sites import (
+    ActiveSites,
+    OracleError,
+    Resolution,
+    check_masks,
+    mask_of,
+    resolution_of,
+    token_mask,
+)
+from tests.reference.boundaries import is_pointwise_conv, normalised_as
+
 Norm = Literal["recorded", "incremental"]
 Attention = Literal["cached", "active"]
 
 BOUNDARIES = frozenset({"conv2d", "group_norm", "interpolate", "scaled_dot_product_attention"})
-
-
-class OracleError(AssertionError):
-    """The oracle was asked something it has no answer to; the message says what to pass instead."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class PinnedRun:
         mode = _RecordMode(self.pin_inputs_of)
         self.base_output = _call(module, base_inputs, mode)
         self.tape = mode.tape
-        self.resolutions = mode.resolutions | {_resolution(self.base_output)}
+        self.resolutions = mode.resolutions | {resolution_of(self.base_output)}
 
     def replay(
         self,
@@ -90,7 +95,7 @@ class PinnedRun:
                 take the same path through the model as the base run.
         """
         _check_choices(norm, attention)
-        _check_masks(active)
+        check_masks(active)
         if not any(bool(mask.any()) for mask in active.values()):
             return self.base_output.clone()
         return self._replay(edit_inputs, active, norm, attention)[0]
@@ -102,7 +107,7 @@ class PinnedRun:
         Only ``attention="cached"``, and no functions in ``pin_inputs_of``.
         """
         _check_choices(norm, "cached")
-        _check_masks(active)
+        check_masks(active)
         if self.pin_inputs_of:
             raise OracleError("continued() knows convolutions, norms, upsampling and attention only")
         run = copy.copy(self)
@@ -115,7 +120,7 @@ class PinnedRun:
         mode = _ReplayMode(self.tape, self.pin_inputs_of, active, norm, attention)
         output = _call(self.module, edit_inputs, mode)
         mode.check_finished()
-        return torch.where(_mask_of(output, active), output, self.base_output), mode.pinned_tape
+        return torch.where(mask_of(output, active), output, self.base_output), mode.pinned_tape
 
 
 def run_pinned(
@@ -131,23 +136,6 @@ def run_pinned(
     """Return ``(base output, pinned edit output)``; see :class:`PinnedRun` for one base and many edits."""
     run = PinnedRun(module, base_inputs, pin_inputs_of=pin_inputs_of)
     return run.base_output, run.replay(edit_inputs, active, norm=norm, attention=attention)
-
-
-def spread_mask(mask: Tensor, resolutions: Collection[Resolution]) -> dict[Resolution, Tensor]:
-    """Bool ``[H, W]`` mask brought to other resolutions: a coarse site is active if any site below it is.
-
-    Plain any-pooling and repetition, for tests that need *some* site plan; real plans may choose otherwise.
-    Every resolution must divide the mask's or be a multiple of it.
-    """
-    height, width = mask.shape
-    spread = {}
-    for rows, columns in resolutions:
-        if (height % rows and rows % height) or (width % columns and columns % width):
-            raise OracleError(f"a {height}x{width} mask has no obvious form at {rows}x{columns}: build it by hand")
-        fine = mask.repeat_interleave(max(1, rows // height), 0).repeat_interleave(max(1, columns // width), 1)
-        blocks = fine.reshape(rows, fine.shape[0] // rows, columns, fine.shape[1] // columns)
-        spread[rows, columns] = blocks.any(dim=3).any(dim=1)
-    return spread
 
 
 class _RecordMode(TorchFunctionMode):
@@ -170,8 +158,8 @@ class _RecordMode(TorchFunctionMode):
             # In-place activations may overwrite what a boundary read: the tape keeps copies.
             self.tape.append(TapeEntry(name, tuple(tensor.detach().clone() for tensor in tensors)))
             if tensors[0].ndim == 4 and name != "scaled_dot_product_attention":
-                known = self._islands.holds(tensors[0]) or _is_pointwise_conv(name, args, kwargs)
-                self.resolutions |= set() if known else {_resolution(tensors[0])}
+                known = self._islands.holds(tensors[0]) or is_pointwise_conv(name, args, kwargs)
+                self.resolutions |= set() if known else {resolution_of(tensors[0])}
         return self._islands.note(name, func(*args, **kwargs))
 
 
@@ -239,7 +227,7 @@ class _ReplayMode(TorchFunctionMode):
             return entry
         if entry.function == "scaled_dot_product_attention":
             same = now[0].shape[-2] == now[1].shape[-2]
-            mask = _token_mask(now[1].shape[-2], self.active) if same else None
+            mask = token_mask(now[1].shape[-2], self.active) if same else None
             masks = [None if mask is None else mask[:, None]] * 3
         else:
             masks = [self._first_mask(entry.function, now[0])]
@@ -250,13 +238,13 @@ class _ReplayMode(TorchFunctionMode):
         return TapeEntry(entry.function, (*pinned, *now[len(pinned) :]))
 
     def _first_mask(self, function: str, input: Tensor) -> Tensor | None:
-        if self._in_island(input) or (input.ndim == 4 and _resolution(input) not in self.active):
+        if self._in_island(input) or (input.ndim == 4 and resolution_of(input) not in self.active):
             return None
-        return _mask_of(input, self.active) if function != "group_norm" else self._group_norm_mask(input)
+        return mask_of(input, self.active) if function != "group_norm" else self._group_norm_mask(input)
 
     def _conv2d(self, base: tuple[Tensor, ...], input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         unpinned = (
-            _is_pointwise_conv("conv2d", (input, weight, *args), kwargs)
+            is_pointwise_conv("conv2d", (input, weight, *args), kwargs)
             or self._upsampled.holds(input)  # its coarse map was pinned already
             or self._in_island(input)
         )
@@ -277,7 +265,7 @@ class _ReplayMode(TorchFunctionMode):
             return F.group_norm(input, num_groups, weight, bias, eps)
         if self.norm == "incremental":
             return F.group_norm(torch.where(mask, input, base[0]), num_groups, weight, bias, eps)
-        return _normalise_as(base[0], input, num_groups, weight, bias, eps)
+        return normalised_as(base[0], input, num_groups, weight, bias, eps)
 
     def _interpolate(
         self,
@@ -304,7 +292,7 @@ class _ReplayMode(TorchFunctionMode):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        mask = _token_mask(key.shape[-2], self.active) if query.shape[-2] == key.shape[-2] else None
+        mask = token_mask(key.shape[-2], self.active) if query.shape[-2] == key.shape[-2] else None
         if mask is not None and self.attention == "cached":
             key = torch.where(mask[:, None], key, base[1])
             value = torch.where(mask[:, None], value, base[2])
@@ -327,22 +315,22 @@ class _ReplayMode(TorchFunctionMode):
         if not isinstance(argument, Tensor):
             return argument
         recorded = next(base)
-        if argument.ndim == 4 and not self._in_island(argument) and _resolution(argument) in self.active:
+        if argument.ndim == 4 and not self._in_island(argument) and resolution_of(argument) in self.active:
             return self._pin_map(argument, recorded)
-        tokens = _token_mask(argument.shape[1], self.active) if argument.ndim == 3 else None
+        tokens = token_mask(argument.shape[1], self.active) if argument.ndim == 3 else None
         return argument if tokens is None else torch.where(tokens[:, None], argument, recorded)
 
     def _pin_map(self, input: Tensor, base: Tensor) -> Tensor:
-        return torch.where(_mask_of(input, self.active), input, base)
+        return torch.where(mask_of(input, self.active), input, base)
 
     def _in_island(self, input: Tensor) -> bool:
         """True for what a dense function returned at a resolution that is no level, such as a padded map."""
-        return self._islands.holds(input) and _resolution(input) not in self.active
+        return self._islands.holds(input) and resolution_of(input) not in self.active
 
     def _group_norm_mask(self, input: Tensor) -> Tensor | None:
         if input.ndim == 4:
-            return _mask_of(input, self.active)
-        return _token_mask(input.shape[-1], self.active) if input.ndim == 3 else None
+            return mask_of(input, self.active)
+        return token_mask(input.shape[-1], self.active) if input.ndim == 3 else None
 
 
 class _Identities:
@@ -378,75 +366,12 @@ def _call(module: nn.Module, inputs: Mapping[str, Any], mode: TorchFunctionMode)
     return output[0] if isinstance(output, tuple | list) else output
 
 
-def _normalise_as(
-    base: Tensor, input: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
-    """Group normalisation of ``input`` (``[B, C, ...]``) by the mean and biased variance of ``base``."""
-    precision = torch.float64 if input.dtype == torch.float64 else torch.float32
-    batch, channels = input.shape[:2]
-    groups = base.to(precision).reshape(batch, num_groups, -1)
-    mean = groups.mean(dim=-1, keepdim=True)
-    variance = ((groups - mean) ** 2).mean(dim=-1, keepdim=True)
-    normal = (input.to(precision).reshape(batch, num_groups, -1) - mean) / torch.sqrt(variance + eps)
-    normal = normal.reshape(input.shape)
-    per_channel = (1, channels) + (1,) * (input.ndim - 2)
-    if weight is not None:
-        normal = normal * weight.to(precision).reshape(per_channel)
-    if bias is not None:
-        normal = normal + bias.to(precision).reshape(per_channel)
-    return normal.to(input.dtype)
-
-
 def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
     for argument in (*args, *kwargs.values()):
         if isinstance(argument, list | tuple):
             yield from _tensors(tuple(argument), {})
         elif isinstance(argument, Tensor):
             yield argument
-
-
-def _is_pointwise_conv(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """True for a 1x1 convolution that reads each output site's own site and nothing else."""
-    if name != "conv2d":
-        return False
-    given = dict(zip(("input", "weight", "bias", "stride", "padding"), args, strict=False)) | dict(kwargs)
-    ones, zeros = (1, 1, (1,), (1, 1), [1, 1]), (0, 0, (0,), (0, 0), [0, 0], "valid", "same")
-    return (
-        tuple(given["weight"].shape[2:]) == (1, 1)
-        and given.get("stride", 1) in ones
-        and given.get("padding", 0) in zeros
-    )
-
-
-def _resolution(feature_map: Tensor) -> Resolution:
-    height, width = feature_map.shape[-2:]
-    return int(height), int(width)
-
-
-def _mask_of(feature_map: Tensor, active: ActiveSites) -> Tensor:
-    resolution = _resolution(feature_map)
-    if resolution not in active:
-        raise OracleError(
-            f"a boundary sees a {resolution[0]}x{resolution[1]} map, but active sites are given for "
-            f"{sorted(active)} only: add its mask (all True pins nothing)"
-        )
-    return active[resolution]
-
-
-def _token_mask(count: int, active: ActiveSites) -> Tensor | None:
-    """The flattened mask of the resolution that has ``count`` sites, or None when none has."""
-    matches = [mask for (height, width), mask in active.items() if height * width == count]
-    if len(matches) > 1:
-        raise OracleError(f"{count} tokens fit several resolutions of {sorted(active)}: use other sizes")
-    return matches[0].reshape(-1) if matches else None
-
-
-def _check_masks(active: ActiveSites) -> None:
-    for resolution, mask in active.items():
-        if mask.dtype != torch.bool or tuple(mask.shape) != resolution:
-            raise OracleError(
-                f"the active sites of {resolution} are {mask.dtype} {tuple(mask.shape)}: pass bool [H, W]"
-            )
 
 
 def _check_choices(norm: str, attention: str) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 
 from fisedit_compiler import SparseModule, SparsifyConfig, sparsify
 from fisedit_compiler.capture.arguments import sign
-from fisedit_compiler.capture.export import CapturedGraph, capture
+from fisedit_compiler.capture.captured import CapturedGraph
+from fisedit_compiler.capture.export import capture
 from fisedit_compiler.geometry.site_plan import SitePlan
 from fisedit_compiler.graph import ir
 from fisedit_compiler.graph.ir import copy_graph

@@ -30,7 +30,7 @@ from safetensors.torch import load as read_tensors
 from safetensors.torch import save as write_tensors
 
 from fisedit_compiler.capture.cache import graphs, store
-from fisedit_compiler.capture.export import CapturedGraph
+from fisedit_compiler.capture.captured import CapturedGraph
 from fisedit_compiler.graph.signatures import CallSignature
 
 logger = logging.getLogger(__name__)

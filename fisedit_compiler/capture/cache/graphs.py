@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from fisedit_compiler.capture.cache.sizes import read_size, write_size
 from fisedit_compiler.capture.cache.targets import VALUES, find_target, target_text
-from fisedit_compiler.capture.export import CapturedGraph
+from fisedit_compiler.capture.captured import CapturedGraph
 from fisedit_compiler.graph.signatures import CallSignature
 from fisedit_compiler.graph.specs import ValueSpec
 

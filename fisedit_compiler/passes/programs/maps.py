@@ -21,7 +21,7 @@ import sympy
 import torch
 from torch import fx
 
-from fisedit_compiler.capture.export import CapturedGraph
+from fisedit_compiler.capture.captured import CapturedGraph
 from fisedit_compiler.errors import VerificationError
 from fisedit_compiler.graph import ir
 from fisedit_compiler.graph.ir import copy_graph

@@ -23,7 +23,7 @@ from fisedit_compiler.capture import cache
 from fisedit_compiler.capture.cache import graphs, store
 from fisedit_compiler.capture.cache.sizes import read_size, write_size
 from fisedit_compiler.capture.cache.targets import FUNCTIONS, find_target, target_text
-from fisedit_compiler.capture.export import CapturedGraph
+from fisedit_compiler.capture.captured import CapturedGraph
 from fisedit_compiler.graph.signatures import CallSignature
 from fisedit_compiler.graph.sizes import BATCH, HEIGHT, TEXT, WIDTH
 from tests.support.compiled_zoo import base_inputs, zoo_model

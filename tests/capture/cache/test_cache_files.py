@@ -17,7 +17,7 @@ from torch import fx
 
 from fisedit_compiler.capture import cache
 from fisedit_compiler.capture.cache import store
-from fisedit_compiler.capture.export import CapturedGraph
+from fisedit_compiler.capture.captured import CapturedGraph
 from fisedit_compiler.graph.signatures import CallSignature
 
 SIGNATURE = CallSignature((), (), "cpu", "")

@@ -14,7 +14,6 @@ from fisedit_compiler.errors import RecordingError
 from fisedit_compiler.geometry.break_even import NEVER, break_even, figures
 from fisedit_compiler.kernels.tolerances import assert_close
 from fisedit_compiler.runtime.calls.binding import Binder
-from fisedit_compiler.runtime.execution.dense_module import DenseModule
 from fisedit_compiler.runtime.execution.executable import Executable
 from fisedit_compiler.runtime.sessions.fallback import dense_reason
 from tests.pipelines.conftest import make_tiny_pipeline
@@ -343,62 +342,7 @@ def test_the_editors_report_says_so() -> None:
         assert (small.report.sparse_calls, small.report.note) == (4, "")
 
 
-# -- the compiled dense call ------------------------------------------------------------------------
-
-
-class Doubling(nn.Module):
-    def forward(self, sample: Tensor) -> tuple[Tensor, int]:
-        return 2 * sample, 3
-
-
-def test_what_a_compiled_call_returns_is_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CUDA graph writes every result to the same memory; here a function does."""
-    memory, compilations = torch.zeros(3), []
-
-    def compile_to_fixed_memory(module: nn.Module, **options: Any) -> Any:
-        compilations.append(options)
-
-        def run(sample: Tensor) -> tuple[Tensor, int]:
-            memory.copy_(module(sample)[0])
-            return memory, 3
-
-        return run
-
-    monkeypatch.setattr(torch, "compile", compile_to_fixed_memory)
-    dense = DenseModule(Doubling())
-    assert compilations == [], "nothing is compiled ahead of the first call"
-    first, _ = dense(torch.ones(3))
-    second, number = dense(torch.full((3,), 5.0))
-    assert torch.equal(first, torch.full((3,), 2.0)) and torch.equal(second, torch.full((3,), 10.0))
-    assert number == 3
-    assert compilations == [{"mode": "reduce-overhead"}]
-
-
-def test_a_module_that_cannot_be_compiled_runs_as_it_is(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    attempts = []
-
-    def refuse(module: nn.Module, **options: Any) -> Any:
-        def run(*args: Any) -> None:
-            attempts.append(args)
-            raise RuntimeError("no compiler here")
-
-        return run
-
-    monkeypatch.setattr(torch, "compile", refuse)
-    dense = DenseModule(Doubling())
-    for _ in range(2):
-        assert torch.equal(dense(torch.ones(3))[0], torch.full((3,), 2.0))
-    assert len(attempts) == 1
-    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(warnings) == 1 and "no compiler here" in warnings[0]
-
-
-def test_a_mistake_of_the_callers_is_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", lambda module, **options: module)
-    with pytest.raises(TypeError):
-        DenseModule(Doubling())("no tensor", "and too many")
+# -- on a GPU ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
