@@ -4,9 +4,9 @@
 PYTHON ?= python3
 VENV   ?= .venv
 PIP    := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
-SOURCES := fisedit_compiler benchmarks tests docs $(wildcard examples)
+SOURCES := fisedit_compiler benchmarks tests docs .ci $(wildcard examples)
 
-.PHONY: help demo test lint types format docs hooks bench clean
+.PHONY: help demo test lint types format docs hooks wheel bench clean
 
 help:
 	@echo "make demo    generate an image and edit it with the embedded model, into demo-output/"
@@ -15,6 +15,7 @@ help:
 	@echo "make types   mypy over the package"
 	@echo "make docs    the documents as a site that opens without a network, site/index.html"
 	@echo "make hooks   run lint, types and docs before every commit of this clone"
+	@echo "make wheel   build the package into dist/, run its demo in an empty environment"
 	@echo "make bench   the benchmarks on this machine's CPU, into bench-output/"
 	@echo "make clean   remove caches and outputs, keep the environment"
 
@@ -65,6 +66,9 @@ docs: $(VENV)/.docs-installed
 
 hooks: $(VENV)/.dev-installed
 	$(VENV)/bin/pre-commit install
+
+wheel: $(VENV)/.dev-installed
+	$(VENV)/bin/python .ci/wheel.py
 
 bench: $(VENV)/.runtime-installed
 	@mkdir -p bench-output
