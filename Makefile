@@ -6,7 +6,7 @@ VENV   ?= .venv
 PIP    := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 SOURCES := fisedit_compiler benchmarks tests docs .ci $(wildcard examples)
 
-.PHONY: help demo test replay lint types format docs hooks wheel bench clean
+.PHONY: help demo test replay lint types format docs hooks wheel matrix bench clean
 
 help:
 	@echo "make demo    generate an image and edit it with the embedded model, into demo-output/"
@@ -17,6 +17,7 @@ help:
 	@echo "make docs    the documents as a site that opens without a network, site/index.html"
 	@echo "make hooks   run lint, types and docs before every commit of this clone"
 	@echo "make wheel   build the package into dist/, run its demo in an empty environment"
+	@echo "make matrix  some tests on the oldest and newest Python and torch, where they are to be had"
 	@echo "make bench   the benchmarks on this machine's CPU, into bench-output/"
 	@echo "make clean   remove caches and outputs, keep the environment"
 
@@ -76,6 +77,9 @@ hooks: $(VENV)/.dev-installed
 
 wheel: $(VENV)/.dev-installed
 	$(VENV)/bin/python .ci/wheel.py
+
+matrix: | $(VENV)/bin/python
+	$(VENV)/bin/python .ci/matrix.py
 
 bench: $(VENV)/.runtime-installed
 	@mkdir -p bench-output

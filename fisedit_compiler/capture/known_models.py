@@ -36,7 +36,8 @@ class KnownModel:
 
 
 def _unet_multiple(unet: nn.Module) -> int:
-    return int(2 ** (len(unet.config["block_out_channels"]) - 1))  # type: ignore[index,operator,arg-type,call-overload]
+    config: Any = unet.config
+    return int(2 ** (len(config["block_out_channels"]) - 1))
 
 
 def _unet_example(unet: nn.Module) -> dict[str, Any]:

@@ -200,7 +200,7 @@ def _squeeze(node: fx.Node, batched: dict[fx.Node, int]) -> int | None:
     dims: Any = node.args[1]
     shape = spec_of(source).shape
     gone = {int(dim) % len(shape) for dim in (dims if isinstance(dims, (list, tuple)) else [dims])}
-    return axis - sum(dim < axis and shape[dim] == 1 for dim in gone)
+    return axis - sum(1 for dim in gone if dim < axis and shape[dim] == 1)
 
 
 def _stack(node: fx.Node, batched: dict[fx.Node, int]) -> int | None:

@@ -79,16 +79,18 @@ class SizeBuilder:
             function = operator.mul if isinstance(expression, sympy.Mul) else operator.add
             first, *rest = (self(term) for term in expression.args)
             done = expression.args[0]
-            result: Any = first
+            result: int | fx.Node = first
             for term, node in zip(expression.args[1:], rest, strict=True):
                 done = done * term if function is operator.mul else done + term
                 result = self._append(function, (result, node), done)
+            assert isinstance(result, fx.Node)
             return result
         if isinstance(expression, sympy.Pow) and expression.exp.is_Integer and expression.exp > 0:
             base = self(expression.base)
             result = base
             for power in range(2, int(expression.exp) + 1):
                 result = self._append(operator.mul, (result, base), expression.base**power)
+            assert isinstance(result, fx.Node)
             return result
         if isinstance(expression, sympy.floor):
             numerator, denominator = expression.args[0].as_numer_denom()

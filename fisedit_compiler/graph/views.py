@@ -63,7 +63,7 @@ def order_of(node: fx.Node, rank: int) -> list[int]:
         return [int(axis) % rank for axis in node.args[1]]  # type: ignore[union-attr,arg-type]
     if node.target in (aten.movedim.int, aten.movedim.intlist):
         sources, targets = ([axis] if isinstance(axis, int) else axis for axis in node.args[1:3])
-        moved = {int(t) % rank: int(s) % rank for s, t in zip(sources, targets, strict=True)}  # type: ignore[union-attr,arg-type]
+        moved = {int(t) % rank: int(s) % rank for s, t in zip(sources, targets, strict=True)}  # type: ignore[arg-type]
         kept = iter(axis for axis in range(rank) if axis not in moved.values())
         return [moved[axis] if axis in moved else next(kept) for axis in range(rank)]
     first, second = (-2, -1) if node.target is aten.mT.default else node.args[1:3]

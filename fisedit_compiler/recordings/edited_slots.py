@@ -96,7 +96,7 @@ class RowForm:
         if self.layout is None or self.layout.kind == "tokens":
             return written
         height, width = self.layout.axes
-        written = written.unflatten(self.dim, (value.shape[height], value.shape[width]))
+        written = torch.unflatten(written, self.dim, (value.shape[height], value.shape[width]))
         order = _adjacent(self.layout)
         return written.permute([order.index(axis) for axis in range(len(order))])
 
