@@ -62,10 +62,10 @@ class Change:
         now, missing = self.now, object()
         return [key for key in {**self.before, **now} if now.get(key, missing) is not self.before.get(key, missing)]
 
-    def notes(self) -> Iterable[Note]:
-        """What was written here, to be left out."""
-        now, written = self.now, self.written()
-        if self.grows and now.keys() - self.before.keys():
+    def notes(self, kept: Set[Note] = frozenset()) -> Iterable[Note]:
+        """What was written here, to be left out; not what is in ``kept``."""
+        now, written = self.now, [key for key in self.written() if (self.place, key) not in kept]
+        if self.grows and not self.before.keys() >= now.keys() & set(written):
             yield self.place, Only(frozenset(now.keys() - written))
         else:
             yield from ((self.place, key) for key in written)
@@ -118,7 +118,7 @@ class Rewritten:
     live: Any
     before: Any = None
 
-    def notes(self) -> Iterable[Note]:
+    def notes(self, kept: Set[Note] = frozenset()) -> Iterable[Note]:
         yield self.place, CONTENTS
 
     def undo(self, *, everything: bool) -> None:
@@ -139,7 +139,7 @@ class Drawn:
     now: Any
     put: Callable[[Any], object] | None = None
 
-    def notes(self) -> Iterable[Note]:
+    def notes(self, kept: Set[Note] = frozenset()) -> Iterable[Note]:
         yield self.place, CONTENTS
 
     def undo(self, *, everything: bool) -> None:
@@ -212,3 +212,11 @@ class Notes:
 
     def leaves_out(self, place: str, key: Any) -> bool:
         return key in self._by_place.get(place, ())
+
+    def cover(self, change: Change | Rewritten | Drawn) -> bool:
+        """Whether all that was written there is left out already."""
+        if not isinstance(change, Change):
+            return self.leaves_out(change.place, CONTENTS)
+        noted = self._by_place.get(change.place, ())
+        some = [only.keys for only in noted if isinstance(only, Only)]
+        return all(key in noted or any(key not in keys for keys in some) for key in change.written())
