@@ -140,6 +140,7 @@ def write_attributes(reader: Reader, value: Any) -> bool:
     if attributes is None and not slots:
         return False
     reader.say("object")
+    reader.watch.class_of(value)
     reader.visit(type(value))
     if isinstance(attributes, dict):
         read = reader.attributes(attributes)

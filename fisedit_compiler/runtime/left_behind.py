@@ -21,14 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fisedit_compiler.keys.notes import Change, Drawn, Note, Rewritten
+from fisedit_compiler.keys.notes import Change, Drawn, Note, Reordered, Rewritten
 from fisedit_compiler.keys.snapshot import Snapshot
 
 _ALONE = 16
 """Places that are tried one by one, where all at once are an error."""
 _MISSING = object()
 
-Written = Change | Rewritten | Drawn
+Written = Change | Reordered | Rewritten | Drawn
 
 
 class LeftBehind(NamedTuple):
