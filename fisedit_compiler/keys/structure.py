@@ -167,6 +167,7 @@ def _write_weight(reader: Reader, path: str, name: str, tensor: Tensor | None) -
         reader.say(f"{name} none")
     elif reader.weight(path, name, tensor):
         values.write_form(reader, name, tensor)
+        values.write_attributes_of_tensor(reader, tensor, f".{name}")
 
 
 def _is_class_default(part: nn.Module, name: str, value: Any) -> bool:

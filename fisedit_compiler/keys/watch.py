@@ -40,6 +40,8 @@ class Watch:
     """
 
     def __init__(self) -> None:
+        self.holds = True
+        """Whether objects may be kept alive; not those that a weak reference leads to."""
         self._clock = clock()
         self._reading: int | None = None
         self._places: list[tuple[str, Any, Any, bool, type | None]] = []
@@ -48,8 +50,8 @@ class Watch:
         self._timed_kept: list[Any] = []
         self._live: list[Any] = []
         self._kept: list[Any] = []
-        # What comparing does not tell of them, and what it was: elements that may be equal without being the same, and the
-        # order of keys.
+        # What comparing does not tell of them, and what it was: the order of keys, and elements that are equal without
+        # being the same.
         self._views: list[Any] = []
         self._seen: list[Any] = []
         self._others: list[tuple[Any, Any]] = []
@@ -101,8 +103,14 @@ class Watch:
 
     def class_of(self, value: Any) -> None:
         """The class of an object, which anybody may exchange."""
+        if not self.holds:
+            return
         self._objects.append(value)
         self._classes.append(type(value))
+
+    def empty(self, values: Any) -> None:
+        """What is to stay empty."""
+        self._empty.append(values)
 
     def _pair(self, live: Any, kept: Any, *, ordered: bool = True) -> None:
         if self._is_timed(live):
@@ -299,7 +307,8 @@ def _views(value: Any, ordered: bool) -> list[Any] | None:
 
 def _is_unequal_to_others(value: Any) -> bool:
     """Whether nothing but itself is equal to a value; comparing tensors of several elements is an error."""
-    return type(value).__eq__ is object.__eq__ or value is None or isinstance(value, Tensor)
+    equal: Any = type(value).__eq__
+    return equal is object.__eq__ or value is None or isinstance(value, Tensor)
 
 
 def _alike(now: Any, kept: Any) -> bool:
