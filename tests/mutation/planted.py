@@ -143,7 +143,7 @@ BUGS = (
         "what was computed for other inputs is used again unnoticed", ("tests/runtime/test_left_behind.py",)),
     Bug("runtime/left_behind.py", "        self._tell()\n        values =", "        values =",
         "a lazy factor that somebody changed later is not noticed", ("tests/runtime/test_left_behind.py",)),
-    Bug("runtime/self_check.py", "    call.executable.unsettled = tuple(sorted(unsettled))\n", "",
+    Bug("runtime/self_check.py", "    executable.unsettled = tuple(sorted(unsettled))\n", "",
         "a processor that acts from a later step on is recorded as if it never did",
         ("tests/runtime/test_left_behind.py",)),
     Bug("runtime/self_check.py", "                programs.disown()", "                pass",
