@@ -195,7 +195,9 @@ class SparseModule(nn.Module):
                 f"The recording was made with {dict(recording.config)}, this module is compiled with "
                 f"{dict(self.sparsify_config.program_key())}. Record again, or sparsify with the recorded options."
             )
-        now, then = self._refresh(), recording.model
+        now = self._refresh()
+        self._programs.follow_renames(recording)
+        then = recording.model
         if then != now:
             places = self._programs.state.differences(now.structure, then.structure)
             where = f" (in {', '.join(places[:3])}{', ...' if len(places) > 3 else ''})" if places else ""

@@ -32,14 +32,14 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 @cache
 def is_installed(module_name: str) -> bool:
     """Whether a module belongs to Python itself or to an installed package, whose version stands for its code."""
-    root = module_name.partition(".")[0]
-    if root in sys.builtin_module_names:
+    root, _, path = module_name.partition(".")
+    if root in sys.builtin_module_names or (root == __name__.partition(".")[0] and not path.startswith("models")):
         return True
     file = getattr(sys.modules.get(root), "__file__", None)
     if not file:
         return False
-    path = str(Path(str(file)).resolve())
-    return path.startswith(_INSTALLED) or _is_installed_elsewhere(root, path)
+    place = str(Path(str(file)).resolve())
+    return place.startswith(_INSTALLED) or _is_installed_elsewhere(root, place)
 
 
 def _is_installed_elsewhere(root: str, path: str) -> bool:
@@ -61,6 +61,11 @@ def package_version(module_name: str) -> str:
         return importlib.metadata.version(root)
     except importlib.metadata.PackageNotFoundError:
         return str(getattr(sys.modules.get(root), "__version__", sys.version.split()[0]))
+
+
+def home(function: FunctionType) -> str:
+    """Name of the module that a function was written in; what ``functools.wraps`` copies says where another is from."""
+    return str(function.__globals__.get("__name__") or "")
 
 
 def code_digest(code: CodeType) -> str:
@@ -106,6 +111,55 @@ def globals_read(function: FunctionType) -> dict[str, object]:
     """The globals that a function's code names, in order of their names."""
     names = sorted(global_names(function.__code__) & function.__globals__.keys())
     return {name: function.__globals__[name] for name in names}
+
+
+def missing_globals(function: FunctionType) -> list[str]:
+    """Names that the code would look up among the globals and that are not there: builtins, and those to come."""
+    return sorted(global_names(function.__code__) - function.__globals__.keys())
+
+
+_BY_GLOBAL_NAME = ("LOAD_GLOBAL", "LOAD_NAME")
+_BETWEEN = frozenset({"CACHE", "PRECALL", "PUSH_NULL", "NOP", "EXTENDED_ARG", "RESUME"})
+
+
+@lru_cache(maxsize=4096)
+def computed_lookups(code: CodeType) -> frozenset[str]:
+    """Where a function looks up names that it computes: ``"globals"`` or ``"attributes"`` (of modules, for one)."""
+    steps = [step for step in dis.get_instructions(code) if step.opname not in _BETWEEN]
+    found: set[str] = set()
+    for number, step in enumerate(steps):
+        by_name = step.opname in _BY_GLOBAL_NAME
+        after = number + 1
+        if by_name and step.argval == "getattr":
+            while after < len(steps) and (after == number + 1 or steps[after].opname == "LOAD_ATTR"):
+                after += 1
+            kind = "attributes"
+        elif by_name and step.argval in ("globals", "locals", "vars"):
+            while after < len(steps) and not steps[after - 1].opname.startswith("CALL"):
+                after += 1
+            kind = "attributes" if step.argval == "vars" else "globals"
+        elif by_name and step.argval in ("eval", "exec"):
+            kind = "globals"
+        elif step.opname == "LOAD_ATTR" and step.argval == "__dict__":
+            kind = "attributes"
+        else:
+            continue
+        if not _takes_a_constant(steps[after:]):
+            found.add(kind)
+    inner = (computed_lookups(constant) for constant in code.co_consts if isinstance(constant, CodeType))
+    return frozenset(found).union(*inner)
+
+
+def _takes_a_constant(steps: list[dis.Instruction]) -> bool:
+    """Whether what was looked up in is next asked for a text that is written there."""
+    if steps and steps[0].opname in ("LOAD_METHOD", "LOAD_ATTR"):
+        steps = steps[1:]
+    if not steps or steps[0].opname == "CONTAINS_OP":
+        return True
+    if steps[0].opname != "LOAD_CONST" or not isinstance(steps[0].argval, str):
+        return False
+    taking = next((step for step in steps if not step.opname.startswith("LOAD_")), steps[0])
+    return taking.opname.startswith("CALL") or taking.opname == "BINARY_SUBSCR" or taking.argrepr == "[]"
 
 
 def imported_by(function: FunctionType) -> dict[str, ModuleType]:

@@ -1,17 +1,36 @@
-"""How far something has got that gives another value each time it is asked: iterators and sources of random numbers."""
+"""What no attribute of an object tells: how far an iterator or a source of random numbers is, and which one it is."""
 
 from __future__ import annotations
 
 import random
 import types
 import warnings
+import weakref
 from collections.abc import Sized
+from itertools import count
 from typing import Any
 
 import numpy as np
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _MAX_DEPTH = 6
+
+
+_numbers = count()
+_numbered: dict[int, tuple[Any, int]] = {}
+
+
+def serial_number(value: Any) -> int:
+    """A number that no other object of this process has or will have, unlike ``id``."""
+    known = _numbered.get(id(value))
+    if known is None:
+        number = id(value)
+        try:
+            held: Any = weakref.ref(value, lambda _: _numbered.pop(number, None))
+        except TypeError:
+            held = value  # lives on, so that its place in memory stays its own
+        known = _numbered[number] = (held, next(_numbers))
+    return known[1]
 
 
 def state_of(value: Any) -> str | None:

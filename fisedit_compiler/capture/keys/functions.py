@@ -6,6 +6,7 @@ import functools
 import os
 import sys
 import types
+from collections import namedtuple
 from enum import Enum
 from typing import Any
 
@@ -14,20 +15,24 @@ from torch.library import CustomOpDef
 
 from fisedit_compiler.capture.keys.code import (
     code_digest,
+    computed_lookups,
     file_digest,
     globals_read,
+    home,
     imported_by,
     is_installed,
+    missing_globals,
     names_read,
     package_version,
 )
 from fisedit_compiler.capture.keys.reader import PLAIN, Reader
 
 # Of a class's own members, those that no forward reads.
-_CLASS_SILENT = frozenset(
-    {"_abc_impl", "__init__", "__new__", "__init_subclass__", "__repr__", "__str__", "__reduce__"}
-)
-_DESCRIPTORS = (types.MemberDescriptorType, types.GetSetDescriptorType, types.WrapperDescriptorType)
+_CLASS_SILENT = frozenset({"_abc_impl", "__init_subclass__", "__repr__", "__str__", "__reduce__"})
+_MAKING = frozenset({"__init__", "__new__"})
+"""What a forward calls that makes an object; layers are made before it."""
+_FIELD = type(namedtuple("_Any", "a").a)  # type: ignore[attr-defined]
+_DESCRIPTORS = (types.MemberDescriptorType, types.GetSetDescriptorType, types.WrapperDescriptorType, _FIELD)
 
 
 def write_partial(reader: Reader, value: functools.partial[Any] | functools.partialmethod[Any]) -> None:
@@ -69,9 +74,9 @@ def write_function(reader: Reader, value: types.FunctionType) -> None:
     if (compiled := vars(value).get("_torchdynamo_orig_callable")) is not None:
         reader.visit(compiled)  # what torch.compile keeps beside it changes as it compiles
         return
-    module = str(value.__module__)
+    module = home(value)
     installed = is_installed(module)
-    reader.say(f"function {module}.{value.__qualname__}")
+    reader.say(f"function {module} {value.__module__}.{value.__qualname__}")
     reader.say(_package(reader, module) if installed else code_digest(value.__code__))
     for name in ("__code__", "__defaults__", "__kwdefaults__"):
         reader.watch.attribute(value, name, reader.place)
@@ -101,17 +106,45 @@ def write_cell(reader: Reader, value: types.CellType) -> None:
 
 def _write_names(reader: Reader, value: types.FunctionType) -> None:
     names = names_read(value.__code__)
-    place = str(value.__module__)
+    place = home(value)
+    computed = computed_lookups(value.__code__)
     for name, read in globals_read(value).items():
         reader.say(f"global {name}")
         if reader.item(value.__globals__, name, place):
-            reader.visit(read, f" {place}.{name}")
-            if isinstance(read, types.ModuleType):
-                _write_attributes_of(reader, read, names)
+            _write_named(reader, read, f" {place}.{name}", names)
+            if isinstance(read, types.ModuleType) and computed:
+                _write_all_of(reader, read)
+    for name in missing_globals(value):
+        reader.item(value.__globals__, name, place)
+    if "globals" in computed and (own := sys.modules.get(place)) and vars(own) is value.__globals__:
+        _write_all_of(reader, own)
     for name, imported in imported_by(value).items():
         reader.say(f"import {name}")
         reader.watch.item(sys.modules, name)
         _write_attributes_of(reader, imported, names)
+        if computed:
+            _write_all_of(reader, imported)
+
+
+def _write_named(reader: Reader, value: Any, step: str, names: frozenset[str]) -> None:
+    """What a name leads to; of a module only what is named of it."""
+    if isinstance(value, types.ModuleType):
+        _write_name_of(reader, value)
+        _write_attributes_of(reader, value, names)
+    else:
+        reader.visit(value, step)
+
+
+def _write_all_of(reader: Reader, module: types.ModuleType) -> None:
+    """Everything in a user's module."""
+    root = module.__name__.partition(".")[0]
+    if is_installed(module.__name__) or root == __name__.partition(".")[0] or not reader.enter(vars(module)):
+        return
+    for name, read in sorted(vars(module).items()):
+        if not _is_dunder(name) and reader.item(vars(module), name, module.__name__):
+            reader.say(f"attribute {name}")
+            _write_named(reader, read, f" {module.__name__}.{name}", frozenset())
+    reader.leave(vars(module))
 
 
 def _write_attributes_of(reader: Reader, module: types.ModuleType, names: frozenset[str]) -> None:
@@ -128,13 +161,20 @@ def _write_attributes_of(reader: Reader, module: types.ModuleType, names: frozen
             continue
         reader.say(f"attribute {name}")
         if reader.item(vars(module), name, module.__name__):
-            reader.visit(read, f" {module.__name__}.{name}")
-            if isinstance(read, types.ModuleType):
-                _write_attributes_of(reader, read, names)
+            _write_named(reader, read, f" {module.__name__}.{name}", names)
+    if not installed:
+        for name in sorted(names - vars(module).keys()):
+            reader.item(vars(module), name, module.__name__)
     reader.leave(module)
 
 
 def write_module_of_python(reader: Reader, value: types.ModuleType) -> None:
+    """A module that is kept like any other value: nobody knows what is read of it."""
+    _write_name_of(reader, value)
+    _write_all_of(reader, value)
+
+
+def _write_name_of(reader: Reader, value: types.ModuleType) -> None:
     reader.say(f"module {value.__name__} {_package(reader, value.__name__)}")
 
 
@@ -167,12 +207,25 @@ def write_class(reader: Reader, value: type) -> None:
 def _is_read(base: type, name: str, member: Any, installed: bool) -> bool:
     """Whether a member of a class is written down: of an installed one only what somebody put there."""
     function = getattr(member, "__func__", member)
+    while isinstance(function, functools._lru_cache_wrapper):
+        function = function.__wrapped__
+    if isinstance(member, (functools.partial, functools.partialmethod)):
+        function = member.func
+    elif isinstance(member, property):
+        function = member.fget
     if name in _CLASS_SILENT or isinstance(member, _DESCRIPTORS):
         return False
-    if _is_dunder(name) and not isinstance(function, types.FunctionType):
+    if name in _MAKING and issubclass(base, torch.nn.Module):
         return False
-    own = getattr(function, "__module__", base.__module__) or base.__module__
-    return not installed or (isinstance(function, types.FunctionType) and not is_installed(own))
+    if isinstance(function, types.FunctionType):
+        return not installed or not is_installed(home(function))
+    if _is_dunder(name) or name.startswith("___"):  # Dynamo's notes on classes
+        return False
+    return not installed or isinstance(member, (*PLAIN, Enum)) or type(member) is torch.Tensor or _is_of_a_user(member)
+
+
+def _is_of_a_user(member: Any) -> bool:
+    return not isinstance(member, type) and not is_installed(type(member).__module__)
 
 
 def _is_dunder(name: str) -> bool:

@@ -30,6 +30,7 @@ class ModelState:
         self.module, self._kept = module, kept
         self.notes: frozenset[Note] = frozenset()
         self._current: Structure | None = None
+        self._changed_unseen = 0
         self._parts: dict[str, dict[str, str]] = {}
         self._weights = Weights()
         self._constants, self._contents = Weights(), ""
@@ -58,7 +59,8 @@ class ModelState:
         if self._constants.key(structure.constants) != self._contents:
             self._current = None  # written to where no version is counted
             structure = self.structure
-        self._key = ModelKey(structure.key, self._weights.key(structure.tensors))
+        named = f"{structure.key} {self._changed_unseen}" if self._changed_unseen else structure.key
+        self._key = ModelKey(named, self._weights.key(structure.tensors))
         return self._key
 
     def glance(self) -> ModelKey:
@@ -67,6 +69,15 @@ class ModelState:
         if self._current.watch.changed() or self._weights.moved():
             return self.read()
         return self._key
+
+    @property
+    def is_portable(self) -> bool:
+        """Whether the key means the same in another process."""
+        return self.structure.portable and not self._changed_unseen
+
+    def disown(self) -> None:
+        """Give every structure another key from now on: the module was seen to have changed where nothing is read."""
+        self._changed_unseen += 1
 
     def leave_out(self, notes: frozenset[Note]) -> None:
         """Leave places out that the module's own forward has been seen to write and not to depend on."""

@@ -30,6 +30,14 @@ CONTENTS = "contents"
 """In the place of a key: what the numbers of an array are."""
 
 
+class _Order:
+    pass
+
+
+ORDER = _Order()
+"""In the place of a key: which of a dictionary's keys comes first."""
+
+
 @dataclass(frozen=True)
 class Change:
     """A place that holds something else than it did.
@@ -62,10 +70,10 @@ class Change:
         now, missing = self.now, object()
         return [key for key in {**self.before, **now} if now.get(key, missing) is not self.before.get(key, missing)]
 
-    def notes(self) -> Iterable[Note]:
-        """What was written here, to be left out."""
-        now, written = self.now, self.written()
-        if self.grows and now.keys() - self.before.keys():
+    def notes(self, kept: Set[Note] = frozenset()) -> Iterable[Note]:
+        """What was written here, to be left out; not what is in ``kept``."""
+        now, written = self.now, [key for key in self.written() if (self.place, key) not in kept]
+        if self.grows and not self.before.keys() >= now.keys() & set(written):
             yield self.place, Only(frozenset(now.keys() - written))
         else:
             yield from ((self.place, key) for key in written)
@@ -111,6 +119,23 @@ class Change:
 
 
 @dataclass(frozen=True)
+class Reordered:
+    """A dictionary that holds what it did in another order, as the last used first."""
+
+    place: str
+    live: Any
+    before: tuple[Any, ...]
+
+    def notes(self, kept: Set[Note] = frozenset()) -> Iterable[Note]:
+        yield self.place, ORDER
+
+    def undo(self, *, everything: bool) -> None:
+        if everything and isinstance(self.live, MutableMapping):
+            for key in [key for key in self.before if key in self.live]:
+                self.live[key] = self.live.pop(key)
+
+
+@dataclass(frozen=True)
 class Rewritten:
     """Numbers in memory that are others than they were; ``before`` is ``None`` where they are too many to keep."""
 
@@ -118,7 +143,7 @@ class Rewritten:
     live: Any
     before: Any = None
 
-    def notes(self) -> Iterable[Note]:
+    def notes(self, kept: Set[Note] = frozenset()) -> Iterable[Note]:
         yield self.place, CONTENTS
 
     def undo(self, *, everything: bool) -> None:
@@ -139,7 +164,7 @@ class Drawn:
     now: Any
     put: Callable[[Any], object] | None = None
 
-    def notes(self) -> Iterable[Note]:
+    def notes(self, kept: Set[Note] = frozenset()) -> Iterable[Note]:
         yield self.place, CONTENTS
 
     def undo(self, *, everything: bool) -> None:
@@ -180,7 +205,7 @@ def is_of_a_capture(value: Any, depth: int = 4) -> bool:
 def describe(note: Note) -> str:
     """A note as the user would write it: ``mid_block.count``, ``history[0]``."""
     place, key = note
-    if isinstance(key, Only) or key == CONTENTS:
+    if isinstance(key, (Only, _Order)) or key == CONTENTS:
         return place.strip(". ")
     return (
         f"{place}.{key}".strip(". ") if isinstance(key, str) and key.isidentifier() else f"{place}[{key!r}]".strip(". ")
@@ -208,7 +233,19 @@ class Notes:
         found = {key: held for key, held in entries(value).items() if key not in names}
         for only in [key for key in noted if isinstance(key, Only)]:
             found = {key: held for key, held in found.items() if key in only.keys}
+        if ORDER in noted:
+            found = dict(sorted(found.items(), key=lambda item: repr(item[0])))
         return found
 
     def leaves_out(self, place: str, key: Any) -> bool:
         return key in self._by_place.get(place, ())
+
+    def cover(self, change: Change | Reordered | Rewritten | Drawn) -> bool:
+        """Whether all that was written there is left out already."""
+        if isinstance(change, Reordered):
+            return self.leaves_out(change.place, ORDER)
+        if not isinstance(change, Change):
+            return self.leaves_out(change.place, CONTENTS)
+        noted = self._by_place.get(change.place, ())
+        some = [only.keys for only in noted if isinstance(only, Only)]
+        return all(key in noted or any(key not in keys for keys in some) for key in change.written())

@@ -16,11 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fisedit_compiler.capture.keys.code import is_installed
+from fisedit_compiler.capture.keys.drawn import serial_number
 from fisedit_compiler.capture.keys.notes import CONTENTS, Note, Notes
 from fisedit_compiler.capture.keys.watch import Watch
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout)
 _PLAIN_TOO = (torch.memory_format, torch.Size, range, slice, PurePath, type(Ellipsis), np.generic, np.dtype)
+_OF_ENUMS = frozenset({"_name_", "__objclass__", "_sort_order_"})
 _MAX_ITEMS, _MAX_DEPTH = 500_000, 150
 
 
@@ -76,6 +79,7 @@ class Reader:
         elif isinstance(value, Enum):
             self.say(f"{type(value).__qualname__}.{value.name}")
             self.visit(type(value))
+            self._write_member(value, step)
         elif isinstance(value, _PLAIN_TOO) or _is_plain_tuple(value):
             self.say(f"{type(value).__name__} {value!r}")
         elif id(value) in self.parts:
@@ -105,10 +109,22 @@ class Reader:
         self._digests[id(value)] = digest
         self.say(digest)
 
+    def _write_member(self, value: Enum, step: str) -> None:
+        """What a member of a user's Enum has beside its name."""
+        if is_installed(type(value).__module__) or not self.enter(value):
+            return
+        self._trail.append(step)
+        read = self.attributes(vars(value))
+        for name in sorted(read.keys() - _OF_ENUMS):
+            self.say(f".{name}")
+            self.visit(read[name], f".{name}")
+        self._trail.pop()
+        self.leave(value)
+
     def opaque(self, value: Any) -> None:
         """Write down that a value is itself: nothing more can be read of it."""
         self.portable = False
-        self.say(f"opaque {type(value).__module__}.{type(value).__qualname__} {id(value)}")
+        self.say(f"opaque {type(value).__module__}.{type(value).__qualname__} {serial_number(value)}")
 
     def enter(self, value: Any) -> bool:
         """Whether a value that is written in parts is met for the first time on the way here; to be left again."""

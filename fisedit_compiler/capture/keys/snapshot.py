@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fisedit_compiler.capture.keys.notes import Change, Drawn, Note, Rewritten
+from fisedit_compiler.capture.keys.notes import Change, Drawn, Note, Reordered, Rewritten
 from fisedit_compiler.capture.keys.structure import read_structure
 
 _CONTAINERS = (MutableMapping, MutableSequence, MutableSet)
@@ -28,7 +28,7 @@ class Snapshot:
             id(value) for part in module.modules() for value in vars(part).values() if isinstance(value, _CONTAINERS)
         }
 
-    def changes(self) -> list[Change | Rewritten | Drawn]:
+    def changes(self) -> list[Change | Reordered | Rewritten | Drawn]:
         """The places that hold something else now."""
         return list(self._watch.changes())
 

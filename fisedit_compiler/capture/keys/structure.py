@@ -135,6 +135,7 @@ def _write_part(reader: Reader, path: str, part: nn.Module) -> None:
         attributes: Mapping[str, Any] = {"_modules": vars(part)["_modules"]}  # the rest says what was compiled
     else:
         attributes = reader.attributes(vars(part))
+    reader.watch.class_of(part)
     reader.visit(type(part), f" of {type(part).__qualname__}")
     for name in sorted(attributes):
         value = attributes[name]
@@ -166,6 +167,7 @@ def _write_weight(reader: Reader, path: str, name: str, tensor: Tensor | None) -
         reader.say(f"{name} none")
     elif reader.weight(path, name, tensor):
         values.write_form(reader, name, tensor)
+        values.write_attributes_of_tensor(reader, tensor, f".{name}")
 
 
 def _is_class_default(part: nn.Module, name: str, value: Any) -> bool:

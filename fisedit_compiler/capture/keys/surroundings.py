@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.library import CustomOpDef
 
-from fisedit_compiler.capture.keys.code import is_installed
+from fisedit_compiler.capture.keys.code import home, is_installed
 
 # Where torch's own functions, and those it only passes on, say that they are from.
 _TORCH_AND_PYTHON = frozenset({"torch", "typing_extensions", *sys.stdlib_module_names})
@@ -38,7 +38,7 @@ class Place(NamedTuple):
 
 def of_torch() -> Iterator[Place]:
     """Functions of torch that somebody replaced, and hooks that run around every module's forward."""
-    for library in (torch, torch.nn.functional, torch.Tensor):
+    for library in (torch, torch.nn.functional, torch.Tensor, torch.special, torch.linalg, torch.fft):
         values = vars(library)
         names = [name for name in sorted(values) if name not in _NOT_COMPUTED and _is_replaced(values[name])]
         yield Place(library.__name__, values, [(name, values[name]) for name in names])
@@ -58,7 +58,7 @@ def of_package(module_name: str, seen: set[str]) -> Iterator[Place]:
     """
     root = _root(module_name)
     module = sys.modules.get(module_name)
-    if module_name in seen or root in _TORCH_AND_PYTHON or not is_installed(module_name):
+    if module_name in seen or root in _TORCH_AND_PYTHON or root == _root(__name__) or not is_installed(module_name):
         return
     if type(module) is not types.ModuleType:  # one that fills itself as it is used
         return
@@ -70,18 +70,19 @@ def of_package(module_name: str, seen: set[str]) -> Iterator[Place]:
     for name, member in sorted(vars(module).items()):
         if name.startswith("__"):
             continue
-        home = str(getattr(member, "__module__", module_name))
-        if _is_function(member) and _root(home) != root:
+        own = home(member) if isinstance(member, types.FunctionType) else getattr(member, "__module__", module_name)
+        origin = str(own)
+        if _is_function(member) and _root(origin) != root:
             # A package has functions of others; which, its version says, unless it is the user's.
-            found.append((name, home if is_installed(home) else member))
+            found.append((name, origin if is_installed(origin) else member))
         elif _is_switch(member) and name.lstrip("_").isupper():
             found.append((name, member))
-        elif isinstance(member, type) and home == module_name:
+        elif isinstance(member, type) and origin == module_name:
             yield from _of_class(member)
         elif isinstance(member, types.FunctionType) or (
             isinstance(member, type) and issubclass(member, torch.nn.Module)
         ):
-            others[home] = None
+            others[origin] = None
     yield Place(module_name, vars(module), found)
     for other in others:
         yield from of_package(other, seen)
@@ -107,10 +108,14 @@ def _is_function(value: Any) -> bool:
 
 def _is_replaced(value: Any) -> bool:
     """Whether what torch has as a function is from elsewhere."""
-    while isinstance(value, functools.partial):
-        value = value.func
+    while isinstance(value, (functools.partial, functools._lru_cache_wrapper)):
+        value = value.func if isinstance(value, functools.partial) else value.__wrapped__
+    if isinstance(value, types.FunctionType):
+        return _root(home(value)) not in _TORCH_AND_PYTHON
     if not _is_function(value):
         return False
+    if _root(type(value).__module__) not in _TORCH_AND_PYTHON:
+        return True
     return isinstance(value, CustomOpDef) or _root(getattr(value, "__module__", None)) not in _TORCH_AND_PYTHON
 
 

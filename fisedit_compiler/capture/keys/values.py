@@ -23,7 +23,8 @@ from fisedit_compiler.capture.keys.reader import PLAIN, Reader, is_of_this_packa
 from fisedit_compiler.capture.keys.watch import checksum
 
 _WITH_ATTRIBUTES = (int, float, complex, str, bytes)
-_WEAK = (weakref.ref, weakref.WeakSet, weakref.WeakKeyDictionary, weakref.WeakValueDictionary)
+_IN_PYTHON = 1 << 9
+_WEAK = (weakref.WeakSet, weakref.WeakKeyDictionary, weakref.WeakValueDictionary)
 
 
 def write_form(reader: Reader, name: str, tensor: Tensor) -> None:
@@ -35,6 +36,21 @@ def write_form(reader: Reader, name: str, tensor: Tensor) -> None:
         reader.visit(tensor.__tensor_flatten__()[1])
 
 
+def write_attributes_of_tensor(reader: Reader, tensor: Tensor, step: str = "") -> None:
+    """What somebody put on a tensor, such as the scale of a quantized weight; not what loading and compiling note."""
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return
+    held = vars(tensor)
+    if not held:
+        reader.watch.empty(held)
+        return
+    read = reader.attributes(held)
+    for name in sorted(read):
+        if not name.startswith(("_dynamo", "_is_hf")):
+            reader.say(f".{name}")
+            reader.visit(read[name], f"{step}.{name}")
+
+
 def write_constant(reader: Reader, value: Tensor) -> None:
     """A tensor that is no parameter and no buffer: a graph closes over it, so its contents count here."""
     if is_of_a_capture(value):
@@ -43,6 +59,7 @@ def write_constant(reader: Reader, value: Tensor) -> None:
     write_form(reader, "tensor", value)
     if not reader.reads_contents():
         return
+    write_attributes_of_tensor(reader, value)
     reader.watch.tensor(value, reader.place)
     reader.constants[str(len(reader.constants))] = value
     if value.is_meta or type(value) not in (Tensor, nn.Parameter):
@@ -79,8 +96,8 @@ def write_mapping(reader: Reader, value: Mapping[Any, Any]) -> None:
         reader.visit(item, f"[{key!r}]")
     if isinstance(value, defaultdict):
         reader.visit(value.default_factory, ".default_factory")
-    if not config and type(value) not in (dict, MappingProxyType):
-        write_attributes(reader, value)
+    if not config and type(value) not in (dict, MappingProxyType, *_WEAK):
+        _write_rest(reader, value)
 
 
 def write_sequence(reader: Reader, value: Any) -> None:
@@ -90,7 +107,7 @@ def write_sequence(reader: Reader, value: Any) -> None:
     for index, item in items.items():
         reader.visit(item, f"[{index}]")
     if type(value) not in (list, tuple):
-        write_attributes(reader, value)
+        _write_rest(reader, value)
 
 
 def write_set(reader: Reader, value: Set[Any]) -> None:
@@ -101,8 +118,14 @@ def write_set(reader: Reader, value: Set[Any]) -> None:
     else:
         for item in sorted(items, key=lambda item: f"{type(item).__module__}.{type(item).__qualname__} {item!r}"):
             reader.visit(item, "{}")
-    if type(value) not in (set, frozenset):
-        write_attributes(reader, value)
+    if type(value) not in (set, frozenset, *_WEAK):
+        _write_rest(reader, value)
+
+
+def _write_rest(reader: Reader, value: Any) -> None:
+    """Attributes, and the class also of what has no place for any."""
+    if not write_attributes(reader, value):
+        reader.visit(type(value))
 
 
 def write_object(reader: Reader, value: Any) -> None:
@@ -113,8 +136,12 @@ def write_object(reader: Reader, value: Any) -> None:
         reader.say(f"of this package {type(value).__qualname__}")
     elif isinstance(value, logging.Logger):
         reader.say(f"logger {value.name}")
-    elif isinstance(value, _WEAK):
-        reader.say("weak")  # does not own what it leads to; the module reaches its own by another way
+    elif isinstance(value, weakref.ref):
+        reader.say("weak")
+        reader.watch.asked(lambda: "gone" if value() is None else "there", reader.place)
+        outer, reader.watch.holds = reader.watch.holds, False
+        reader.visit(value(), "()")
+        reader.watch.holds = outer
     elif isinstance(value, ContextVar):
         reader.say(f"context variable {value.name}")
         if reader.reads_contents():
@@ -129,7 +156,10 @@ def write_object(reader: Reader, value: Any) -> None:
         if (state := state_of(value)) is not None and reader.reads_contents():
             reader.say(state)
             reader.watch.asked(lambda: state_of(value), reader.place)
-        if not write_attributes(reader, value) and plain is None:
+        if write_attributes(reader, value):
+            return
+        reader.visit(type(value))
+        if plain is None and not _holds_nothing(value):
             reader.opaque(value)
 
 
@@ -140,6 +170,7 @@ def write_attributes(reader: Reader, value: Any) -> bool:
     if attributes is None and not slots:
         return False
     reader.say("object")
+    reader.watch.class_of(value)
     reader.visit(type(value))
     if isinstance(attributes, dict):
         read = reader.attributes(attributes)
@@ -151,6 +182,11 @@ def write_attributes(reader: Reader, value: Any) -> bool:
             reader.say(f".{name}")
             reader.visit(getattr(value, name), f".{name}")
     return True
+
+
+def _holds_nothing(value: Any) -> bool:
+    """Whether an object is all its class says: one of a class in Python without a place for attributes."""
+    return bool(type(value).__flags__ & _IN_PYTHON) and type(value).__basicsize__ == object.__basicsize__
 
 
 def _slots(base: type) -> list[str]:

@@ -1,7 +1,8 @@
 """Whether what was read of a module is still what it is: a look that takes a fraction of a millisecond.
 
-Every dictionary, list and object that ``structure.py`` read is kept with a shallow copy. Comparing the two looks at
-identities first, in C; only what was exchanged is compared by value. Where it is known how often dictionaries were
+Every dictionary, list and object that ``structure.py`` read is kept with a shallow copy. What is in them is compared by
+identity, in C: 2 and 2.0 are equal, and so are objects that say so. Only what was exchanged is looked at more closely;
+an equal number, text or tuple of such of the same type is no change. Where it is known how often dictionaries were
 written to (``writes.py``), only those that were are compared. Contents of tensors are not looked at, only their
 versions and addresses.
 """
@@ -10,14 +11,18 @@ from __future__ import annotations
 
 import zlib
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from itertools import chain
+from operator import is_
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fisedit_compiler.capture.keys.notes import Change, Drawn, Rewritten, entries
+from fisedit_compiler.capture.keys.notes import Change, Drawn, Reordered, Rewritten, entries
 from fisedit_compiler.capture.keys.writes import clock, dict_version
 
 _MISSING = object()
@@ -35,6 +40,8 @@ class Watch:
     """
 
     def __init__(self) -> None:
+        self.holds = True
+        """Whether objects may be kept alive; not those that a weak reference leads to."""
         self._clock = clock()
         self._reading: int | None = None
         self._places: list[tuple[str, Any, Any, bool, type | None]] = []
@@ -43,6 +50,13 @@ class Watch:
         self._timed_kept: list[Any] = []
         self._live: list[Any] = []
         self._kept: list[Any] = []
+        # What comparing does not tell of them, and what it was: the order of keys, and elements that are equal without
+        # being the same.
+        self._views: list[Any] = []
+        self._seen: list[Any] = []
+        self._others: list[tuple[Any, Any]] = []
+        self._objects: list[Any] = []
+        self._classes: list[type] = []
         self._large: list[dict[str, Any]] = []
         self._large_kept: list[dict[str, Any]] = []
         self._large_versions: list[int] = []
@@ -72,7 +86,7 @@ class Watch:
             self._large.append(values)
             self._large_kept.append(kept)
         else:
-            self._pair(values, kept)
+            self._pair(values, kept, ordered=False)
 
     def container(self, value: Any, place: str = "") -> None:
         """A dictionary, list, set or deque."""
@@ -87,10 +101,28 @@ class Watch:
         """Only what ``read`` gives of a dictionary, list or set."""
         self._parts.append((value, read, read(value)))
 
-    def _pair(self, live: Any, kept: Any) -> None:
-        timed = self._is_timed(live)
-        (self._timed if timed else self._live).append(live)
-        (self._timed_kept if timed else self._kept).append(kept)
+    def class_of(self, value: Any) -> None:
+        """The class of an object, which anybody may exchange."""
+        if not self.holds:
+            return
+        self._objects.append(value)
+        self._classes.append(type(value))
+
+    def empty(self, values: Any) -> None:
+        """What is to stay empty."""
+        self._empty.append(values)
+
+    def _pair(self, live: Any, kept: Any, *, ordered: bool = True) -> None:
+        if self._is_timed(live):
+            self._timed.append(live)
+            self._timed_kept.append(kept)
+        elif (views := _views(live, ordered)) is None:
+            self._others.append((live, kept))
+        else:
+            self._live.append(live)
+            self._kept.append(kept)
+            self._views += views
+            self._seen += chain.from_iterable(views)
 
     def _is_timed(self, values: Any) -> bool:
         return self._clock is not None and isinstance(values, Mapping) and self._clock.watch(values)
@@ -102,7 +134,7 @@ class Watch:
         elif any(value is not None and value.numel() < 2 for value in values.values()):
             self._tensors_of.append((values, tuple(map(id, values.values()))))
         else:
-            self._pair(values, dict(values))
+            self._pair(values, dict(values), ordered=False)
 
     def tensor(self, value: Tensor, place: str = "") -> None:
         """A tensor whose contents were read."""
@@ -137,7 +169,9 @@ class Watch:
         if any(self._empty):
             return True
         try:
-            if self._timed_changed() or self._live != self._kept or (self._large and self._large_changed()):
+            if list(map(type, self._objects)) != self._classes or self._timed_changed() or self._live_changed():
+                return True
+            if (self._large and self._large_changed()) or not all(_alike(*pair) for pair in self._others):
                 return True
         except Exception:  # values that cannot be compared were exchanged: identical ones are never asked
             return True
@@ -153,23 +187,36 @@ class Watch:
             or any(stamps([tensor]) != kept for tensor, kept in zip(self._tensors, self._stamps, strict=True))
         )
 
+    def _live_changed(self) -> bool:
+        # Comparing comes first: then as many are seen as there were.
+        if self._live == self._kept and all(map(is_, chain.from_iterable(self._views), self._seen)):
+            return False
+        if not all(map(_alike, self._live, self._kept)):
+            return True
+        self._kept = list(map(_copied, self._live))
+        self._seen = list(chain.from_iterable(self._views))  # exchanged for the like
+        return False
+
     def _timed_changed(self) -> bool:
         if self._clock is None:
             return False
         reading = self._clock.read()
         if reading == self._reading:
             return False
-        if self._timed != self._timed_kept:
+        if not all(map(_alike, self._timed, self._timed_kept)):
             return True
         self._reading = reading  # nothing was written to, or what was there before
         return False
 
-    def changes(self) -> Iterator[Change | Rewritten | Drawn]:
+    def changes(self) -> Iterator[Change | Reordered | Rewritten | Drawn]:
         """What was written since, place by place; slower than :meth:`changed`."""
         for place, live, kept, grows, owner in self._places:
             before = entries(kept)
-            if not _identical(entries(live), before):
+            now = entries(live)
+            if now.keys() != before.keys() or any(now[key] is not value for key, value in before.items()):
                 yield Change(place, live, before, grows=grows, owner=owner)
+            elif grows and isinstance(live, Mapping) and list(live) != list(before):
+                yield Reordered(place, live, tuple(before))
         for place, (values, name, held) in zip(self._item_places, self._items, strict=True):
             if values.get(name, _MISSING) is not held:
                 yield Change(place, values, _present(name, held), frozenset((name,)))
@@ -192,7 +239,7 @@ class Watch:
         versions = list(map(dict_version, self._large))
         if versions == self._large_versions:
             return False
-        if self._large != self._large_kept:
+        if not all(map(_alike, self._large, self._large_kept)):
             return True
         self._large_versions = versions  # written to, with what was there before
         return False
@@ -238,7 +285,64 @@ def _present(name: str, held: Any) -> dict[str, Any]:
 
 
 def _identical(now: Mapping[Any, Any], kept: Mapping[Any, Any]) -> bool:
-    return now.keys() == kept.keys() and all(now[key] is value for key, value in kept.items())
+    return list(now) == list(kept) and all(now[key] is value for key, value in kept.items())
+
+
+def _views(value: Any, ordered: bool) -> list[Any] | None:
+    """What shows of a container, whenever it is asked, more than comparing does; ``None`` if nothing does so in C."""
+    if type(value) in (list, deque):
+        return [] if all(map(_is_unequal_to_others, value)) else [value]
+    if type(value) is MappingProxyType:
+        return [value.values()]
+    base = OrderedDict if isinstance(value, OrderedDict) else dict
+    if (
+        not isinstance(value, base)
+        or type(value).values is not base.values
+        or type(value).__iter__ is not base.__iter__
+    ):
+        return None
+    keys = [base.keys(value)] if ordered and len(value) > 1 else []
+    return keys if all(map(_is_unequal_to_others, value.values())) else [*keys, base.values(value)]
+
+
+def _is_unequal_to_others(value: Any) -> bool:
+    """Whether nothing but itself is equal to a value; comparing tensors of several elements is an error."""
+    equal: Any = type(value).__eq__
+    return equal is object.__eq__ or value is None or isinstance(value, Tensor)
+
+
+def _alike(now: Any, kept: Any) -> bool:
+    """Whether a container holds what it held, in the same order, or equal numbers and texts of the same types."""
+    if isinstance(now, Set):
+        return len(now) == len(kept) and (
+            set(map(id, now)) == set(map(id, kept)) or sorted(map(_text, now)) == sorted(map(_text, kept))
+        )
+    if isinstance(now, Mapping):
+        return len(now) == len(kept) and all(
+            _is_like(*keys) and _is_like(now[keys[0]], kept[keys[1]]) for keys in zip(now, kept, strict=True)
+        )
+    return len(now) == len(kept) and all(map(_is_like, now, kept))
+
+
+def _is_like(now: Any, kept: Any) -> bool:
+    if now is kept:
+        return True
+    if type(now) is not type(kept):
+        return False
+    if type(now) in (float, complex):
+        return repr(now) == repr(kept)  # zero has a sign, and NaN is none's equal
+    if type(now) is tuple:
+        return len(now) == len(kept) and all(map(_is_like, now, kept))
+    return type(now) in _PLAIN and bool(now == kept)
+
+
+_PLAIN = (bool, int, str, bytes, torch.dtype, torch.device, torch.Size)
+
+
+def _text(value: Any) -> str:
+    """What is the same of equal numbers and texts of one type only."""
+    known = type(value) in (*_PLAIN, float, complex, type(None))
+    return f"{type(value)} {value!r}" if known else f"{type(value)} {id(value)}"
 
 
 def checksum(value: Any) -> int:

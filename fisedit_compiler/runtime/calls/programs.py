@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.errors import RecordingError
 from fisedit_compiler.graph.signatures import CallSignature
 from fisedit_compiler.lowering.program import CompiledProgram, compile_program
+from fisedit_compiler.recordings.recording import Recording
 from fisedit_compiler.runtime.calls.binding import Binder
 from fisedit_compiler.runtime.calls.call import Call
 from fisedit_compiler.runtime.execution.executable import Executable
@@ -31,6 +33,7 @@ class ProgramStore:
         self._executables: dict[tuple[str, Ambient, CallSignature], Executable] = {}
         self.state = ModelState(module)
         self._key = ModelKey("", "")
+        self._renamed: dict[str, str] = {}
 
     def compiled(self) -> list[CompiledProgram]:
         return [executable.program for executable in self._executables.values()]
@@ -61,7 +64,7 @@ class ProgramStore:
         return key
 
     def leave_out(self, notes: frozenset[Note]) -> None:
-        """Leave places out of the key that the module's forward writes to and does not depend on."""
+        """Leave places out of the key that the module's forward writes, and goes by nothing that is left there."""
         self.state.leave_out(notes)
         self._rename()
 
@@ -70,7 +73,23 @@ class ProgramStore:
         former, self._key = self._key.structure, self.state.read()
         for key in [key for key in self._executables if key[0] == former != self._key.structure]:
             self._executables[self._key.structure, *key[1:]] = self._executables.pop(key)
+        self._renamed.pop(self._key.structure, None)
+        if former != self._key.structure:
+            self._renamed[former] = self._key.structure
         self.binder.forget()
+
+    def follow_renames(self, recording: Recording) -> None:
+        """Give a recording the names that the structures it was made with have now."""
+        now = self._renamed_to
+        recording.model = recording.model._replace(structure=now(recording.model.structure))
+        for number, call in enumerate(recording.calls):
+            if call.structure in self._renamed:
+                recording.calls[number] = replace(call, structure=now(call.structure))
+
+    def _renamed_to(self, structure: str) -> str:
+        while structure in self._renamed:
+            structure = self._renamed[structure]
+        return structure
 
     @property
     def key(self) -> ModelKey:
@@ -92,6 +111,21 @@ class ProgramStore:
             del self._executables[key]
         self.binder.forget()
         return self._executable(call.signature, call.arguments(), call.ambient, fresh=True)
+
+    def put_back(self, former: Executable, instead_of: Executable) -> None:
+        """Keep a program after all: another capture was no better."""
+        for key in [key for key, executable in self._executables.items() if executable is instead_of]:
+            self._executables[key] = former
+        self.binder.forget()
+
+    def disown(self) -> None:
+        """Let the module count as another one from now on: its key missed that it changed."""
+        former = self._key.structure
+        self.state.disown()
+        self._key = self.state.read()
+        for key in [key for key in self._executables if key[0] == former]:
+            self._executables[self._key.structure, *key[1:]] = self._executables.pop(key)
+        self.binder.forget()
 
     def bind(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], ambient: Ambient | None = None
@@ -138,7 +172,7 @@ class ProgramStore:
             if multiple is None and self.known is not None:
                 multiple = self.known.multiple(self.module)
             # What is told apart by identity alone means nothing to another process.
-            on_disk = f"{structure} {ambient}" if self.state.structure.portable else ""
+            on_disk = f"{structure} {ambient}" if self.state.is_portable else ""
             with ambient.capturing():
                 program = compile_program(
                     self.module, arguments, signature, self.config, multiple, structure=on_disk, fresh=fresh

@@ -46,7 +46,10 @@ class Executable:
 
     def __init__(self, program: CompiledProgram, module: nn.Module, config: SparsifyConfig) -> None:
         self.program, self.module, self.config = program, module, config
-        self.checked = False
+        self.confirmed: set[tuple[Any, ...]] = set()
+        """Forms of inputs for which it was compared with the module and found equal."""
+        self.unsettled: tuple[str, ...] = ()
+        """Places that the module's forward writes anew at every call, so that every recorded call is compared."""
         self.backend = ProgramBackend(config, type(module).__name__)
         self.hoisted = HoistCache(PER_CALL, graphs=config.backend != "eager")
         self.dense = DenseModule(module)

@@ -1,44 +1,58 @@
 """Whether a forward depends on what its earlier calls left behind.
 
-A forward may note a shape, keep a count, fill a list or cache what depends on shapes alone. A recording cannot be
-repeated if it also goes by such a note: a processor that acts from its tenth call on, a layer that keeps what it
-computed for other inputs. One call more with the same inputs does not show that, so three things are tried:
+A forward may note a shape, keep a count, fill a list or cache what depends on shapes alone. One call more with the same
+inputs does not show whether it goes by that, so a call with other inputs comes in between, from the state before the
+first. Outputs that differ then are a dependence. What is left behind is of two kinds:
 
-1. a call with other inputs comes in between, from the state before the first;
-2. what changes at every call is exchanged for a stand-in that tells when it is looked at;
-3. lists and arrays that grow or change at every call are made much larger.
-
-What a text made of a number is used for is not seen.
+- *settled*: the next call leaves the same. A stand-in tells whether the forward looks at it. If so, it decides what the
+  module computes, whoever writes it next; if not, it is only a note.
+- *unsettled*: every call leaves something else, such as a count. Nobody can tell what that will lead to, so every
+  recorded call has to be compared with the module's own.
 """
 
 from __future__ import annotations
 
 import operator
-from array import array
-from collections import deque
-from collections.abc import Callable, Iterator, MutableMapping, MutableSequence, MutableSet
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, MutableSet
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fisedit_compiler.capture.keys.notes import Change, Drawn, Rewritten, describe
+from fisedit_compiler.capture.keys.notes import Change, Drawn, Note, Reordered, Rewritten
 from fisedit_compiler.capture.keys.snapshot import Snapshot
 
-_MANY = 1000
+_ALONE = 16
+"""Places that are tried one by one, where all at once are an error."""
 _MISSING = object()
 
+Written = Change | Reordered | Rewritten | Drawn
 
-def dependence(
+
+class LeftBehind(NamedTuple):
+    """What a forward leaves behind.
+
+    Attributes:
+        problem: how it depends on what its earlier calls wrote, in words; empty if it does not seem to.
+        unsettled: what is another after every call.
+        looked_at: what stays the same and decides what the forward computes.
+    """
+
+    problem: str = ""
+    unsettled: tuple[Written, ...] = ()
+    looked_at: frozenset[Note] = frozenset()
+
+
+def left_behind(
     start: Snapshot,
     own: list[Any],
     run: Callable[[], list[Any]],
-    run_other: Callable[[], object],
+    run_others: tuple[Callable[[], object], ...],
     difference: Callable[[list[Any], list[Any]], str],
-) -> str:
-    """How a forward depends on what its earlier calls wrote, in words; empty if it does not seem to.
+) -> LeftBehind:
+    """Find out what a forward does with what its earlier calls left behind.
 
     The caller puts back what these calls wrote.
 
@@ -46,39 +60,42 @@ def dependence(
         start: what was there before the first call.
         own: outputs of the first call.
         run: makes the call again.
-        run_other: makes a call with other inputs of the same shapes.
+        run_others: each makes a call with other inputs of the same shapes; the first that is no error is taken.
         difference: what differs between two lists of outputs, in words.
     """
-    start.restore(everything=True)
-    try:
-        run_other()
-    except Exception:  # a module that takes no other inputs: the second call then is like the first
+    for run_other in run_others:
+        start.restore(everything=True)
+        with suppress(Exception):  # a module that takes no such inputs: the second call then is like the first
+            run_other()
+            break
+    else:
         start.restore(everything=True)
     before = Snapshot(start.module)
     again = run()
-    changes = [change for change in before.changes() if not _is_settled(change)]
-    if drawn := sorted({change.place.strip(". ") for change in changes if isinstance(change, Drawn)}):
-        return f"it draws from {', '.join(drawn)}"
+    unsettled = tuple(change for change in before.changes() if not _is_settled(change))
+    if drawn := sorted({change.place.strip(". ") for change in unsettled if isinstance(change, Drawn)}):
+        return LeftBehind(f"it draws from {', '.join(drawn)}", unsettled)
     if problem := difference(own, again):
-        return problem
-    looked: list[str] = []
-    with _stand_ins(changes, looked) as placed:
-        problem = _fails(run, own, difference) if placed else ""
-    if looked or problem:
-        return f"it looks at {', '.join(sorted(set(looked or placed)))}"
-    with _enlarged(changes) as placed:
-        problem = _fails(run, own, difference) if placed else ""
-    return f"{problem} after {', '.join(placed)} had grown" if problem else ""
+        return LeftBehind(problem, unsettled)
+    settled = _settled(start.changes(), unsettled)
+    return LeftBehind("", unsettled, _looked_at(settled, start.module, lambda: difference(own, run())))
 
 
-def _fails(run: Callable[[], list[Any]], own: list[Any], difference: Callable[[list[Any], list[Any]], str]) -> str:
-    try:
-        return difference(own, run())
-    except Exception as error:
-        return type(error).__name__
+def _settled(changes: list[Written], unsettled: tuple[Written, ...]) -> list[tuple[Change, Any]]:
+    """Places that hold since the first call what they hold now, for which a stand-in can be put."""
+    moving = {(change.place, key) for change in unsettled if isinstance(change, Change) for key in change.written()}
+    # What is in a list that grows is none of the list's settled parts.
+    filled = {change.place for change in unsettled if isinstance(change, Change) and change.grows}
+    return [
+        (change, key)
+        for change in changes
+        if isinstance(change, Change) and not isinstance(change.live, MutableSet) and change.place not in filled
+        for key in change.written()
+        if key in change.now and (change.place, key) not in moving
+    ]
 
 
-def _is_settled(change: Change | Rewritten | Drawn) -> bool:
+def _is_settled(change: Written) -> bool:
     """Whether another call wrote what was there already."""
     if isinstance(change, Drawn):
         return _same(change.before, change.now)
@@ -99,37 +116,66 @@ def _same(before: Any, now: Any) -> bool:
     if isinstance(before, (list, tuple)):
         return len(before) == len(now) and all(map(_same, before, now))
     if isinstance(before, dict):
-        return before.keys() == now.keys() and all(_same(before[key], now[key]) for key in before)
+        return list(before) == list(now) and all(_same(before[key], now[key]) for key in before)
     return isinstance(before, (bool, int, float, complex, str, bytes, set, frozenset, torch.dtype)) and before == now
 
 
-# -- stand-ins for single values ----------------------------------------------------------------------
+# -- who looks at what stays ------------------------------------------------------------------------------
 
 
-@contextmanager
-def _stand_ins(changes: list[Change | Rewritten | Drawn], looked: list[str]) -> Iterator[list[str]]:
-    """Put a stand-in in the place of every value that was exchanged; yields the places."""
-    exchanged = [
-        (change, key)
-        for change in changes
-        if isinstance(change, Change)
-        for key in change.written()
-        if key in change.before and key in change.now
-    ]
-    for change, key in exchanged:
-        place = describe((change.place, key))
-        change.put(key, _stand_in(change.now[key], lambda place=place: looked.append(place)))  # type: ignore[misc]
-    yield [describe((change.place, key)) for change, key in exchanged]
+def _looked_at(places: list[tuple[Change, Any]], module: nn.Module, compare: Callable[[], str]) -> frozenset[Note]:
+    """The places whose values decide what the forward computes, or may do so."""
+    if not places:
+        return frozenset()
+    before, looked = Snapshot(module), set[Note]()
+    for change, key in places:
+        note = change.place, key
+        with suppress(Exception):  # a place that takes no other value keeps its own
+            change.put(key, stand_in(change.now[key], lambda note=note: looked.add(note)))  # type: ignore[misc]
+    try:
+        failed = bool(compare())
+    except Exception:  # what no stand-in can be put for, such as a number that an operation of torch takes
+        failed = True
+    before.restore(everything=True)
+    if not failed:
+        return frozenset(looked)
+    if len(places) == 1 or len(places) > _ALONE:
+        return frozenset((change.place, key) for change, key in places)
+    return frozenset().union(*(_looked_at([place], module, compare) for place in places))
 
 
-def _stand_in(value: Any, tell: Callable[[], None]) -> Any:
-    return (_Number if isinstance(value, (bool, int, float)) else _Opaque)(value, tell)
+def stand_in(value: Any, tell: Callable[[], object]) -> Any:
+    """What behaves like a value and tells when it is looked at."""
+    if type(value) in (Tensor, nn.Parameter, nn.Buffer):
+        seen = value.detach().as_subclass(_SeenTensor)
+        seen._tell = tell
+        return seen
+    return _Seen(value, tell)
 
 
-class _Opaque:
-    """Stands for a value: whatever is done with it is told, and done."""
+class _SeenTensor(Tensor):
+    """Stands for a tensor: every operation on it is told, and done."""
 
-    def __init__(self, value: Any, tell: Callable[[], None]) -> None:
+    _tell: Callable[[], object]
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def plain(value: Any) -> Any:
+            if type(value) is not cls:
+                return value
+            if "_tell" in vars(value):
+                value._tell()
+            with torch._C.DisableTorchFunctionSubclass():
+                return value.as_subclass(Tensor)
+
+        args, kwargs = torch.utils._pytree.tree_map(plain, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+
+class _Seen:
+    """Stands for any other value: whatever is done with it is told, and done."""
+
+    def __init__(self, value: Any, tell: Callable[[], object]) -> None:
         self._value, self._tell = value, tell
 
     __class__ = property(lambda self: type(self._value))  # type: ignore[assignment] # for isinstance()
@@ -138,121 +184,35 @@ class _Opaque:
         self._tell()
         return getattr(self._value, name)
 
-    def __repr__(self) -> str:
-        return repr(self._value)
-
-    def __str__(self) -> str:
-        return str(self._value)
-
-    def __format__(self, form: str) -> str:
-        return format(self._value, form)
-
-
-class _Number(_Opaque):
-    """Stands for a number: counting on makes another stand-in, everything else is told, and done."""
-
 
 def _plain(value: Any) -> Any:
-    return value._value if issubclass(type(value), _Opaque) else value
+    return value._value if issubclass(type(value), _Seen) else value
 
 
 _BUILT_IN: dict[str, Callable[..., Any]] = {
-    "__bool__": bool, "__complex__": complex, "__float__": float, "__hash__": hash, "__int__": int, "__iter__": iter,
-    "__len__": len, "__reversed__": reversed, "__round__": round,
+    "__bool__": bool, "__complex__": complex, "__float__": float, "__format__": format, "__hash__": hash,
+    "__int__": int, "__iter__": iter, "__len__": len, "__repr__": repr, "__reversed__": reversed, "__round__": round,
+    "__str__": str,
 }  # fmt: skip
 
 
-def _told(name: str) -> Callable[..., Any]:
+def _told(name: str, swapped: bool = False) -> Callable[..., Any]:
     compute = _BUILT_IN.get(name) or getattr(operator, name)
 
-    def method(self: _Opaque, *arguments: Any) -> Any:
+    def method(self: _Seen, *arguments: Any) -> Any:
         self._tell()
-        return compute(self._value, *map(_plain, arguments))
-
-    return method
-
-
-def _counted(name: str, swapped: bool) -> Callable[..., Any]:
-    compute = getattr(operator, name)
-
-    def method(self: _Number, *arguments: Any) -> Any:
         values = [self._value, *map(_plain, arguments)]
-        result = compute(*reversed(values)) if swapped else compute(*values)
-        if isinstance(result, (bool, int, float)):
-            return _Number(result, self._tell)
-        self._tell()  # a tensor was scaled by it
-        return result
+        return compute(*(reversed(values) if swapped else values))
 
     return method
 
 
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"):
-    setattr(_Number, f"__{_name}__", _counted(f"__{_name}__", swapped=False))
-    setattr(_Number, f"__r{_name}__", _counted(f"__{_name}__", swapped=True))
-for _name in ("neg", "pos", "abs", "invert"):
-    setattr(_Number, f"__{_name}__", _counted(f"__{_name}__", swapped=False))
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor"):
+    setattr(_Seen, f"__{_name}__", _told(f"__{_name}__"))
+    setattr(_Seen, f"__r{_name}__", _told(f"__{_name}__", swapped=True))
 for _name in (
     "lt", "le", "gt", "ge", "eq", "ne", "bool", "int", "float", "complex", "index", "hash", "round", "len", "iter",
-    "getitem", "setitem", "delitem", "contains", "reversed", "call",
+    "str", "repr", "format", "getitem", "setitem", "delitem", "contains", "reversed", "call", "neg", "pos", "abs",
+    "invert", "lshift", "rshift",
 ):  # fmt: skip
-    setattr(_Opaque, f"__{_name}__", _told(f"__{_name}__"))
-for _name in ("add", "sub", "mul", "truediv", "matmul", "and", "or"):
-    setattr(_Opaque, f"__{_name}__", _told(f"__{_name}__"))
-
-
-# -- what grows or is written in place ----------------------------------------------------------------
-
-
-@contextmanager
-def _enlarged(changes: list[Change | Rewritten | Drawn]) -> Iterator[list[str]]:
-    """Make much more of what grew, and much larger numbers of those written in place; yields the places."""
-    places, undo = [], []
-    for change in changes:
-        if isinstance(change, Drawn):
-            continue
-        if isinstance(change, Rewritten):
-            undo.append(_with_large_numbers(change.live))
-        elif change.now.keys() - change.before.keys() and _grow(change.live):
-            pass
-        else:
-            continue
-        places.append(change.place.strip(". "))
-    try:
-        yield places
-    finally:
-        for put_back in undo:
-            put_back()
-
-
-def _grow(live: Any) -> bool:
-    if isinstance(live, (MutableSequence, deque)):
-        live.extend(list(live)[-1:] * _MANY)
-    elif isinstance(live, MutableSet):
-        for number in range(_MANY):
-            live.add(f"another {number}")
-    elif isinstance(live, MutableMapping) and live:
-        last = list(live.values())[-1]
-        live.update({f"another {number}": last for number in range(_MANY)})
-    else:
-        return False
-    return True
-
-
-def _with_large_numbers(live: Any) -> Callable[[], None]:
-    """Write large numbers to memory; returns what undoes it."""
-    if isinstance(live, Tensor):
-        kept = live.detach().clone()
-        with torch.no_grad():
-            live.fill_(1 if live.dtype is torch.bool else 100)
-        return lambda: live.detach().copy_(kept)  # type: ignore[return-value]
-    saved = live.copy() if isinstance(live, np.ndarray) else live[:]
-    if isinstance(live, np.ndarray):
-        live.fill(1 if live.dtype == bool else 100)
-    elif isinstance(live, (bytearray, array)):
-        for index in range(len(live)):
-            live[index] = 100
-
-    def put_back() -> None:
-        live[:] = saved
-
-    return put_back
+    setattr(_Seen, f"__{_name}__", _told(f"__{_name}__"))

@@ -15,7 +15,7 @@ from fisedit_compiler.recordings.recording import Recording
 from fisedit_compiler.runtime.calls.call import Call
 from fisedit_compiler.runtime.calls.programs import ProgramStore
 from fisedit_compiler.runtime.execution.executable import Executable
-from fisedit_compiler.runtime.sessions.self_check import record_checked
+from fisedit_compiler.runtime.sessions.self_check import form_of, record_checked
 
 
 class RecordSession:
@@ -25,6 +25,7 @@ class RecordSession:
         self.recording, self.programs, self.maps = recording, programs, maps
         self._inputs = InputCopies()
         self._finite = FiniteWatch()
+        self._compared: set[Executable] = set()
 
     def before(self) -> None:
         """Look whether the module is still the one that the recording is of. Another structure is followed.
@@ -61,14 +62,17 @@ class RecordSession:
                 f"recorded{_why_no_maps(executable)}. Record without maps."
             )
         inputs = self._inputs.of(number, call.signature, call.tensors, executable.sample_slot)
-        if executable.checked:
+        known = executable in self._compared
+        if known and not executable.unsettled and form_of(call) in executable.confirmed:
             outputs, slots = executable.record(call.tensors, maps=maps)
         else:
             key = self.programs.key
-            executable, (outputs, slots) = record_checked(self.programs, call, maps=maps)
+            executable, (outputs, slots) = record_checked(self.programs, call, maps=maps, may_capture=not known)
+            self._compared.add(executable)
             call = replace(call, find_executable=lambda: executable, structure=self.programs.key.structure)
             if self.recording.model == key:
                 self.recording.model = self.programs.key
+            self.programs.follow_renames(self.recording)
         self.recording.calls.append(call.store(slots, call.timestep, inputs))
         self._finite.look(outputs)
         return executable.assemble(outputs)

@@ -1,13 +1,15 @@
-"""Whether a program computes what its module computes: found out at the first recorded call of every program.
+"""Whether a program computes what its module computes: found out while a run is recorded.
 
 The key of a program says what was captured; this check does not trust it. The module itself is called with the same
-arguments, and its outputs are compared bit for bit. A difference means another capture, a second one an error.
+arguments, and its outputs are compared bit for bit: at the first call of every recording, at every new set of sizes,
+and at every call if the module keeps what changes from call to call. A difference means another capture, a second one
+an error.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,81 +17,131 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fisedit_compiler.capture.keys.notes import describe
+from fisedit_compiler.capture.keys.notes import Notes, describe
 from fisedit_compiler.capture.keys.snapshot import Snapshot
 from fisedit_compiler.compiling import one_at_a_time
 from fisedit_compiler.errors import CaptureError
 from fisedit_compiler.runtime.calls.call import Call
 from fisedit_compiler.runtime.calls.programs import ProgramStore
 from fisedit_compiler.runtime.execution.executable import Executable
-from fisedit_compiler.runtime.sessions.left_behind import dependence
+from fisedit_compiler.runtime.sessions.left_behind import left_behind
 
 logger = logging.getLogger(__name__)
 
 Recorded = tuple[list[Any], dict[str, Tensor]]
 
 
+def form_of(call: Call) -> tuple[Any, ...]:
+    """What of a call's tensors a forward may branch on without reading them: a capture follows one of its ways."""
+    return tuple((tuple(tensor.shape), tensor.is_contiguous()) for tensor in call.tensors.values())
+
+
 @one_at_a_time  # an export in another thread turns oneDNN off for the whole process: last bits would differ
-def record_checked(programs: ProgramStore, call: Call, *, maps: bool) -> tuple[Executable, Recorded]:
+def record_checked(
+    programs: ProgramStore, call: Call, *, maps: bool, may_capture: bool = True
+) -> tuple[Executable, Recorded]:
     """Record a call and compare it with the module's own, which runs beside it.
 
     Args:
         programs: of the module; learns which attributes its forward writes, and captures again where need be.
-        call: the first one of its program.
+        call: the first one of its program in a recording, or of other sizes, or of a module that keeps count.
         maps: also record cross-attention maps.
+        may_capture: whether another capture may take the program's place; not where a recording holds calls of it.
 
     Raises:
         CaptureError: the module computes something else than any capture of it, or something else at every call.
     """
     executable = call.executable
-    own = _own_outputs(programs, call)
+    former, was_right = executable, bool(executable.confirmed)
+    own, random_state = _own_outputs(programs, call)
     problem = ""
     for attempt in ("first", "second"):
         with _same_random_numbers(call):
             recorded = executable.record(call.tensors, maps=maps)
         problem = _difference(own, recorded[0])
         if not problem:
-            executable.checked = True
+            executable.confirmed.add(form_of(call))
+            if executable is not former and was_right:
+                programs.disown()  # else recordings of the former program were edited with this one
+            _set_random_state(call, random_state)
             return executable, recorded
-        if attempt == "first":
-            logger.warning("a program does not compute what its module computes (%s): captured again", problem)
-            executable = programs.capture_again(call)
+        if attempt == "second" or not may_capture:
+            break
+        logger.warning("a program does not compute what its module computes (%s): captured again", problem)
+        end = Snapshot(programs.module)
+        executable = programs.capture_again(call)
+        executable.unsettled = former.unsettled
+        end.restore(everything=True)
+    if was_right and executable is not former:
+        programs.put_back(former, instead_of=executable)
+    raise CaptureError(_why(programs, call, own, problem, "" if executable is former else ", also when captured again"))
+
+
+def _why(programs: ProgramStore, call: Call, own: list[Any], problem: str, captured_again: str) -> str:
     name = type(programs.module).__name__
+    if call.executable.unsettled:
+        return _depends(programs, f"its captured graph does something else{captured_again}: {problem}")
+    end = Snapshot(programs.module)
     itself = _difference(own, _run(call))
+    end.restore(everything=True)
     if itself:
-        raise CaptureError(
+        return (
             f"{name} computes something else at every call with the same arguments and random state ({itself}). A "
             "recording could not be repeated, nor what is outside a mask be kept. Make its operations deterministic "
             "(torch.use_deterministic_algorithms(True) names those that are not), or sparsify a submodule without them."
         )
-    raise CaptureError(
-        f"{name} computes something else than its captured graph ({problem}), also when captured again. Its forward "
-        "reads something that a graph cannot hold: a hook that changes results, a global or file that is read at every "
+    return (
+        f"{name} computes something else than its captured graph ({problem}){captured_again}. Its forward reads "
+        "something that a graph cannot hold: a branch on sizes (`if height > width`, `if batch == 1`, a text made of a "
+        "shape), of which a graph holds one side; a hook that changes results, a global or file that is read at every "
         "call, random numbers of another library. Take that out of the forward, or sparsify the submodule without it."
     )
 
 
-def _own_outputs(programs: ProgramStore, call: Call) -> list[Any]:
-    """The module's outputs; what its forward writes is told to ``programs`` if it does not depend on it."""
-    start = Snapshot(programs.module)
-    own = _run(call)
-    written = start.written()
-    if not written:
-        return own
+def _depends(programs: ProgramStore, problem: str, places: Iterable[str] = ()) -> str:
+    places = sorted(set(places) or {place for one in programs.executables() for place in one.unsettled})
+    return (
+        f"{type(programs.module).__name__} may compute something else at every call ({problem}), since its forward "
+        f"writes to what it reads: {', '.join(places)}. A recording could not be repeated. Make the forward "
+        "independent of what an earlier call left there (the timestep tells which step it is), or pass it as an "
+        "argument."
+    )
+
+
+def _own_outputs(programs: ProgramStore, call: Call) -> tuple[list[Any], list[Tensor]]:
+    """The module's outputs, and the state of torch's generators after them.
+
+    What its forward only writes is told to ``programs``.
+    """
+    executable = call.executable
+    # What a forward writes was seen when the program was compared at these sizes.
+    is_known = form_of(call) in executable.confirmed and not executable.unsettled
+    start = None if is_known else Snapshot(programs.module)
+    with _same_random_numbers(call):
+        own = _owned(call.run_original())
+        random_state = _random_state(call)
+    changes = [] if start is None else start.changes()
+    if start is None or not changes:
+        return own, random_state
+    if executable.unsettled or executable.confirmed:
+        # Seen through before: what is new was made for other sizes, or is another of a row.
+        known = Notes(programs.state.notes)
+        if new := [note for change in changes if not known.cover(change) for note in change.notes()]:
+            programs.leave_out(frozenset(new))
+        return own, random_state
     end = Snapshot(programs.module)
+    others = (lambda: _run_on_others(programs, call, _other), lambda: _run_on_others(programs, call, _other_float))
     try:
-        problem = dependence(start, own, lambda: _run(call), lambda: _run_on_others(programs, call), _difference)
+        found = left_behind(start, own, lambda: _run(call), others, _difference)
+        notes = frozenset(note for change in start.changes() for note in change.notes(found.looked_at))
+        unsettled = {describe(note) for change in found.unsettled for note in change.notes()}
     finally:
         end.restore(everything=True)  # as if the module had been called once
-    if problem:
-        places = ", ".join(sorted(set(map(describe, written))))
-        raise CaptureError(
-            f"{type(programs.module).__name__} may compute something else at every call ({problem}), since its forward "
-            f"writes to what it reads: {places}. A recording could not be repeated. Make the forward independent of "
-            "what an earlier call left there (the timestep tells which step it is), or pass it as an argument."
-        )
-    programs.leave_out(written)
-    return own
+    if found.problem:
+        raise CaptureError(_depends(programs, found.problem, map(describe, notes)))
+    programs.leave_out(notes)
+    executable.unsettled = tuple(sorted(unsettled))
+    return own, random_state
 
 
 def _run(call: Call) -> list[Any]:
@@ -97,14 +149,22 @@ def _run(call: Call) -> list[Any]:
         return _owned(call.run_original())
 
 
-def _run_on_others(programs: ProgramStore, call: Call) -> None:
-    """Call the module with other latents and texts of the same shapes."""
-    others = pytree.tree_map_only(Tensor, _other, call.arguments())
+def _run_on_others(programs: ProgramStore, call: Call, other: Callable[[Tensor], Tensor]) -> None:
+    """Call the module with other inputs of the same shapes."""
+    others = pytree.tree_map_only(Tensor, other, call.arguments())
     with _same_random_numbers(call):
         call.ambient.around(programs.module)(**others)
 
 
 def _other(value: Tensor) -> Tensor:
+    if value.dtype is torch.bool:
+        return value
+    if not value.is_floating_point():
+        return value // 2  # a label or a timestep, of which only smaller ones are sure to exist
+    return _other_float(value) if value.numel() > 1 and value.dim() > 1 else value * 0.5
+
+
+def _other_float(value: Tensor) -> Tensor:
     # Numbers that come alone, such as the timestep, may be compared with those of a schedule.
     return value.flip(-1) * 0.5 if value.is_floating_point() and value.numel() > 1 and value.dim() > 1 else value
 
@@ -136,3 +196,14 @@ def _same_random_numbers(call: Call) -> Iterator[None]:
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices, enabled=True):
         yield
+
+
+def _random_state(call: Call) -> list[Tensor]:
+    device = call.sample.device
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _set_random_state(call: Call, state: list[Tensor]) -> None:
+    torch.set_rng_state(state[0])
+    for on_device in state[1:]:
+        torch.cuda.set_rng_state(on_device, call.sample.device)

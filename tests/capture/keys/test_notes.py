@@ -175,3 +175,21 @@ def test_reading_a_size_of_a_capture_is_no_error() -> None:
     net = Net()
     net.tally.kept = ShapeEnv().create_unbacked_symint()
     assert ModelState(net).read() == ModelState(net).read()
+
+
+def test_the_order_in_which_things_were_used_last_is_a_note() -> None:
+    net = Net()
+    net.info = {"a": 1, "b": 2, "c": 3}
+    before = Snapshot(net)
+    net.info["a"] = net.info.pop("a")
+    notes = before.written()
+    assert [describe(note) for note in notes] == ["info"]
+    state = ModelState(net)
+    state.leave_out(notes)
+    key = state.read()
+    net.info["b"] = net.info.pop("b")
+    assert state.read() == key
+    before.restore(everything=True)
+    assert list(net.info) == ["a", "b", "c"] and not before.written()
+    net.info["b"] = 5
+    assert state.read() != key

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from contextvars import ContextVar
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,30 @@ class Part:
 
     def __init__(self) -> None:
         self.a, self.b, self.c, self.d, self.e, self.f, self.g = range(7)
+
+
+class Other(Part):
+    pass
+
+
+class OtherConv(nn.Conv2d):
+    pass
+
+
+class Named:
+    """Says it equals whatever has its name, as a dataclass does with fields that it does not compare."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Named)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Speed(StrEnum):
+    fast = "fast"
 
 
 class Slotted:
@@ -58,12 +83,20 @@ class Model(nn.Module):
         self.conv = nn.Conv2d(4, 4, 3, padding=1)
         self.part = Part()
         self.scale = 2.0
+        self.one, self.speed, self.named, self.nothing = 1, "fast", Named(1.0), 0.0
+        self.many: list[Any] = [1, "fast", Named(1.0), 2.0]
+        self.few: dict[str, Any] = {"one": 1, "named": Named(1.0)}
+        self.ordered = OrderedDict(a=1, b=2)
+        self.parts = nn.ModuleDict({"a": nn.ReLU(), "b": nn.GELU()})
         self.slotted = Slotted()
         self.items, self.table, self.names, self.last = [1, 2], {"a": 1}, {"a"}, deque([1, 2])
         self.array, self.text, self.constant = np.ones(3), bytearray(b"ab"), torch.ones(3)
         read, write = closing_over()
         self.read = read
+        self.codes: set[Any] = {1}
         self.conv.register_forward_pre_hook(lambda *_: None)
+        self.conv.register_forward_hook(lambda *_: None)
+        self.conv.register_forward_hook(lambda *_: torch.ones(1))
         writers[id(self)] = write
 
     def forward(self, sample: Tensor) -> Tensor:
@@ -113,6 +146,21 @@ WRITES: dict[str, Callable[[Model], Any]] = {
     "a byte": lambda model: model.text.__setitem__(0, 1),
     "an element of a plain tensor": lambda model: model.constant.__setitem__(0, 3),
     "a global": lambda model: globals().update(FACTOR=2.0),
+    "an object's class": lambda model: setattr(model.part, "__class__", Other),
+    "a module's class": lambda model: setattr(model.conv, "__class__", OtherConv),
+    "an equal number of another type": lambda model: setattr(model, "one", 1.0),
+    "a flag for a number": lambda model: setattr(model, "one", True),
+    "zero's sign": lambda model: setattr(model, "nothing", -0.0),
+    "an equal text of another type": lambda model: setattr(model, "speed", Speed.fast),
+    "an equal object": lambda model: setattr(model, "named", Named(2.0)),
+    "an equal number in a list": lambda model: model.many.__setitem__(0, 1.0),
+    "an equal object in a list": lambda model: model.many.__setitem__(2, Named(2.0)),
+    "an equal object in a dictionary": lambda model: model.few.update(named=Named(2.0)),
+    "an equal number in a set": lambda model: (model.codes.remove(1), model.codes.add(1.0)),
+    "the order of a dictionary": lambda model: model.few.update(one=model.few.pop("one")),
+    "the order of an ordered dictionary": lambda model: model.ordered.move_to_end("a"),
+    "the order of parts": lambda model: model.parts.update({"a": model.parts.pop("a")}),
+    "the order of hooks": lambda model: model.conv._forward_hooks.move_to_end(min(model.conv._forward_hooks)),
     "a context variable": lambda model: CHOICE.set(2.0),
 }
 
@@ -162,7 +210,7 @@ def test_writing_what_was_there_is_no_change() -> None:
     model = Model()
     looked = read_structure(model).watch
     for _ in range(3):
-        model.scale, model.part.c = 2.0, 2
+        model.scale, model.part.c, model.many[3], model.few["one"] = float("2"), 2, float("2"), 1
         model.conv.stride = (1, 1)
         assert not looked.changed()
     model.part.c = 3

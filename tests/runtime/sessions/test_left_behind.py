@@ -1,16 +1,20 @@
 """A forward that goes by what its earlier calls left behind is refused; one that only leaves it there is right.
 
-Every forward of ``REFUSED`` computes for its first nine calls or more what its first call computes.
+Every forward of ``REFUSED`` computes for its first calls what its first call computes: it is refused at the
+first call or, where nobody could know, at the call that is another.
 """
 
 from __future__ import annotations
 
 import itertools
 import random
+import weakref
 from array import array
 from collections import deque
 from collections.abc import Callable
 from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,7 +24,7 @@ from torch import Tensor, nn
 
 from fisedit_compiler import SparseModule, SparsifyConfig, sparsify
 from fisedit_compiler.capture.keys.drawn import state_of
-from fisedit_compiler.errors import CaptureError
+from fisedit_compiler.errors import CaptureError, RecordingError
 
 SAMPLE = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 MASK = torch.zeros(8, 8, dtype=torch.bool)
@@ -38,6 +42,12 @@ class Controller:
 
     def __init__(self) -> None:
         self.step, self.settings = 0, {"step": 0, "scale": 1.0}
+
+
+@dataclass(frozen=True)
+class Frozen:
+    step: int = 0
+    scale: float = 2.0
 
 
 class Slotted:
@@ -80,6 +90,8 @@ class Net(nn.Module):
         self.seen: set[Any] = set()
         self.recent: deque[Any] = deque(maxlen=3)
         self.array, self.bytes = np.zeros(2), array("d", [0.0])
+        self.schedule, self.scales = deque([1.0] * LATE + [2.0] * 3), [2.0] * 3 + [1.0] * (LATE + 1)
+        self.frozen, self.by_part = Frozen(), weakref.WeakKeyDictionary[nn.Module, float]()
         self.controller, self.slotted, self.count = Controller(), Slotted(), closing_over()
         self.iterator, self.counter, self.generator = iter(range(99)), itertools.count(), numbers()
         self.zipped = zip(itertools.count(), itertools.repeat(1), strict=False)
@@ -218,6 +230,25 @@ def _adds_the_last_output(self: Net, sample: Tensor) -> Tensor:
     return output
 
 
+def _looks_up_a_text(self: Net, sample: Tensor) -> Tensor:
+    self.step += 1
+    return self.conv(sample) * {"step_12": 2.0}.get(f"step_{self.step}", 1.0)
+
+
+def _turns_a_deque(self: Net, sample: Tensor) -> Tensor:
+    self.schedule.rotate()
+    return self.conv(sample) * self.schedule[0]
+
+
+def _pops_from_a_list(self: Net, sample: Tensor) -> Tensor:
+    return self.conv(sample) * self.scales.pop()
+
+
+def _keeps_a_state_that_is_replaced(self: Net, sample: Tensor) -> Tensor:
+    self.frozen = replace(self.frozen, step=self.frozen.step + 1)
+    return self.late(sample, self.frozen.step > LATE)
+
+
 def _draws(name: str) -> Callable[[Net, Tensor], Tensor]:
     def forward(self: Net, sample: Tensor) -> Tensor:
         drawn = next(getattr(self, name))
@@ -277,6 +308,51 @@ def collects(self: Net, sample: Tensor) -> Tensor:
     return output
 
 
+def logs_now_and_then(self: Net, sample: Tensor) -> Tensor:
+    self.step += 1
+    if self.step % 10 == 0:
+        self.history.append(self.step)
+    return self.conv(sample)
+
+
+def stores_attention(self: Net, sample: Tensor) -> Tensor:
+    """As the AttentionStore of prompt-to-prompt: sums per step, which it hands out when asked."""
+    output = self.conv(sample)
+    if self.step % 2 == 0:
+        self.kept = {"down": [], "up": []}
+    self.kept["down" if self.step % 2 else "up"].append(output.detach())
+    self.step += 1
+    if self.step % 2 == 0:
+        if not self.store:
+            self.store = self.kept
+        else:
+            for key in self.store:
+                for index in range(len(self.store[key])):
+                    self.store[key][index] = self.store[key][index] + self.kept[key][index]
+    return output
+
+
+def fills_a_ring(self: Net, sample: Tensor) -> Tensor:
+    output = self.conv(sample)
+    if self.size is None:
+        self.size, self.kept = 4, torch.zeros(4)
+    if not torch.compiler.is_compiling():
+        self.kept[self.step % self.size] = output.mean()
+    self.step += 1
+    return output
+
+
+def replaces_its_state(self: Net, sample: Tensor) -> Tensor:
+    self.frozen = replace(self.frozen, step=self.frozen.step + 1)
+    return self.conv(sample) * self.frozen.scale
+
+
+def keeps_by_its_parts(self: Net, sample: Tensor) -> Tensor:
+    if self.conv not in self.by_part:
+        self.by_part[self.conv] = 2.0
+    return self.conv(sample) * self.by_part[self.conv]
+
+
 def knows_its_first_call(self: Net, sample: Tensor) -> Tensor:
     if self.first:
         self.first, self.size = False, "seen"
@@ -294,7 +370,10 @@ def leaves_things_alone(self: Net, sample: Tensor) -> Tensor:
     return self.conv(sample) * (1 if self.iterator and self.random and self.history is not None else 2)
 
 
-RIGHT = (notes_a_size, counts, logs, collects, knows_its_first_call, says_where_it_is, leaves_things_alone)
+RIGHT = (
+    notes_a_size, counts, logs, collects, logs_now_and_then, stores_attention, fills_a_ring, replaces_its_state,
+    keeps_by_its_parts, knows_its_first_call, says_where_it_is, leaves_things_alone,
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -320,7 +399,8 @@ def test_what_goes_by_its_earlier_calls_is_refused(case: str) -> None:
     with pytest.raises(CaptureError, match=r"Net may compute something else at every call.*writes to what it reads"):
         module = compiled(REFUSED[case])
         with module.record():
-            module(SAMPLE)
+            for _ in range(LATE + 5):
+                module(SAMPLE)
 
 
 @pytest.mark.filterwarnings("ignore:The tensor attribute")
@@ -382,3 +462,104 @@ def test_other_things_have_no_such_state() -> None:
     exhausted.close()
     assert state_of(exhausted) == "at its end"
     assert [state_of(value) for value in (1, "a", [1], Net(), SAMPLE)] == [None] * 5
+
+
+# -- what stays as the first call left it, and is looked at -------------------------------------------------
+
+
+class Lazy(Net):
+    """Makes what it computes with when it is first called, each kind in its own way."""
+
+    @cached_property
+    def cached(self) -> float:
+        return 2.0
+
+    def forward(self, sample: Tensor) -> Tensor:
+        if not hasattr(self, "scale"):
+            self.scale, self.weights, self.note = 2.0, torch.ones(4, 1, 1) * 2, sample.shape
+            self.store["scale"] = 2.0
+        return self.conv(sample) * self.scale * self.weights * self.cached * self.store["scale"]
+
+
+LATER: dict[str, Callable[[Any], Any]] = {
+    "attribute": lambda net: setattr(net, "scale", 3.0),
+    "cached property": lambda net: net.__dict__.update(cached=3.0),
+    "entry": lambda net: net.store.update(scale=3.0),
+    "tensor replaced": lambda net: setattr(net, "weights", net.weights * 2),
+    "tensor written to": lambda net: net.weights.mul_(2),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attribute")
+@pytest.mark.parametrize("case", LATER)
+def test_what_the_first_call_made_is_still_the_models(case: str) -> None:
+    torch.manual_seed(0)
+    config = SparsifyConfig(multiple=1, dense_above=1.0, cache=False)
+    module = sparsify(Lazy().eval(), config, example_inputs={"sample": SAMPLE})
+    with module.record() as recording:
+        for _ in range(3):
+            output = module(SAMPLE)
+    with module.edit(recording, MASK):
+        for _ in range(3):
+            torch.testing.assert_close(module(SAMPLE), output)
+    assert len(module.programs) == 1, "that it was made is no change"
+    LATER[case](module.original)
+    with pytest.raises(RecordingError, match="of another model"), module.edit(recording, MASK):
+        pass
+    with module.record():
+        again = module(SAMPLE)
+    assert torch.equal(again, module.original(SAMPLE)) and not torch.equal(again, output)
+
+
+def test_what_is_kept_for_one_size_is_no_change_at_another() -> None:
+    def forward(self: Net, sample: Tensor) -> Tensor:
+        if self.size != sample.shape[2]:
+            self.size, self.kept = sample.shape[2], torch.arange(sample.shape[2])[:, None]
+        return self.conv(sample) * self.kept
+
+    module, larger = compiled(forward), torch.ones(1, 4, 12, 12)
+    with module.record() as recording:
+        output = module(SAMPLE)
+    for _ in range(2):
+        with module.record() as other:
+            assert torch.equal(module(larger), module.original(larger))
+        with module.record():
+            assert torch.equal(module(SAMPLE), output)
+        with module.edit(recording, MASK):
+            torch.testing.assert_close(module(SAMPLE), output)
+        with module.edit(other, torch.ones(12, 12, dtype=torch.bool)):
+            module(larger)
+
+
+def test_a_count_that_matters_in_a_later_recording_spoils_no_earlier_one() -> None:
+    """From its twelfth call on, the module is another: recordings of the first one are not edited with it."""
+    module = compiled(_counts)
+    with module.record() as recording:
+        output = module(SAMPLE)
+    with module.edit(recording, MASK):
+        torch.testing.assert_close(module(SAMPLE), output)
+    module.original.step = LATE + 5
+    with module.record() as later:
+        assert torch.equal(module(SAMPLE), output * 2)
+        assert torch.equal(module(SAMPLE), output * 2)
+    with pytest.raises(RecordingError, match="of another model"), module.edit(recording, MASK):
+        pass
+    with module.edit(later, MASK):
+        torch.testing.assert_close(module(SAMPLE), output * 2)
+        torch.testing.assert_close(module(SAMPLE), output * 2)
+
+
+def test_labels_and_timesteps_are_other_ones_in_between() -> None:
+    class Conditioned(Net):
+        """Keeps what it made of the first label or timestep."""
+
+        def forward(self, sample: Tensor, label: Tensor) -> Tensor:
+            if self.kept is None:
+                self.kept = label * 1.0
+            return self.conv(sample) * self.kept.reshape(-1, 1, 1, 1)
+
+    for label in (torch.tensor([4]), torch.tensor(4.0), torch.tensor(4)):
+        inputs = {"sample": SAMPLE, "label": label}
+        module = sparsify(Conditioned().eval(), SparsifyConfig(multiple=1, cache=False), example_inputs=inputs)
+        with pytest.raises(CaptureError, match="writes to what it reads"), module.record():
+            module(**inputs)

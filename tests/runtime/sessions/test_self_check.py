@@ -1,4 +1,4 @@
-"""The first recorded call of every program is compared with the module itself, bit for bit."""
+"""Recorded calls are compared with the module itself, bit for bit: the first ones, and those of other sizes."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from fisedit_compiler.capture.keys import structure
 from fisedit_compiler.compiling import COMPILING
 from fisedit_compiler.errors import CaptureError, RecordingError
 from fisedit_compiler.runtime.execution.executable import Executable
+from fisedit_compiler.runtime.sessions import self_check
 
 SAMPLE = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 MASK = torch.zeros(8, 8, dtype=torch.bool)
@@ -98,30 +99,92 @@ def compiled(module: nn.Module, **options: Any) -> SparseModule:
     return sparsify(module.eval(), config, example_inputs={"sample": SAMPLE})
 
 
-def count_checks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    calls: list[int] = []
-    record = Executable.record
-
-    def counted(self: Executable, *args: Any, **kwargs: Any) -> Any:
-        calls.append(int(self.checked))
-        return record(self, *args, **kwargs)
-
-    monkeypatch.setattr(Executable, "record", counted)
-    return calls
-
-
 def recorded(module: SparseModule) -> tuple[Any, Tensor]:
     with module.record() as recording:
         output = module(SAMPLE)
     return recording, output
 
 
-def test_a_program_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_compared_at_the_first_call_of_every_recording_and_at_every_new_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module, compared = compiled(Scaled()), list[int]()
+    own = self_check._own_outputs
+
+    def counted(*args: Any) -> Any:
+        compared.append(number)
+        return own(*args)
+
+    monkeypatch.setattr(self_check, "_own_outputs", counted)
+    for _ in range(2):
+        with module.record():
+            for number, sample in enumerate((SAMPLE, SAMPLE, SAMPLE[:1], SAMPLE, SAMPLE[:1, :, :4], SAMPLE[:1])):  # noqa: B007
+                module(sample)
+    assert compared == [0, 2, 4, 0]
+
+
+SIZES: dict[str, Callable[[Tensor], float]] = {
+    "height and width": lambda sample: 2.0 if sample.shape[2] > sample.shape[3] else 1.0,
+    "batch of one": lambda sample: 2.0 if sample.shape[0] == 1 else 1.0,
+    "text of a shape": lambda sample: {"4": 2.0}.get(f"{sample.shape[3]}", 1.0),
+    "sorted shape": lambda sample: 1.0 if sorted(sample.shape)[-1] == sample.shape[3] else 2.0,
+    "odd sizes": lambda sample: 1.0 if sample.shape[2] % 2 == 0 else 2.0,
+}
+
+
+class Branching(Scaled):
+    def __init__(self, case: str) -> None:
+        super().__init__()
+        self.case = case
+
+    def forward(self, sample: Tensor) -> Tensor:
+        return super().forward(sample) * SIZES[self.case](sample)
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_a_branch_on_sizes_is_right_or_refused_at_the_size_that_takes_it(case: str) -> None:
+    try:
+        module = compiled(Branching(case))
+    except CaptureError:
+        return
+    shapes = [(2, 4, 8, 8), (1, 4, 8, 8), (2, 4, 8, 4), (2, 4, 4, 8), (2, 4, 7, 8), (3, 4, 12, 16)]
+    refused = 0
+    for shape in shapes:
+        for first in (torch.randn(shape), SAMPLE):
+            try:
+                with module.record():
+                    outputs = [(sample, module(sample)) for sample in (first, torch.randn(shape))]
+            except CaptureError as error:
+                assert "branch on sizes" in str(error)
+                refused += 1
+                continue
+            assert all(torch.equal(output, module.original(sample)) for sample, output in outputs)
+    assert refused
+
+
+def test_what_the_key_misses_is_found_at_the_next_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new recording is right, and the former one is not edited with the program of the new one."""
+    monkeypatch.setattr(structure, "_SILENT", structure._SILENT | {"_factor"})
     module = compiled(Scaled())
-    checked = count_checks(monkeypatch)
-    recorded(module)
-    recorded(module)
-    assert checked == [0, 1]
+    recording, output = recorded(module)
+    module.original._factor = 3.0
+    again, other = recorded(module)
+    assert torch.equal(other, module.original(SAMPLE)) and not torch.equal(other, output)
+    with module.edit(again, MASK):
+        assert torch.allclose(module(SAMPLE), other, atol=1e-6)
+    with pytest.raises(RecordingError, match="of another model"), module.edit(recording, MASK):
+        pass
+
+
+def test_what_the_key_misses_within_a_recording_is_refused_where_it_is_compared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(structure, "_SILENT", structure._SILENT | {"_factor"})
+    module = compiled(Scaled())
+    with pytest.raises(CaptureError, match="something else than its captured graph"), module.record():
+        module(SAMPLE)
+        module.original._factor = 3.0
+        module(SAMPLE[:1])
 
 
 def test_a_program_of_another_module_is_captured_again(monkeypatch: pytest.MonkeyPatch) -> None:
