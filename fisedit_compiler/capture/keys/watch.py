@@ -113,7 +113,8 @@ class Watch:
         self._empty.append(values)
 
     def _pair(self, live: Any, kept: Any, *, ordered: bool = True) -> None:
-        if self._is_timed(live):
+        # No event tells of a new order of an OrderedDict, which it keeps beside the dictionary.
+        if not (ordered and isinstance(live, OrderedDict)) and self._is_timed(live):
             self._timed.append(live)
             self._timed_kept.append(kept)
         elif (views := _views(live, ordered)) is None:

@@ -36,11 +36,14 @@ def form_of(call: Call) -> tuple[Any, ...]:
     return tuple((tuple(tensor.shape), tensor.is_contiguous()) for tensor in call.tensors.values())
 
 
-@one_at_a_time  # an export in another thread turns oneDNN off for the whole process: last bits would differ
 def record_checked(
     programs: ProgramStore, call: Call, *, maps: bool, may_capture: bool = True
 ) -> tuple[Executable, Recorded]:
     """Record a call and compare it with the module's own, which runs beside it.
+
+    A program that was right at these sizes before is compared without waiting for whoever compiles. An export in
+    another thread turns oneDNN off for the whole process, so that last bits differ; hence a difference is judged under
+    the lock.
 
     Args:
         programs: of the module; learns which attributes its forward writes, and captures again where need be.
@@ -51,6 +54,24 @@ def record_checked(
     Raises:
         CaptureError: the module computes something else than any capture of it, or something else at every call.
     """
+    executable = call.executable
+    if _is_known(call, executable):
+        own, random_state = _own_outputs(programs, call)
+        with _same_random_numbers(call):
+            recorded = executable.record(call.tensors, maps=maps)
+        if not _difference(own, recorded[0]):
+            _set_random_state(call, random_state)
+            return executable, recorded
+    return _record_alone(programs, call, maps, may_capture)
+
+
+def _is_known(call: Call, executable: Executable) -> bool:
+    """Whether the program was compared at these sizes, and what its module's forward writes was seen then."""
+    return form_of(call) in executable.confirmed and not executable.unsettled
+
+
+@one_at_a_time
+def _record_alone(programs: ProgramStore, call: Call, maps: bool, may_capture: bool) -> tuple[Executable, Recorded]:
     executable = call.executable
     former, was_right = executable, bool(executable.confirmed)
     own, random_state = _own_outputs(programs, call)
@@ -114,9 +135,7 @@ def _own_outputs(programs: ProgramStore, call: Call) -> tuple[list[Any], list[Te
     What its forward only writes is told to ``programs``.
     """
     executable = call.executable
-    # What a forward writes was seen when the program was compared at these sizes.
-    is_known = form_of(call) in executable.confirmed and not executable.unsettled
-    start = None if is_known else Snapshot(programs.module)
+    start = None if _is_known(call, executable) else Snapshot(programs.module)
     with _same_random_numbers(call):
         own = _owned(call.run_original())
         random_state = _random_state(call)
