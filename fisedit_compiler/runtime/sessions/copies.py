@@ -21,6 +21,7 @@ from fisedit_compiler.recordings.slot_table import LazySlots, SlotTable
 from fisedit_compiler.runtime.calls.call import Call
 from fisedit_compiler.runtime.execution.sample_axes import BatchAxes
 
+
 class OwnSites:
     """The sites that each copy may change, in the place of a plan whose sites all copies share."""
 
