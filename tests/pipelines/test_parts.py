@@ -1,4 +1,4 @@
-"""A second part is one registered function: the Editor compiles, records and edits it with the UNet, unchanged itself."""
+"""A second part is one registered function: the unchanged Editor compiles, records and edits it with the UNet."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_the_pipeline_gets_every_module_back(with_decoder: None, monkeypatch: py
         editor.prepare()
         assert pipe.unet is not unet and pipe.vae.decoder is not decoder
         compiled, pipe.vae.decoder = pipe.vae.decoder, decoder
-        with pytest.raises(ModeError, match="pipe.vae.decoder was replaced"):
+        with pytest.raises(ModeError, match=r"pipe\.vae\.decoder was replaced"):
             editor.prepare()
         pipe.vae.decoder = compiled
     assert pipe.unet is unet and pipe.vae.decoder is decoder

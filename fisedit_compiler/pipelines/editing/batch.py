@@ -124,7 +124,8 @@ def _run(driver: Driver, parts: Parts, requests: Sequence[EditRequest]) -> list[
             with request.naming():
                 request.mask.start(DetectionContext(driver.pipe, request.base, request.prompt))
     # A mask that several edits share is grown once.
-    given = {id(one.mask): EditMask.of(one.mask, dilation) for one in requests if isinstance(one.mask, torch.Tensor)}
+    distinct = {id(one.mask): one.mask for one in requests if isinstance(one.mask, torch.Tensor)}
+    given = {key: EditMask.of(mask, dilation) for key, mask in distinct.items()}
     runs: list[_Run] = []
 
     def run(sessions: Mapping[str, EditSession]) -> None:

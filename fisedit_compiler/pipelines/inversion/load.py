@@ -11,10 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from PIL import Image
-from skimage import metrics
 
 from fisedit_compiler.errors import ConfigError
 from fisedit_compiler.pipelines.editing.driver import Driver
@@ -29,6 +27,7 @@ from fisedit_compiler.pipelines.inversion.noise_paths import (
     edit_friendly_path,
     noise_schedule,
 )
+from fisedit_compiler.pipelines.likeness import psnr
 from fisedit_compiler.pipelines.parts import Parts
 
 Method = Literal["auto", "ddim", "edit-friendly"]
@@ -181,14 +180,6 @@ def load(
             note=way.note,
         ),
     )
-
-
-def psnr(image: Image.Image, reference: Image.Image) -> float:
-    """PSNR in dB of two RGB pictures; infinite if they are equal."""
-    first, second = np.asarray(reference.convert("RGB")), np.asarray(image.convert("RGB"))
-    if np.array_equal(first, second):
-        return float("inf")
-    return float(metrics.peak_signal_noise_ratio(first, second, data_range=255))
 
 
 @dataclass(frozen=True)

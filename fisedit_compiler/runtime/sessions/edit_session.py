@@ -1,6 +1,6 @@
 """Editing a recorded run: a session sees its calls one by one and decides how each of them runs.
 
-Whether a call fits the recording is found out in ``edit_checks.py``, what the calls leave behind is put together in
+Whether a call fits the recording is found out in ``agreement.py``, what the calls leave behind is put together in
 ``edit_recorder.py``. A session owns no graph: running is ``executable.py``'s business, entering and leaving the mode
 ``module.py``'s.
 """
@@ -25,9 +25,9 @@ from fisedit_compiler.recordings.recording import CallRecord, Recording
 from fisedit_compiler.runtime.calls.call import Call, CallKind
 from fisedit_compiler.runtime.calls.programs import ProgramStore
 from fisedit_compiler.runtime.execution.executable import Executable
+from fisedit_compiler.runtime.sessions.agreement import Agreement
 from fisedit_compiler.runtime.sessions.copies import OwnSites
 from fisedit_compiler.runtime.sessions.dense_calls import DenseCalls
-from fisedit_compiler.runtime.sessions.edit_checks import EditChecks
 from fisedit_compiler.runtime.sessions.edit_masks import EditMasks
 from fisedit_compiler.runtime.sessions.edit_recorder import EditRecorder
 from fisedit_compiler.runtime.sessions.fallback import dense_reason_of_grown, pin, pinning_plan, run_densely
@@ -80,7 +80,7 @@ class EditSession:
         self._computed, self._reused = 0, False
         self._later: Later | None = None
         self._dense = DenseCalls(recording, config.skip_recorded, copies)
-        self._checks = EditChecks(recording, config, copies)
+        self._agreement = Agreement(recording, config, copies)
         self.is_empty = False
         self._mask_set_at = 0
         self.ran: tuple[Executable, int, int, str] | None = None
@@ -124,7 +124,7 @@ class EditSession:
         """
         size = (self.recording.height, self.recording.width)
         edited = self.edited = EditMasks.of(mask, self.copies, *size, self.config.dilation)
-        self._checks.set_masks(edited.each_grown)
+        self._agreement.set_masks(edited.each_grown)
         self.plan = self._turn = self._own_sites = None
         self._mask_set_at = len(self.timings)
         self.is_empty = not bool(edited.sites.any())
@@ -152,28 +152,28 @@ class EditSession:
         self._dense.reuse(columns)
 
     def before(self) -> None:
-        """Look whether the module is still the one that was recorded; see :mod:`.edit_checks`.
+        """Look whether the module is still the one that was recorded; see :mod:`.agreement`.
 
         Raises:
             RecordingError: its weights are not those of the recording any more.
         """
-        if self.programs is not None and self._checks.looks_first(self.call):
-            self._checks.weights(self.programs.glance().weights, self.call)
+        if self.programs is not None and self._agreement.looks_first(self.call):
+            self._agreement.weights(self.programs.glance().weights, self.call)
 
     def handle(self, call: Call) -> Any:
-        base = self._checks.before(call, self.call)
-        self._later = self._recorder.later = self._checks.later(call, self.call)
+        base = self._agreement.before(call, self.call)
+        self._later = self._recorder.later = self._agreement.later(call, self.call)
         start = time.perf_counter()
         self._computed, self._reused = base.batch, False
         kind, result = self._run(call, base)
         self.timings.append((kind, time.perf_counter() - start))
         self.computed_samples.append(self._computed)
         self.reused_maps.append(self._reused)
-        self._checks.after(call, self.call, base, result, self._later)
-        if self.programs is not None and not self._checks.looks_first(self.call):
+        self._agreement.after(call, self.call, base, result, self._later)
+        if self.programs is not None and not self._agreement.looks_first(self.call):
             now = self.programs.glance()
-            self._checks.weights(now.weights, self.call)
-            self._checks.structure(call, now.structure, base, self.call)
+            self._agreement.weights(now.weights, self.call)
+            self._agreement.structure(call, now.structure, base, self.call)
         self.call += 1
         return result
 
@@ -184,8 +184,8 @@ class EditSession:
             RecordingError: it made fewer, or the inputs of one of them were others.
         """
         if self.programs is not None:
-            self._checks.weights(self.programs.key.weights, self.call)
-        self._checks.finish(self.call)
+            self._agreement.weights(self.programs.key.weights, self.call)
+        self._agreement.finish(self.call)
         self._recorder.finish()
 
     def explain(self) -> Any:

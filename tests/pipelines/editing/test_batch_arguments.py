@@ -308,7 +308,7 @@ def test_one_edit_is_not_counted(editor: Editor, base: Generation) -> None:
         lambda: editor.edit(base, "a dog", box=(0, 0, 2, 2)),
         lambda: editor.edit_many(base, ["a dog"], box=[(0, 0, 2, 2)]),
     ):
-        with pytest.raises(MaskError, match="^box: "):
+        with pytest.raises(MaskError, match=r"^box: "):
             call()
 
 
@@ -317,7 +317,7 @@ def test_a_rule_that_does_not_decide_is_named(editor: Editor, base: Generation) 
         def decide(self, last: bool) -> DetectedMask | None:
             return None if self.context.prompt == PROMPTS[1] else super().decide(last)
 
-    with pytest.raises(MaskError, match="^edit 2 of 3: the mask detector 'moved' did not decide"):
+    with pytest.raises(MaskError, match=r"^edit 2 of 3: the mask detector 'moved' did not decide"):
         editor.edit_many(base, PROMPTS, mask=Undecided())
 
 

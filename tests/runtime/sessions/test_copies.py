@@ -19,7 +19,7 @@ from fisedit_compiler.runtime.sessions.copies import RepeatedSlots
 from fisedit_compiler.runtime.sessions.edit_masks import EditMasks
 from fisedit_compiler.runtime.sessions.edit_session import EditSession
 from tests.reference.pinned import PinnedRun
-from tests.support.compiled import HEIGHT, WIDTH, box, compiled_model
+from tests.support.compiled import HEIGHT, WIDTH, box, model_and_compiled
 from tests.support.compiled_zoo import active_sets
 from tests.support.zoo import ZOO, Inputs
 
@@ -32,7 +32,7 @@ EACH = torch.stack([ONE, box(2, 12, 9, 20), box(0, 0, 5, 5)])
 @cache
 def base(norm: Any = "recorded") -> tuple[SparseModule, Inputs, Tensor, Recording]:
     """A compiled model and one recorded call of two samples."""
-    model, compiled = compiled_model("sd15", norm=norm)
+    model, compiled = model_and_compiled("sd15", norm=norm)
     inputs = model.make_inputs(BATCH, HEIGHT, WIDTH)
     with compiled.record() as recording:
         output = compiled(**inputs)[0]

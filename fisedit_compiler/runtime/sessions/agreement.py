@@ -26,7 +26,7 @@ CHECKED_AT_ONCE = 2
 """Calls of a run whose inputs are checked before anything is launched: most mistakes show there."""
 
 
-class EditChecks:
+class Agreement:
     """Compares the calls of an edit, numbered from 0, with the recorded ones."""
 
     def __init__(self, recording: Recording, config: SparsifyConfig, copies: int) -> None:
