@@ -15,13 +15,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from fisedit_compiler.evaluation.results import environment
 
 LIBRARIES = ("fisedit-compiler", "torch", "triton", "diffusers", "transformers", "numpy")
 
@@ -225,34 +226,23 @@ def forget_compiled(device: torch.device) -> None:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the numbers were taken on. No host name: the model of the parts is what matters."""
+    """What the numbers were taken on, and what else it was doing."""
     description: dict[str, Any] = {
+        **environment.machine(device),
         "device": device.type,
         "system": platform.system(),
         "architecture": platform.machine(),
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": _load_average(),
     }
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        description["gpu"] = properties.name
-        description["gpu_memory_gib"] = round(properties.total_memory / 2**30, 1)
+        description["gpu_memory_gib"] = round(torch.cuda.get_device_properties(device).total_memory / 2**30, 1)
     return description
 
 
-def versions() -> dict[str, str | None]:
+def versions() -> dict[str, str]:
     """Versions of Python, CUDA and the libraries a number depends on."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
-    for library in LIBRARIES:
-        try:
-            found[library] = metadata.version(library)
-        except metadata.PackageNotFoundError:
-            found[library] = None
-    # The build (+cpu, +cu130) says more than the number of the release.
-    found["torch"] = torch.__version__
-    return found
+    return environment.versions(LIBRARIES)
 
 
 @dataclass(frozen=True)
@@ -270,7 +260,7 @@ class Report:
     benchmark: str
     settings: Mapping[str, Any]
     machine: Mapping[str, Any]
-    versions: Mapping[str, str | None]
+    versions: Mapping[str, str]
     rows: Sequence[Mapping[str, Any]]
 
     def as_json(self) -> str:
@@ -334,16 +324,6 @@ def prepare(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
         raise SystemExit("--device cuda: this machine has no CUDA device, or this torch was built without CUDA")
     default = "float32" if device.type == "cpu" else "float16"
     return device, getattr(torch, options.dtype or default)
-
-
-def _cpu_name() -> str:
-    """The processor's model; ``platform.processor()`` is empty on most Linux systems."""
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        for line in information.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or "unknown"
 
 
 def _load_average() -> float | None:

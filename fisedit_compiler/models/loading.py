@@ -99,13 +99,13 @@ def load_pipeline(
     path = embedded_model_path("emoji-scenes") if model in (None, "emoji-scenes") else Path(str(model))
     _check_diffusers_layout(path)
     parts = read_index(path)
-    with _quiet(advice=True):
+    with _without_chatter(advice=True):
         from diffusers import StableDiffusionPipeline
     remedy = (
         "The directory must hold every part its model_index.json names, as written by "
         "StableDiffusionPipeline.save_pretrained()."
     )
-    with named_failure("model", path, remedy), _quiet(advice=False):
+    with named_failure("model", path, remedy), _without_chatter(advice=False):
         pipeline = StableDiffusionPipeline.from_pretrained(
             str(path),
             dtype=dtype,
@@ -191,12 +191,12 @@ def load_clip(
             f"{path} is not a CLIP model: it has no config.json. Pass a directory written by "
             "CLIPModel.save_pretrained() with its tokenizer and image processor, or leave it out for the embedded one."
         )
-    with _quiet(advice=True):
+    with _without_chatter(advice=True):
         from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
     remedy = (
         "The directory must hold a CLIPModel, its tokenizer and its image processor, as save_pretrained() writes them."
     )
-    with named_failure("CLIP model", path, remedy), _quiet(advice=False):
+    with named_failure("CLIP model", path, remedy), _without_chatter(advice=False):
         return Clip(
             model=load_transformer(CLIPModel, path, dtype).to(device).eval(),
             tokenizer=CLIPTokenizer.from_pretrained(str(path), local_files_only=True),
@@ -205,7 +205,7 @@ def load_clip(
 
 
 @contextmanager
-def _quiet(*, advice: bool) -> Iterator[None]:
+def _without_chatter(*, advice: bool) -> Iterator[None]:
     """Silence the libraries' loading bars, and leave their settings as they were found.
 
     Args:

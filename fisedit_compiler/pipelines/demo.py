@@ -10,14 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-from skimage import metrics
-
 from fisedit_compiler import masks
 from fisedit_compiler.pipelines.drawing.pictures import contact_sheet, mask_overlay, mask_to_pixels
 from fisedit_compiler.pipelines.editing.runs import DenseRun, Edit
 from fisedit_compiler.pipelines.editor import Editor
+from fisedit_compiler.pipelines.likeness import psnr
 
 BASE_PROMPT = "a cat on the left and a rocket on the right, blue background"
 COLUMNS = ("base", "mask", "sparse edit", "dense edit (same prompt and seed)")
@@ -51,23 +48,13 @@ class Comparison:
     @property
     def psnr_to_dense_inside(self) -> float:
         """PSNR in dB between the decoded edit and the dense run, over the pixels inside the mask."""
-        return masked_psnr(self.edit.image, self.dense.image, mask_to_pixels(self.edit.mask, self.edit.image))
+        return psnr(self.edit.image, self.dense.image, mask_to_pixels(self.edit.mask, self.edit.image))
 
     @property
     def psnr_to_base_outside(self) -> float:
         """PSNR in dB between the decoded edit and its base, over the pixels outside the mask."""
         outside = ~mask_to_pixels(self.edit.mask, self.edit.image)
-        return masked_psnr(self.edit.image, self.edit.base.image, outside)
-
-
-def masked_psnr(image: Image.Image, reference: Image.Image, pixels: np.ndarray) -> float:
-    """PSNR in dB over the pixels of a bool ``[height, width]``; infinite if equal, NaN if it is empty."""
-    if not pixels.any():
-        return float("nan")
-    first, second = np.asarray(reference.convert("RGB"))[pixels], np.asarray(image.convert("RGB"))[pixels]
-    if np.array_equal(first, second):
-        return float("inf")
-    return float(metrics.peak_signal_noise_ratio(first, second, data_range=255))
+        return psnr(self.edit.image, self.edit.base.image, outside)
 
 
 def run_demo(editor: Editor, *, seed: int, steps: int) -> list[Comparison]:

@@ -1,9 +1,8 @@
 """The comfortable door: ``Editor`` makes images, edits them, and edits the edits.
 
-It keeps the pipeline's UNet compiled and looks at the user's arguments. Runs of the pipeline are
-``pipelines.driver``'s, edits ``pipelines.single``'s and ``pipelines.batch``'s, pictures of the user's
-``pipelines.inversion``'s, the automatic mask's rules ``pipelines.detectors``'s, and the sparse work the compiled
-UNet's.
+It is a door only. What is compiled is ``pipelines.parts``'s business, the arguments of edits ``editing.arguments``'s,
+edits ``editing.batch``'s, runs of the pipeline ``editing.driver``'s, pictures of the user's ``pipelines.inversion``'s,
+the automatic mask's rules ``pipelines.detectors``'s, and the sparse work the compiled UNet's.
 """
 
 from __future__ import annotations
@@ -11,27 +10,30 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, TypeGuard
+from typing import Any
 
-from fisedit_compiler.compiling import one_at_a_time
+import torch
+from PIL import Image
+
 from fisedit_compiler.config import SparsifyConfig
-from fisedit_compiler.errors import ConfigError, ModeError, RecordingError
+from fisedit_compiler.errors import ModeError
 from fisedit_compiler.masks import Box, MaskLike, Polygon
-from fisedit_compiler.masks.feather import check_feather
 from fisedit_compiler.module import SparseModule
 from fisedit_compiler.pipelines.detectors import MaskDetector
-from fisedit_compiler.pipelines.editing import batch, checks
+from fisedit_compiler.pipelines.editing import refusals
+from fisedit_compiler.pipelines.editing.arguments import Asked, requests
+from fisedit_compiler.pipelines.editing.batch import run_edits
 from fisedit_compiler.pipelines.editing.driver import Driver
-from fisedit_compiler.pipelines.editing.plan import EditPlan, detection_steps, mask_argument
-from fisedit_compiler.pipelines.editing.region import region_argument
 from fisedit_compiler.pipelines.editing.runs import DenseRun, Edit, Generation
-from fisedit_compiler.pipelines.editing.single import run_edit
 from fisedit_compiler.pipelines.editing.steps import KeepLatents
 from fisedit_compiler.pipelines.instruments import timed_calls
 from fisedit_compiler.pipelines.inversion.load import DdimInversion, Loaded, Method, load
 from fisedit_compiler.pipelines.inversion.pictures import ImageLike
-from fisedit_compiler.progress import shown
+from fisedit_compiler.pipelines.parts import UNET, Parts
 
+Boxes = Box | Sequence[Box] | None
+Polygons = Polygon | Sequence[Polygon] | None
+Mask = MaskLike | MaskDetector | None
 EDITOR_CONFIG = SparsifyConfig(norm="incremental")
 """How an Editor compiles a UNet unless told otherwise. New objects change the statistics of every norm; with recorded
 ones an edit looks less like the dense run (``docs/quality.md``), for less time and memory a call."""
@@ -54,14 +56,11 @@ class Editor:
     """
 
     def __init__(self, pipe: Any, config: SparsifyConfig | None = None, *, progress: bool | None = None) -> None:
-        checks.check_pipeline(pipe)
-        if config is not None and _is_compiled(pipe.unet):
-            raise ConfigError("pipe.unet is compiled already; leave config out, or pass the original UNet")
+        refusals.check_pipeline(pipe)
         self.pipe = pipe
         self.config = config
         self.progress = progress
-        self._given = pipe.unet
-        self._compiled: SparseModule | None = pipe.unet if _is_compiled(pipe.unet) else None
+        self._parts = Parts(pipe, config, EDITOR_CONFIG)
         self._closed = False
 
     def __enter__(self) -> Editor:
@@ -75,9 +74,12 @@ class Editor:
     @property
     def compiled(self) -> SparseModule:
         """The compiled UNet; compiles it if that has not happened yet. Same errors as :meth:`prepare`."""
+        return self._ready[UNET]
+
+    @property
+    def _ready(self) -> Parts:
         self.prepare()
-        assert self._compiled is not None  # prepare() raises otherwise
-        return self._compiled
+        return self._parts
 
     def prepare(self) -> Editor:
         """Compile the UNet now instead of on the first use, and put it into the pipeline; returns the editor.
@@ -88,29 +90,13 @@ class Editor:
         """
         if self._closed:
             raise ModeError("this Editor is closed; make a new Editor(pipe)")
-        if self._compiled is None:
-            self._compile()
-        elif self.pipe.unet is not self._compiled:
-            raise ModeError(
-                "pipe.unet was replaced since this Editor compiled it; put the compiled UNet back "
-                "(pipe.unet = editor.compiled before the change) or make a new Editor(pipe)"
-            )
-        self.pipe.unet = self._compiled
+        self._parts.prepare(self._driver.shows_progress)
         return self
-
-    @one_at_a_time
-    def _compile(self) -> None:
-        """Compile the UNet, unless another thread did meanwhile."""
-        from fisedit_compiler.api import sparsify
-
-        if self._compiled is None:
-            with shown(self._driver.shows_progress):
-                self._compiled = sparsify(self._given, self.config or EDITOR_CONFIG)
 
     def close(self) -> None:
         """Put the UNet the editor was given back into the pipeline; closing twice is fine."""
-        if not self._closed and self.pipe.unet is self._compiled:
-            self.pipe.unet = self._given
+        if not self._closed:
+            self._parts.restore()
         self._closed = True
 
     def generate(
@@ -156,18 +142,21 @@ class Editor:
             width=width,
             options=options,
         )
-        compiled = self.compiled
         keep = KeepLatents()
-        with compiled.record(maps=maps) as recording, self._driver.kept_start() as start:
-            image = self._driver.run(prompt, negative_prompt, settings, keep, "generate")
+
+        def run() -> tuple[Image.Image, torch.Tensor]:
+            with self._driver.kept_start() as start:
+                return self._driver.run(prompt, negative_prompt, settings, keep, "generate"), start[0]
+
+        (image, start), recordings = self._ready.record(maps, run)
         return Generation(
             prompt=prompt,
             negative_prompt=negative_prompt,
             settings=settings,
             image=image,
             latents=tuple(keep.latents),
-            initial_latents=start[0],
-            recording=recording,
+            initial_latents=start,
+            recordings=recordings,
         )
 
     def load(
@@ -220,7 +209,7 @@ class Editor:
         self._check_prompts(prompt, negative_prompt)
         return load(
             self._driver,
-            lambda: self.compiled,
+            lambda: self._ready,
             image,
             prompt,
             negative_prompt=negative_prompt,
@@ -239,9 +228,9 @@ class Editor:
         base: Generation,
         prompt: str,
         *,
-        mask: MaskLike | MaskDetector | None = None,
-        box: Box | Sequence[Box] | None = None,
-        polygon: Polygon | Sequence[Polygon] | None = None,
+        mask: Mask = None,
+        box: Boxes = None,
+        polygon: Polygons = None,
         feather: int = 0,
         dense_calls: int | None = None,
         negative_prompt: str | None = None,
@@ -288,75 +277,74 @@ class Editor:
                 ``dense_calls`` or ``feather`` out of range.
         """
         started = time.perf_counter()
-        checks.check_base(base)
-        settings = base.settings
-        checks.check_same("seed", seed, settings.seed)
-        checks.check_same("num_inference_steps", num_inference_steps, settings.num_inference_steps)
-        checks.check_same("guidance_scale", guidance_scale, settings.guidance_scale)
-        checks.check_scheduler(settings.scheduler, self.pipe.scheduler, settings.num_inference_steps)
-        negative = base.negative_prompt if negative_prompt is None else negative_prompt
-        self._check_prompts(prompt, negative)
-        if base.recording is None:
-            raise RecordingError(
-                "this edit was made with record=False, so it cannot be edited; make it with record=True"
-            )
-
-        check_feather(feather)
-        region = region_argument(box, polygon, base)
-        source, given = mask_argument(mask, base, region)
-        steps = detection_steps(given, dense_calls, len(base.latents))
-        plan = EditPlan(base, prompt, negative, source, given, steps, record, started, region, feather)
-        unchanged = plan.without_a_run()
-        return run_edit(self._driver, self.compiled, plan) if unchanged is None else unchanged
+        self._check(base, seed, num_inference_steps, guidance_scale)
+        asked = Asked.of_one(prompt, negative_prompt, mask, box, polygon, feather, dense_calls)
+        return self._edits(base, asked, record, started)[0]
 
     def edit_many(
         self,
         base: Generation,
         prompts: Sequence[str],
         *,
-        mask: batch.Mask | Sequence[batch.Mask] = None,
-        dense_calls: int | None = None,
-        negative_prompt: str | None = None,
+        mask: Mask | Sequence[Mask] = None,
+        box: Box | Sequence[Boxes] | None = None,
+        polygon: Polygon | Sequence[Polygons] | None = None,
+        feather: int | Sequence[int] = 0,
+        dense_calls: int | Sequence[int | None] | None = None,
+        negative_prompt: str | Sequence[str | None] | None = None,
         record: bool = True,
+        seed: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
     ) -> list[Edit]:
         """Make several edits of ``base`` in one run: every UNet call computes all prompts.
 
-        A call computes the sites of all masks for every prompt; each edit keeps the base outside its own mask. With one
-        mask for all, each is the edit that :meth:`edit` makes, up to float tolerance. Prompts and masks that change
-        nothing return the base, as there. If one prompt changes the whole picture, all of them run densely.
+        Arguments are those of :meth:`edit`, one for all edits or a list with one for each. A call computes the sites of
+        all masks for every prompt; each edit keeps the base outside its own mask. With one mask for all, each is the
+        edit that :meth:`edit` makes, up to float tolerance. Prompts and masks that change nothing return the base, as
+        there. Where masks are found, calls are dense until the last one is; if one prompt changes the whole picture,
+        all of them run densely. A mistake in what one edit has of its own is told as "edit 2 of 3: ...".
 
         Args:
             base: a generation, or an earlier edit made with ``record=True``.
             prompts: the new texts; the edits come in their order.
             mask: one for all, or a list, tuple or stack of one each, in any form :meth:`edit` takes. ``None`` finds
-                one for each prompt.
+                one for each prompt. Masks are given to all edits, by ``mask`` or by shapes, or found for all.
+            box: one box for all, or a list of one for each: a box, several of them, or ``None``.
+            polygon: one polygon for all, or a list of one for each, likewise.
+            feather: width of the border in which each edit fades into the base.
             dense_calls: steps automatic masks are found in at most; the detector's own number if left out.
-            negative_prompt: of all prompts; the base's if left out.
+            negative_prompt: the base's if left out, or where a list has ``None``.
             record: keep a recording of every edit, so that each can be edited in turn.
+            seed: the base's.
+            num_inference_steps: the base's.
+            guidance_scale: the base's.
 
         Raises:
             PromptError: no list of prompts, or one that is no string or too long.
-            MaskError: a mask has the wrong size, type or contents, or their number is not that of the prompts.
+            MaskError: a mask has the wrong size, type or contents, or there is another number of masks than of prompts;
+                a box or polygon is none or leaves the picture, or a drawn mask lies outside them.
             RecordingError: the scheduler was changed, or the base has no recording or another model's.
-            ConfigError: ``base`` is no generation, or ``dense_calls`` out of range.
+            ConfigError: ``base`` is no generation; another seed, number of steps or guidance than the base's, or
+                ``dense_calls`` or ``feather`` out of range.
         """
         started = time.perf_counter()
-        checks.check_base(base)
-        texts = batch.check_prompts(prompts)
-        checks.check_scheduler(base.settings.scheduler, self.pipe.scheduler, base.settings.num_inference_steps)
-        negative = base.negative_prompt if negative_prompt is None else negative_prompt
-        for text in texts:
-            self._check_prompts(text, negative)
-        if base.recording is None:
-            raise RecordingError(
-                "this edit was made with record=False, so it cannot be edited; make it with record=True"
-            )
-        plans = []
-        for text, one in zip(texts, batch.masks_of_prompts(mask, len(texts)), strict=True):
-            source, given = mask_argument(one, base)
-            steps = detection_steps(given, dense_calls, len(base.latents))
-            plans.append(EditPlan(base, text, negative, source, given, steps, record, started))
-        return batch.run_batch(self._driver, self.compiled, plans)
+        self._check(base, seed, num_inference_steps, guidance_scale)
+        asked = Asked.of_many(prompts, negative_prompt, mask, box, polygon, feather, dense_calls)
+        return self._edits(base, asked, record, started)
+
+    def _check(
+        self, base: Generation, seed: int | None, num_inference_steps: int | None, guidance_scale: float | None
+    ) -> None:
+        """Refuse what no edit starts from, and settings that are not its own."""
+        refusals.check_base(base)
+        refusals.check_same("seed", seed, base.settings.seed)
+        refusals.check_same("num_inference_steps", num_inference_steps, base.settings.num_inference_steps)
+        refusals.check_same("guidance_scale", guidance_scale, base.settings.guidance_scale)
+
+    def _edits(self, base: Generation, asked: Asked, record: bool, started: float) -> list[Edit]:
+        made = requests(self.pipe, base, asked, record=record, started=started)
+        return run_edits(self._driver, lambda: self._ready, made)
 
     def dense(self, base: Generation, prompt: str, *, negative_prompt: str | None = None) -> DenseRun:
         """Run ``prompt`` with the base's noise and settings through the unmodified UNet, for comparison.
@@ -366,18 +354,13 @@ class Editor:
             ConfigError: ``base`` is no generation.
             RecordingError: the scheduler was changed since the base was made.
         """
-        checks.check_base(base)
-        checks.check_scheduler(base.settings.scheduler, self.pipe.scheduler, base.settings.num_inference_steps)
+        refusals.check_base(base)
+        refusals.check_scheduler(base.settings.scheduler, self.pipe.scheduler, base.settings.num_inference_steps)
         negative = base.negative_prompt if negative_prompt is None else negative_prompt
         self._check_prompts(prompt, negative)
-        compiled = self.compiled
         keep = KeepLatents()
-        self.pipe.unet = compiled.original
-        try:
-            with timed_calls(compiled.original) as seconds:
-                image = self._driver.run(prompt, negative, base.settings, keep, "dense")
-        finally:
-            self.pipe.unet = compiled
+        with self._ready.originals() as unet, timed_calls(unet) as seconds:
+            image = self._driver.run(prompt, negative, base.settings, keep, "dense")
         return DenseRun(image, keep.latents[-1], tuple(seconds))
 
     @property
@@ -385,10 +368,6 @@ class Editor:
         return Driver(self.pipe, self.progress)
 
     def _check_prompts(self, prompt: str, negative_prompt: str | None) -> None:
-        checks.check_prompt(self.pipe, prompt)
+        refusals.check_prompt(self.pipe, prompt)
         if negative_prompt is not None:
-            checks.check_prompt(self.pipe, negative_prompt, "negative prompt")
-
-
-def _is_compiled(unet: Any) -> TypeGuard[SparseModule]:
-    return callable(getattr(unet, "record", None)) and callable(getattr(unet, "edit", None))
+            refusals.check_prompt(self.pipe, negative_prompt, "negative prompt")

@@ -13,8 +13,8 @@ from tests.support.compiled import (
     HEIGHT,
     WIDTH,
     box,
-    compiled_model,
     denoise,
+    model_and_compiled,
     other_text,
 )
 
@@ -25,7 +25,7 @@ class Usable:
     """A module with a recording, and the check that both still work."""
 
     def __init__(self) -> None:
-        model, self.compiled = compiled_model()
+        model, self.compiled = model_and_compiled()
         self.inputs = model.make_inputs(2, HEIGHT, WIDTH)
         with self.compiled.record() as self.recording:
             self.base = denoise(self.compiled, self.inputs)

@@ -24,9 +24,9 @@ from tests.support.compiled import (
     HEIGHT,
     WIDTH,
     box,
-    compiled_model,
     compiled_pipeline,
     denoise,
+    model_and_compiled,
     run_pipeline,
 )
 
@@ -115,7 +115,7 @@ def test_another_call_than_the_recorded_one(usable: Usable, name: str):
 
 
 def test_checking_inputs_can_be_switched_off():
-    model, compiled = compiled_model("sd15", check_inputs=False)
+    model, compiled = model_and_compiled("sd15", check_inputs=False)
     inputs = model.make_inputs(2, HEIGHT, WIDTH)
     with compiled.record() as recording:
         base = compiled(**inputs)[0]

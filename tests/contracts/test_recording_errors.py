@@ -18,8 +18,8 @@ from tests.contracts.conftest import MASK, Usable, first_call
 from tests.support.compiled import (
     HEIGHT,
     WIDTH,
-    compiled_model,
     denoise,
+    model_and_compiled,
     other_text,
 )
 
@@ -77,7 +77,7 @@ def test_a_call_that_the_model_itself_refuses(usable: Usable):
 
 
 def test_a_recording_of_another_model(usable: Usable):
-    model, other = compiled_model("plain_conv")
+    model, other = model_and_compiled("plain_conv")
     with other.record() as recording:
         other(**model.make_inputs(2, HEIGHT, WIDTH))
     with pytest.raises(RecordingError, match=r"another model.*Record the base run again"):
@@ -85,7 +85,7 @@ def test_a_recording_of_another_model(usable: Usable):
 
 
 def test_a_recording_with_another_configuration(usable: Usable):
-    _, other = compiled_model("sd15", norm="incremental")
+    _, other = model_and_compiled("sd15", norm="incremental")
     with pytest.raises(RecordingError, match=r"'norm': 'recorded'.*'norm': 'incremental'.*Record again, or sparsify"):
         other.edit(usable.recording, MASK).__enter__()
 
@@ -105,7 +105,7 @@ def replace_parameter(module: nn.Module) -> None:
 
 @pytest.mark.parametrize("change", [write_data, write_in_place, replace_parameter])
 def test_weights_changed_since_recording(change: Callable[[nn.Module], None]):
-    model, shared = compiled_model()
+    model, shared = model_and_compiled()
     compiled = copy.deepcopy(shared)
     inputs = model.make_inputs(1, HEIGHT, WIDTH)
     with compiled.record() as recording:
@@ -123,7 +123,7 @@ def test_weights_changed_since_recording(change: Callable[[nn.Module], None]):
 
 
 def test_structure_changed_since_recording():
-    model, shared = compiled_model()
+    model, shared = model_and_compiled()
     compiled = copy.deepcopy(shared)
     with compiled.record() as recording:
         denoise(compiled, model.make_inputs(1, HEIGHT, WIDTH))
@@ -184,7 +184,7 @@ def test_another_thread(usable: Usable):
 
 
 def test_training_mode():
-    model, shared = compiled_model()
+    model, shared = model_and_compiled()
     compiled = copy.deepcopy(shared)
     with compiled.record() as recording:
         denoise(compiled, model.make_inputs(1, HEIGHT, WIDTH))
@@ -218,7 +218,7 @@ def test_the_public_surface_is_small():
 
 def test_a_size_that_the_model_cannot_halve_is_refused_while_recording() -> None:
     """Outside the modes the original takes it; the module stays usable."""
-    model, compiled = compiled_model()
+    model, compiled = model_and_compiled()
     odd = model.make_inputs(2, HEIGHT + model.multiple // 2, WIDTH)
     compiled(**odd)
     with (

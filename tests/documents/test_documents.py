@@ -45,9 +45,9 @@ def test_links_lead_somewhere(text: str):
 
 def test_a_program_prints_what_the_documents_show():
     """Not word for word, since a pass may rename a node; the operations of the block shown must be those."""
-    from tests.support.compiled import compiled_model
+    from tests.support.compiled import model_and_compiled
 
-    (program,) = compiled_model()[1].programs
+    (program,) = model_and_compiled()[1].programs
     document = (ROOT / "docs/how-it-works.md").read_text(encoding="utf-8")
     before, after = re.findall(r"```python\n(.*?)```", document, re.DOTALL)[:2]
     for shown, graph, first in ((before, program.recording, "norm1_weight"), (after, program.step, "norm1_statistics")):

@@ -17,7 +17,7 @@ from PIL import Image
 from fisedit_compiler.errors import ConfigError, ModelNotFoundError
 from fisedit_compiler.evaluation.measures.features import frechet_distance, load_extractor
 from fisedit_compiler.evaluation.measures.judge import Judge, directional_similarity, layer_distance, similarity
-from fisedit_compiler.evaluation.measures.pixels import EQUAL_DB, outside_mask, psnr, ssim, with_base_inside
+from fisedit_compiler.evaluation.measures.pixels import EQUAL_DB, finite_psnr, outside_mask, ssim, with_base_inside
 from fisedit_compiler.evaluation.measures.statistics import summarise
 from fisedit_compiler.models import embedded_model_path, load_clip
 
@@ -55,9 +55,9 @@ def test_psnr_counts_the_chosen_pixels_only() -> None:
     edited[16:] = 200
     upper = np.zeros((32, 32), dtype=bool)
     upper[:16] = True
-    assert psnr(Image.fromarray(edited), grey(100), upper) == pytest.approx(20 * math.log10(255 / 10))
-    assert psnr(grey(100), grey(100), upper) == EQUAL_DB
-    assert psnr(grey(100), grey(100), NOWHERE) is None
+    assert finite_psnr(Image.fromarray(edited), grey(100), upper) == pytest.approx(20 * math.log10(255 / 10))
+    assert finite_psnr(grey(100), grey(100), upper) == EQUAL_DB
+    assert finite_psnr(grey(100), grey(100), NOWHERE) is None
 
 
 def test_ssim_outside_sees_nothing_of_the_inside() -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from fisedit_compiler.errors import FiseditError
 from fisedit_compiler.evaluation.command import write_report
-from fisedit_compiler.evaluation.measures.checks import all_checks
+from fisedit_compiler.evaluation.measures.requirements import requirements
 from fisedit_compiler.evaluation.pages import document as documents
 from fisedit_compiler.evaluation.pages.curve import as_svg, trade_off
 from fisedit_compiler.evaluation.results.aggregate import aggregate
@@ -52,7 +52,7 @@ def record(line: int, kind: str = "object", source: str | None = "objects", **sp
 
 
 def check(records: list[dict[str, Any]], words: str) -> Any:
-    (found,) = (item for item in all_checks(records) if words in item.question)
+    (found,) = (item for item in requirements(records) if words in item.question)
     return found
 
 

@@ -121,9 +121,9 @@ def test_a_choice_takes_few_calls() -> None:
 
 
 def test_the_listed_convolutions_are_those_of_the_compiled_model() -> None:
-    from tests.support.compiled import compiled_model
+    from tests.support.compiled import model_and_compiled
 
-    model, compiled = compiled_model()
+    model, compiled = model_and_compiled()
     (program,) = compiled.programs
     assert Counter(unet_layers(model.module.config)) == Counter(program.layers)
 

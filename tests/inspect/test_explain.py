@@ -19,7 +19,7 @@ from fisedit_compiler.geometry.block_costs import fits
 from fisedit_compiler.inspect.explain import fates
 from fisedit_compiler.inspect.explanation import Explanation
 from fisedit_compiler.inspect.facts import ProgramExplanation, Work
-from tests.support.compiled import HEIGHT, WIDTH, box, compiled_model
+from tests.support.compiled import HEIGHT, WIDTH, box, model_and_compiled
 from tests.support.pass_tools import Forward, compile_small
 
 MASK = box(2, 2, 9, 9)
@@ -39,7 +39,7 @@ def work_of(explanation: Explanation, name: str) -> Work:
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "vae_decoder", "pooled", "reflect"])
 def test_every_captured_operation_is_counted_once(name: str) -> None:
-    _, compiled = compiled_model(name)
+    _, compiled = model_and_compiled(name)
     rows = only_program(compiled.explain()).operations
     for row in rows:
         assert row.captured == row.rewritten + row.hoisted + row.fused + row.kept + row.refused
@@ -48,7 +48,7 @@ def test_every_captured_operation_is_counted_once(name: str) -> None:
 
 
 def test_what_became_of_the_operations_of_a_unet() -> None:
-    _, compiled = compiled_model()
+    _, compiled = model_and_compiled()
     rows = {row.operation: row for row in only_program(compiled.explain()).operations}
     norm, upsample, linear = rows["aten.group_norm"], rows["aten.upsample_nearest2d.vec"], rows["aten.linear"]
     assert norm.rewritten == norm.captured and upsample.fused == upsample.captured
@@ -61,7 +61,7 @@ def test_what_became_of_the_operations_of_a_unet() -> None:
 
 
 def test_an_operation_is_hoisted_if_it_is_in_a_bundle_and_rewritten_if_it_is_in_the_step() -> None:
-    _, compiled = compiled_model()
+    _, compiled = model_and_compiled()
     (program,) = compiled.programs
     found = fates(program)
     in_step = {node.meta.get("origin") for node in program.step.nodes if node.op == "call_function"}
@@ -77,7 +77,7 @@ def test_values_without_sites_that_depend_on_the_image_stay_as_they_are() -> Non
 
 
 def test_refusals_are_named_with_their_reason_their_place_and_their_share() -> None:
-    _, compiled = compiled_model("reflect")
+    _, compiled = model_and_compiled("reflect")
     explanation = compiled.explain()
     program = only_program(explanation)
     known = {(name, path, operation, reason) for name, path, operation, reason in compiled.programs[0].refusals}
@@ -92,7 +92,7 @@ def test_refusals_are_named_with_their_reason_their_place_and_their_share() -> N
 
 
 def test_operations_without_a_formula_are_named() -> None:
-    _, compiled = compiled_model("pooled")
+    _, compiled = model_and_compiled("pooled")
     explanation = compiled.explain(MASK)
     assert work_of(explanation, "dense").cost.uncounted == ("aten.avg_pool2d", "aten.cumsum")
     assert "bytes only, for want of a formula: aten.avg_pool2d, aten.cumsum" in str(explanation)
@@ -102,7 +102,7 @@ def test_operations_without_a_formula_are_named() -> None:
 
 
 def test_a_mask_shows_rows_sizes_and_estimates_of_every_level() -> None:
-    _, compiled = compiled_model()
+    _, compiled = model_and_compiled()
     (executable,) = compiled._programs.executables()
     program = only_program(compiled.explain(MASK))
     assert program.area == 49 / (HEIGHT * WIDTH)
@@ -116,7 +116,7 @@ def test_a_mask_shows_rows_sizes_and_estimates_of_every_level() -> None:
 
 
 def test_a_forced_size_is_shown() -> None:
-    model, _ = compiled_model()
+    model, _ = model_and_compiled()
     forced = sparsify(model.module, SparsifyConfig(block_size=4, multiple=model.multiple))
     assert [row.block_size for row in only_program(forced.explain(MASK)).levels] == [4, 4, 4]
 
@@ -127,12 +127,12 @@ def test_a_forced_size_is_shown() -> None:
     ids=["numpy", "float", "[1, H, W]", "grey"],
 )
 def test_any_mask_of_the_size_of_the_latent(mask: Any) -> None:
-    _, compiled = compiled_model()
+    _, compiled = model_and_compiled()
     assert compiled.explain(mask) == compiled.explain(MASK)
 
 
 def test_a_mask_of_the_size_of_the_image_needs_the_size_of_the_latent() -> None:
-    _, compiled = compiled_model()
+    _, compiled = model_and_compiled()
     pixels = MASK.repeat_interleave(8, 0).repeat_interleave(8, 1).numpy()
     picture = Image.fromarray(pixels.astype(np.uint8) * 255)
     assert compiled.explain(picture, size=(HEIGHT, WIDTH)) == compiled.explain(MASK)
@@ -141,7 +141,7 @@ def test_a_mask_of_the_size_of_the_image_needs_the_size_of_the_latent() -> None:
 
 
 def test_wrong_masks_and_sizes_are_refused() -> None:
-    _, compiled = compiled_model()
+    _, compiled = model_and_compiled()
     with pytest.raises(MaskError, match="bool, uint8 or float"):
         compiled.explain(torch.zeros(HEIGHT, WIDTH, dtype=torch.int64))
     with pytest.raises(MaskError, match=r"\[H, W\]"):
@@ -157,7 +157,7 @@ def test_wrong_masks_and_sizes_are_refused() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"norm": "incremental"}], ids=["recorded", "incremental"])
 def test_bytes_per_kind_of_slot_are_those_of_a_recording(options: dict[str, Any]) -> None:
-    model, compiled = compiled_model(**options)
+    model, compiled = model_and_compiled(**options)
     with compiled.record() as recording:
         compiled(**model.make_inputs(2, HEIGHT, WIDTH))
     program = only_program(compiled.explain(size=(HEIGHT, WIDTH)))
@@ -183,7 +183,7 @@ def test_the_number_of_recorded_calls_gives_the_size_of_a_recording() -> None:
 
 
 def test_costs_grow_with_the_mask_up_to_those_of_the_dense_call() -> None:
-    model, _ = compiled_model()
+    model, _ = model_and_compiled()
     compiled = sparsify(model.module, SparsifyConfig(block_size=1, multiple=model.multiple))
     small, large, full = (compiled.explain(mask) for mask in (MASK, box(0, 0, 12, 16), box(0, 0, HEIGHT, WIDTH)))
     dense = work_of(full, "dense").flops or 0
@@ -194,7 +194,7 @@ def test_costs_grow_with_the_mask_up_to_those_of_the_dense_call() -> None:
 
 
 def test_without_a_mask_the_step_stays_a_formula() -> None:
-    _, compiled = compiled_model()
+    _, compiled = model_and_compiled()
     explanation = compiled.explain(size=(HEIGHT, WIDTH))
     step = work_of(explanation, "step")
     assert step.flops is None and step.nbytes is None and only_program(explanation).levels == ()
@@ -204,7 +204,7 @@ def test_without_a_mask_the_step_stays_a_formula() -> None:
 
 
 def test_batch_and_tokens_are_taken_into_account() -> None:
-    _, compiled = compiled_model()
+    _, compiled = model_and_compiled()
     one, two, longer = (
         work_of(compiled.explain(MASK, **call), "step").flops or 0
         for call in ({"batch": 1}, {"batch": 2}, {"batch": 2, "tokens": 154})
@@ -213,16 +213,16 @@ def test_batch_and_tokens_are_taken_into_account() -> None:
 
 
 def test_without_a_size_the_configuration_of_the_model_gives_it() -> None:
-    model, compiled = compiled_model()
+    model, compiled = model_and_compiled()
     at = only_program(compiled.explain()).setting
     assert (at.height, at.width) == (model.module.config["sample_size"],) * 2
-    _, decoder = compiled_model("vae_decoder")
+    _, decoder = model_and_compiled("vae_decoder")
     at = only_program(decoder.explain()).setting
     assert (at.height, at.width) == (8, 8)
 
 
 def test_measured_times_stand_beside_the_costs_of_the_same_call() -> None:
-    model, shared = compiled_model()
+    model, shared = model_and_compiled()
     compiled = sparsify(model.module, shared.sparsify_config)
     inputs = model.make_inputs(2, HEIGHT, WIDTH)
     assert compiled.explain(MASK).measured == ()
@@ -249,7 +249,7 @@ def test_measured_times_stand_beside_the_costs_of_the_same_call() -> None:
 
 
 def test_the_dictionary_is_json() -> None:
-    _, compiled = compiled_model("reflect")
+    _, compiled = model_and_compiled("reflect")
     explanation = compiled.explain(MASK)
     told = json.loads(json.dumps(explanation.to_dict()))
     (program,) = told["programs"]
@@ -261,7 +261,7 @@ def test_the_dictionary_is_json() -> None:
 
 
 def test_rich_and_notebooks_show_the_same_tables() -> None:
-    _, compiled = compiled_model("pooled")
+    _, compiled = model_and_compiled("pooled")
     explanation = compiled.explain(MASK)
     console = Console(file=io.StringIO(), width=80, color_system=None)
     console.print(explanation)
@@ -279,7 +279,7 @@ def test_nothing_compiled() -> None:
 
 
 def test_a_mask_that_will_not_run_sparsely_is_said_to() -> None:
-    model, compiled = compiled_model()
+    model, compiled = model_and_compiled()
     dense = sparsify(model.module, SparsifyConfig(dense_above=0.0, multiple=model.multiple))
     assert "calls run densely" in dense.explain(MASK).note
     assert "empty" in compiled.explain(box(0, 0, 0, 0)).note
@@ -288,7 +288,7 @@ def test_a_mask_that_will_not_run_sparsely_is_said_to() -> None:
 
 
 def test_a_session_explains_what_it_runs() -> None:
-    model, compiled = compiled_model()
+    model, compiled = model_and_compiled()
     inputs = model.make_inputs(2, HEIGHT, WIDTH)
     with compiled.record() as recording:
         compiled(**inputs)

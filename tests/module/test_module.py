@@ -12,7 +12,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from fisedit_compiler import SparseModule
 from fisedit_compiler.errors import RecordingError
-from tests.support.compiled import HEIGHT, WIDTH, box, compiled_model, denoise, other_text
+from tests.support.compiled import HEIGHT, WIDTH, box, denoise, model_and_compiled, other_text
 
 MASK = box(4, 6, 11, 15)
 
@@ -28,7 +28,7 @@ def call_styles(inputs: dict) -> list[tuple[tuple, dict]]:
 
 
 def test_in_no_mode_it_is_the_original():
-    model, compiled = compiled_model()
+    model, compiled = model_and_compiled()
     inputs = model.make_inputs(2, HEIGHT, WIDTH)
     with torch.no_grad():
         for args, kwargs in call_styles(inputs):
@@ -39,7 +39,7 @@ def test_in_no_mode_it_is_the_original():
 
 
 def test_both_modes_take_every_style_of_call_and_return_the_same_type():
-    model, compiled = compiled_model()
+    model, compiled = model_and_compiled()
     for args, kwargs in call_styles(model.make_inputs(2, HEIGHT, WIDTH)):
         expected = model.module(*args, **kwargs)
         with compiled.record() as recording:
@@ -54,7 +54,7 @@ def test_both_modes_take_every_style_of_call_and_return_the_same_type():
 
 
 def test_a_recording_in_one_style_serves_an_edit_in_another():
-    model, compiled = compiled_model()
+    model, compiled = model_and_compiled()
     styles = call_styles(model.make_inputs(2, HEIGHT, WIDTH))
     with compiled.record() as recording:
         base = compiled(*styles[0][0], **styles[0][1])[0]
@@ -65,7 +65,7 @@ def test_a_recording_in_one_style_serves_an_edit_in_another():
 
 
 def test_attributes_weights_and_keys_are_the_originals():
-    model, compiled = compiled_model()
+    model, compiled = model_and_compiled()
     unet = model.module
     assert compiled.original is unet
     assert compiled.config is unet.config
@@ -79,7 +79,7 @@ def test_attributes_weights_and_keys_are_the_originals():
 
 
 def test_it_passes_for_the_originals_class():
-    _, compiled = compiled_model()
+    _, compiled = model_and_compiled()
     assert isinstance(compiled, UNet2DConditionModel)
     assert isinstance(compiled, SparseModule)
     assert type(compiled) is SparseModule
@@ -90,7 +90,7 @@ def test_it_passes_for_the_originals_class():
 
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
 def test_copies_are_independent(make_copy):
-    model, compiled = compiled_model()
+    model, compiled = model_and_compiled()
     inputs = model.make_inputs(1, HEIGHT, WIDTH)
     with compiled.record() as recording:
         base = denoise(compiled, inputs)
@@ -108,7 +108,7 @@ def test_copies_are_independent(make_copy):
 
 
 def test_loading_weights_is_noticed():
-    model, shared = compiled_model()
+    model, shared = model_and_compiled()
     compiled = copy.deepcopy(shared)
     inputs = model.make_inputs(1, HEIGHT, WIDTH)
     with compiled.record() as recording:
@@ -124,7 +124,7 @@ def test_loading_weights_is_noticed():
 
 
 def test_inference_mode():
-    model, compiled = compiled_model()
+    model, compiled = model_and_compiled()
     inputs = model.make_inputs(1, HEIGHT, WIDTH)
     with torch.inference_mode():
         with compiled.record() as recording:
@@ -141,7 +141,7 @@ def test_inference_mode():
 
 
 def test_inference_tensors_written_in_place_are_noticed():
-    model, compiled = compiled_model()
+    model, compiled = model_and_compiled()
     inputs = model.make_inputs(1, HEIGHT, WIDTH)
     with torch.inference_mode():
         text = other_text(inputs, 5)

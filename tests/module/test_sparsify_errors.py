@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from fisedit_compiler import SparsifyConfig, sparsify
 from fisedit_compiler.errors import CaptureError, ConfigError, ModeError
-from tests.support.compiled import compiled_model
+from tests.support.compiled import model_and_compiled
 
 
 def test_sparsify_of_a_sparsified():
     with pytest.raises(ModeError, match=r"pass the original \(`compiled.original`\)"):
-        sparsify(compiled_model()[1])
+        sparsify(model_and_compiled()[1])
 
 
 class HoldsAUNet:
@@ -40,13 +40,13 @@ def test_sparsify_of_what_is_no_module(wrong: Any, words: str):
 
 def test_sparsify_of_a_whole_pipeline_names_its_unet():
     with pytest.raises(ConfigError, match=r"got a HoldsAUNet; pass its UNet, pipe.unet = sparsify\(pipe.unet\)"):
-        sparsify(HoldsAUNet(compiled_model()[1].original))  # type: ignore[arg-type]
+        sparsify(HoldsAUNet(model_and_compiled()[1].original))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("wrong", ["inductor", {"norm": "recorded"}, SparsifyConfig])
 def test_a_configuration_of_another_type(wrong: Any):
     with pytest.raises(ConfigError, match="pass a SparsifyConfig"):
-        sparsify(compiled_model()[1].original, wrong)
+        sparsify(model_and_compiled()[1].original, wrong)
 
 
 class NoImage(nn.Module):
@@ -101,4 +101,4 @@ def test_wrong_options(name: str):
 def test_unknown_passes():
     for name, remedy in (("conv", "'conv', which is no pass; the passes are"), ("outputs", "cannot be disabled")):
         with pytest.raises(ConfigError, match=remedy):
-            sparsify(compiled_model()[1].original, SparsifyConfig(disabled_passes=frozenset({name})))
+            sparsify(model_and_compiled()[1].original, SparsifyConfig(disabled_passes=frozenset({name})))

@@ -19,6 +19,7 @@ import fisedit_compiler
 from fisedit_compiler.errors import RecordingError
 from fisedit_compiler.models import embedded_model_path
 from fisedit_compiler.pipelines import Editor
+from fisedit_compiler.runtime.sessions.edit_masks import EditMasks
 
 STEPS = 7
 
@@ -52,11 +53,11 @@ class PinnedRecording:
 class PinnedSession:
     """One edit run."""
 
-    def __init__(self, base: PinnedRecording, mask: torch.Tensor | None) -> None:
+    def __init__(self, base: PinnedRecording, masks: EditMasks | None) -> None:
         self.base = base
-        self.mask = mask
+        self.mask = None if masks is None else masks.grown
         self.recording = PinnedRecording()
-        self.result: PinnedRecording | None = None
+        self.results: tuple[PinnedRecording, ...] = ()
         self.timings: list[tuple[str, float]] = []
         self.fallback: str | None = None
 
@@ -68,8 +69,8 @@ class PinnedSession:
     def computed_samples(self) -> list[int]:
         return [2] * self.call
 
-    def set_mask(self, mask: torch.Tensor) -> None:
-        self.mask = mask
+    def set_mask(self, masks: EditMasks, *, densely: str | None = None) -> None:
+        self.mask = masks.grown
 
     def pin(self, sample: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
         base_sample = self.base.samples[self.call]
@@ -103,12 +104,13 @@ class PinnedUNet(torch.nn.Module):
 
     @contextmanager
     def edit(
-        self, recording: PinnedRecording, mask: torch.Tensor | None = None, record: bool = False
+        self, recording: PinnedRecording, mask: EditMasks | None = None, record: bool = False, copies: int = 1
     ) -> Iterator[PinnedSession]:
+        assert copies == 1, "the stand-in makes one edit at a time"
         session = PinnedSession(recording, mask)
         with self._mode(session):
             yield session
-        session.result = session.recording if record else None
+        session.results = (session.recording,) if record else ()
 
     @contextmanager
     def _mode(self, target: PinnedRecording | PinnedSession) -> Iterator[None]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
 from fisedit_compiler import cli, models
 from fisedit_compiler.pipelines import Editor
-from fisedit_compiler.pipelines.demo import masked_psnr, run_demo, save_pictures
+from fisedit_compiler.pipelines.demo import run_demo, save_pictures
 
 
 def test_demo_compares_three_kinds_of_edit(pinned_editor: Editor, tmp_path: Path) -> None:
@@ -41,11 +40,3 @@ def test_demo_command_prints_one_table(
     assert result.output.count("ratio") == 1 and "recorded on the way" in result.output
     assert result.output.count("yes") == 3
     assert (tmp_path / "sheet.png").exists()
-
-
-def test_masked_psnr() -> None:
-    black, grey = Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4), (51, 51, 51))
-    everywhere = np.ones((4, 4), dtype=bool)
-    assert masked_psnr(black, black, everywhere) == float("inf")
-    assert masked_psnr(black, grey, everywhere) == pytest.approx(20 * np.log10(5))
-    assert np.isnan(masked_psnr(black, grey, ~everywhere))

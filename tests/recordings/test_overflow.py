@@ -13,7 +13,7 @@ from torch import Tensor
 from fisedit_compiler.errors import NonFiniteError, RecordingError
 from fisedit_compiler.recordings.finite import FiniteWatch
 from fisedit_compiler.tensors.bits import differs
-from tests.support.compiled import HEIGHT, WIDTH, box, compiled_model, denoise, other_text
+from tests.support.compiled import HEIGHT, WIDTH, box, denoise, model_and_compiled, other_text
 
 NAN, INF = float("nan"), float("inf")
 MASK = box(4, 6, 11, 15)
@@ -22,7 +22,7 @@ MASK = box(4, 6, 11, 15)
 @pytest.fixture
 def subject() -> tuple[Any, dict[str, Any]]:
     """A compiled module of one's own, and the inputs of its base."""
-    model, compiled = compiled_model()
+    model, compiled = model_and_compiled()
     return copy.deepcopy(compiled), model.make_inputs(2, HEIGHT, WIDTH)
 
 

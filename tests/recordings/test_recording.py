@@ -7,14 +7,14 @@ import torch
 
 from fisedit_compiler import Recording
 from fisedit_compiler.errors import RecordingError
-from tests.support.compiled import HEIGHT, STEPS, WIDTH, box, compiled_model, denoise, guided, other_text, recorded
+from tests.support.compiled import HEIGHT, STEPS, WIDTH, box, denoise, guided, model_and_compiled, other_text, recorded
 
 MASK = box(4, 6, 11, 15)
 
 
 @pytest.fixture(scope="module")
 def recording() -> Recording:
-    model, compiled = compiled_model()
+    model, compiled = model_and_compiled()
     with compiled.record() as recording:
         denoise(compiled, model.make_inputs(2, HEIGHT, WIDTH))
     return recording
@@ -43,7 +43,7 @@ def test_bytes_are_exact(recording: Recording):
 
 
 def test_slots_are_what_the_program_asks_for(recording: Recording):
-    _, compiled = compiled_model()
+    _, compiled = model_and_compiled()
     (program,) = compiled.programs
     for call in recording:
         assert list(call.slots) == [slot.name for slot in program.slots]
@@ -64,7 +64,7 @@ def test_unknown_slots_are_named(recording: Recording):
 
 @pytest.mark.parametrize("norm", ["recorded", "incremental"])
 def test_callers_may_write_to_what_they_passed_and_got(norm: str):
-    model, compiled = compiled_model("sd15", norm=norm)
+    model, compiled = model_and_compiled("sd15", norm=norm)
     inputs = model.make_inputs(1, HEIGHT, WIDTH)
     given = {**inputs, "sample": inputs["sample"].clone()}
     with compiled.record() as recording:
@@ -90,7 +90,7 @@ def test_callers_may_write_to_what_they_passed_and_got(norm: str):
 
 
 def test_an_edit_leaves_its_base_recording_alone():
-    model, compiled = compiled_model("sd15", norm="incremental")
+    model, compiled = model_and_compiled("sd15", norm="incremental")
     inputs = model.make_inputs(1, HEIGHT, WIDTH)
     with compiled.record() as recording:
         denoise(compiled, inputs)
@@ -102,7 +102,7 @@ def test_an_edit_leaves_its_base_recording_alone():
 
 
 def test_one_recording_serves_many_edits_in_any_order():
-    model, compiled = compiled_model()
+    model, compiled = model_and_compiled()
     inputs = model.make_inputs(1, HEIGHT, WIDTH)
     with compiled.record() as recording:
         denoise(compiled, inputs)
@@ -116,7 +116,7 @@ def test_one_recording_serves_many_edits_in_any_order():
 
 
 def test_several_resolutions_and_batches_share_a_program():
-    model, compiled = compiled_model()
+    model, compiled = model_and_compiled()
     for batch, height, width in ((1, 8, 32), (3, 24, 16), (2, 16, 24)):
         inputs = model.make_inputs(batch, height, width)
         mask = box(2, 3, 7, 12, height, width)
@@ -142,7 +142,7 @@ def test_equal_inputs_are_stored_once_and_nobody_else_writes_to_them() -> None:
 
 
 def test_inputs_follow_a_caller_that_writes_in_place() -> None:
-    model, compiled = compiled_model()
+    model, compiled = model_and_compiled()
     inputs = model.make_inputs(2, HEIGHT, WIDTH)
     text = inputs["encoder_hidden_states"].clone()
     with compiled.record() as recording:

@@ -19,7 +19,7 @@ from fisedit_compiler.recordings.edited_slots import EditedSlots, RowForm, Turn,
 from fisedit_compiler.runtime.execution.executable import Executable
 from fisedit_compiler.runtime.sessions.edit_session import EditSession
 from tests.reference.pinned import PinnedRun
-from tests.support.compiled import HEIGHT, WIDTH, box, compiled_model
+from tests.support.compiled import HEIGHT, WIDTH, box, model_and_compiled
 from tests.support.compiled_zoo import active_sets
 from tests.support.zoo import ZOO, Inputs
 
@@ -99,7 +99,7 @@ def written_bytes(program: CompiledProgram, base: Mapping[str, Tensor], session:
 
 @pytest.mark.parametrize(("name", "norm"), [("sd15", "recorded"), ("sd15", "incremental"), ("sdxl", "incremental")])
 def test_every_turn_of_a_chain_is_the_pinned_program(name: str, norm: Any) -> None:
-    compiled = compiled_model(name, norm=norm)[1]
+    compiled = model_and_compiled(name, norm=norm)[1]
     run = PinnedRun(compiled.original, ZOO[name]().make_inputs(2, HEIGHT, WIDTH))
     for number, step in enumerate(chain(compiled, name, TURNS)[1]):
         active = active_sets(step.session)
@@ -112,7 +112,7 @@ def test_every_turn_of_a_chain_is_the_pinned_program(name: str, norm: Any) -> No
 @pytest.mark.parametrize("norm", ["recorded", "incremental"])
 def test_slots_after_a_chain_are_those_written_one_after_the_other(norm: Any) -> None:
     """Composed at once or turn by turn: every turn's rows over the slots of the turn before."""
-    compiled = compiled_model("sd15", norm=norm)[1]
+    compiled = model_and_compiled("sd15", norm=norm)[1]
     recording, steps = chain(compiled, "sd15", TURNS)
     before: Mapping[str, Tensor] = recording.calls[0].slots
     kinds = {slot.name: slot for slot in program_of(compiled).slots}
@@ -128,7 +128,7 @@ def test_slots_after_a_chain_are_those_written_one_after_the_other(norm: Any) ->
 
 
 def test_any_turn_can_be_returned_to() -> None:
-    compiled = compiled_model("sd15", norm="incremental")[1]
+    compiled = model_and_compiled("sd15", norm="incremental")[1]
     model = ZOO["sd15"]()
     _, steps = chain(compiled, "sd15", TURNS)
     mask = box(6, 4, 11, 13)
@@ -177,7 +177,7 @@ def test_rows_lie_where_the_layout_says(kind: str) -> None:
 
 @pytest.mark.parametrize("norm", ["recorded", "incremental"])
 def test_ten_turns_cost_their_active_rows(norm: Any) -> None:
-    compiled = compiled_model("sd15", norm=norm)[1]
+    compiled = model_and_compiled("sd15", norm=norm)[1]
     masks = tuple(box(number, 2 * number, number + 4, 2 * number + 5) for number in range(10))
     recording, steps = chain(compiled, "sd15", masks)
     base = recording.calls[0].slots
@@ -200,7 +200,7 @@ def test_ten_turns_cost_their_active_rows(norm: Any) -> None:
 
 
 def test_what_an_edit_leaves_alone_is_shared_with_its_base() -> None:
-    compiled = compiled_model("sd15", norm="recorded")[1]
+    compiled = model_and_compiled("sd15", norm="recorded")[1]
     recording, steps = chain(compiled, "sd15", TURNS[:2])
     for step in steps:
         slots = step.recording.calls[0].slots
@@ -217,7 +217,7 @@ def test_what_an_edit_leaves_alone_is_shared_with_its_base() -> None:
 
 
 def test_an_empty_edit_shares_everything() -> None:
-    compiled = compiled_model()[1]
+    compiled = model_and_compiled()[1]
     recording, (first,) = chain(compiled, "sd15", TURNS[:1])
     inputs = ZOO["sd15"]().make_inputs(2, HEIGHT, WIDTH)
     for base, sample in ((recording, inputs["sample"]), (first.recording, first.inputs["sample"])):
@@ -230,7 +230,7 @@ def test_an_empty_edit_shares_everything() -> None:
 
 def test_a_dense_call_shares_the_slots_whose_bits_are_the_bases() -> None:
     """Before the first cross-attention the text has no part in anything: those slots are the base's."""
-    compiled = compiled_model("sd15", norm="incremental")[1]
+    compiled = model_and_compiled("sd15", norm="incremental")[1]
     model = ZOO["sd15"]()
     recording, _ = chain(compiled, "sd15", ())
     inputs = model.make_inputs(2, HEIGHT, WIDTH)
@@ -255,7 +255,7 @@ def test_a_dense_call_shares_the_slots_whose_bits_are_the_bases() -> None:
 
 
 def test_rows_that_a_later_turn_covers_are_not_kept_by_it() -> None:
-    compiled = compiled_model("sd15", norm="incremental")[1]
+    compiled = model_and_compiled("sd15", norm="incremental")[1]
     _, steps = chain(compiled, "sd15", (TURNS[2], TURNS[0], TURNS[0], TURNS[3]))
     depths = []
     for step in steps:
@@ -268,7 +268,7 @@ def test_rows_that_a_later_turn_covers_are_not_kept_by_it() -> None:
 
 
 def test_dropping_a_turn_frees_its_rows_and_keeps_what_others_need() -> None:
-    compiled = compiled_model("sd15", norm="incremental")[1]
+    compiled = model_and_compiled("sd15", norm="incremental")[1]
     recording, steps = chain(compiled, "sd15", TURNS[:3])
     names = list(recording.calls[0].slots)
     expected = {name: steps[2].recording.slot(0, name).clone() for name in names}
@@ -295,7 +295,7 @@ def test_dropping_a_turn_frees_its_rows_and_keeps_what_others_need() -> None:
 
 def test_reading_a_slot_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is put together for a call is gone after it."""
-    compiled = compiled_model()[1]
+    compiled = model_and_compiled()[1]
     _, steps = chain(compiled, "sd15", TURNS[:2])
     read: list[weakref.ref[Tensor]] = []
     original = Written.read
@@ -330,7 +330,7 @@ def test_tables_of_a_chain_are_made_once() -> None:
 
 @pytest.fixture(scope="module", params=["recorded", "incremental"])
 def program(request: pytest.FixtureRequest) -> Iterator[CompiledProgram]:
-    yield program_of(compiled_model("sd15", norm=request.param)[1])
+    yield program_of(model_and_compiled("sd15", norm=request.param)[1])
 
 
 def test_the_update_graph_returns_rows_and_small_values(program: CompiledProgram) -> None:
@@ -349,7 +349,7 @@ def test_the_update_graph_returns_rows_and_small_values(program: CompiledProgram
 
 
 def test_an_executable_gives_updates_by_name() -> None:
-    compiled = compiled_model("sd15", norm="incremental")[1]
+    compiled = model_and_compiled("sd15", norm="incremental")[1]
     recording, (step,) = chain(compiled, "sd15", TURNS[:1])
     (executable,) = compiled._programs.executables()
     assert isinstance(executable, Executable) and step.session.plan is not None

@@ -22,7 +22,7 @@ STEPS = 3
 
 
 @cache
-def compiled_model(name: str = "sd15", **options: Any) -> tuple[ZooModel, SparseModule]:
+def model_and_compiled(name: str = "sd15", **options: Any) -> tuple[ZooModel, SparseModule]:
     """A member of the zoo and the same compiled; shared, so leave it as it is.
 
     Unless asked to, it never falls back to dense calls: the subject is the packed program, under every mask.
@@ -92,7 +92,7 @@ class Run:
 
 def recorded(name: str = "sd15", batch: int = 2, maps: int = 0) -> Run:
     """A base run of a member of the zoo, with guidance if the batch is 2; the first ``maps`` calls keep their maps."""
-    model, compiled = compiled_model(name)
+    model, compiled = model_and_compiled(name)
     inputs = model.make_inputs(batch, HEIGHT, WIDTH)
     if batch == 2:
         inputs["sample"] = inputs["sample"][:1].repeat(2, 1, 1, 1)

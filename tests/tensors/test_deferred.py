@@ -9,7 +9,7 @@ import torch
 
 from fisedit_compiler import SparsifyConfig, sparsify
 from fisedit_compiler.errors import RecordingError
-from fisedit_compiler.runtime.sessions.edit_checks import CHECKED_AT_ONCE
+from fisedit_compiler.runtime.sessions.agreement import CHECKED_AT_ONCE
 from fisedit_compiler.tensors.deferred import DeferredChecks, _Pending
 from tests.support.compiled_zoo import make_mask
 from tests.support.zoo import ZOO

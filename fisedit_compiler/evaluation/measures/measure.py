@@ -90,7 +90,7 @@ class Reference:
             "text_similarity": similarity(look.embedding, self.after),
             **self._outside("mask", outcome.image, self.outside_mask),
             **self._outside("objects", outcome.image, self.outside_objects),
-            "psnr_inside_to_dense": pixels.psnr(outcome.image, self.case.dense.image, ~self.outside_mask),
+            "psnr_inside_to_dense": pixels.finite_psnr(outcome.image, self.case.dense.image, ~self.outside_mask),
             **self._of_mask(outcome.mask),
             "seconds": outcome.seconds,
             "dense_calls": outcome.count("dense"),
@@ -105,7 +105,7 @@ class Reference:
             return dict.fromkeys((f"psnr_outside_{of}", f"ssim_outside_{of}", f"distance_outside_{of}"))
         kept = self.judge.look(pixels.with_base_inside(image, base, outside))
         return {
-            f"psnr_outside_{of}": pixels.psnr(image, base, outside),
+            f"psnr_outside_{of}": pixels.finite_psnr(image, base, outside),
             f"ssim_outside_{of}": pixels.ssim(image, base, outside),
             f"distance_outside_{of}": layer_distance(self.look.layers, kept.layers),
         }

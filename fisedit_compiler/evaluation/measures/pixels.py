@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from skimage import metrics
 
-from fisedit_compiler.pipelines.demo import masked_psnr
 from fisedit_compiler.pipelines.drawing.pictures import mask_to_pixels
+from fisedit_compiler.pipelines.likeness import psnr
 
 Pixels = NDArray[np.bool_]
 
@@ -28,9 +28,9 @@ def outside_mask(mask: torch.Tensor, image: Image.Image) -> Pixels:
     return ~mask_to_pixels(mask, image)
 
 
-def psnr(image: Image.Image, base: Image.Image, pixels: Pixels) -> float | None:
+def finite_psnr(image: Image.Image, base: Image.Image, pixels: Pixels) -> float | None:
     """PSNR in dB over ``pixels``, at most :data:`EQUAL_DB`; ``None`` if there are none."""
-    value = masked_psnr(image, base, pixels)
+    value = psnr(image, base, pixels)
     return None if math.isnan(value) else min(value, EQUAL_DB)
 
 

@@ -6,7 +6,7 @@ Nothing is measured here but time, and no method is written here.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -17,14 +17,13 @@ from PIL import Image
 from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.evaluation.pairs.objects import GroundTruth
 from fisedit_compiler.evaluation.pairs.pairs import EditPair
+from fisedit_compiler.pipelines.callbacks import StepCallback, Tensors
 from fisedit_compiler.pipelines.editing.runs import Edit, Generation, RunSettings
 from fisedit_compiler.pipelines.editor import EDITOR_CONFIG, Editor
 from fisedit_compiler.pipelines.instruments import timed_calls
 
 if TYPE_CHECKING:
     from fisedit_compiler.module import SparseModule
-
-Callback = Callable[[Any, int, Any, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
 class NotApplicable(Exception):
@@ -109,7 +108,9 @@ class Bench:
             self._compiled[config] = sparsify(self.original, config)
         return self._compiled[config]
 
-    def run(self, prompt: str, settings: RunSettings, callback: Callback | None = None, unet: Any = None) -> Outcome:
+    def run(
+        self, prompt: str, settings: RunSettings, callback: StepCallback | None = None, unet: Any = None
+    ) -> Outcome:
         """One run of the pipeline from the settings' noise, with the original UNet or another one in its place."""
         unet = self.original if unet is None else unet
         self.pipe.unet = unet
@@ -142,9 +143,7 @@ class KeepOutside:
         self._base_latents = base_latents
         self._mask = mask.to(base_latents[0].device)
 
-    def __call__(
-        self, pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
+    def __call__(self, pipe: Any, step: int, timestep: Any, tensors: Tensors) -> Tensors:
         return {"latents": torch.where(self._mask, tensors["latents"], self._base_latents[step])}
 
 

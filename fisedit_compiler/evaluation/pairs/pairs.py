@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fisedit_compiler.errors import FiseditError, PromptError
-from fisedit_compiler.pipelines.editing import checks
+from fisedit_compiler.pipelines.editing import refusals
 
 Box = tuple[float, float, float, float]
 """``(top, left, bottom, right)`` as fractions of the picture."""
@@ -135,8 +135,8 @@ def check_prompts(pipe: Any, file: PairFile) -> PairFile:
     pairs, rejected = [], list(file.rejected)
     for pair in file.pairs:
         try:
-            checks.check_prompt(pipe, pair.input, "input")
-            checks.check_prompt(pipe, pair.output, "output")
+            refusals.check_prompt(pipe, pair.input, "input")
+            refusals.check_prompt(pipe, pair.output, "output")
             pairs.append(pair)
         except PromptError as error:
             rejected.append(RejectedLine(pair.line, str(error)))

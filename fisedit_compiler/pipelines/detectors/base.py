@@ -1,6 +1,6 @@
 """What a mask detector is: it watches the first steps of an edit and says which sites the prompt changes.
 
-The rules themselves are in the other files of this folder, one each; who runs the steps is ``pipelines.single``.
+The rules themselves are in the other files of this folder, one each; who runs the steps is ``pipelines.editing.batch``.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ caller's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,14 +16,12 @@ import torch
 from PIL import Image
 
 from fisedit_compiler.errors import RecordingError
-from fisedit_compiler.pipelines.editing import checks
+from fisedit_compiler.pipelines.callbacks import StepCallback, Tensors
+from fisedit_compiler.pipelines.editing import refusals
 from fisedit_compiler.pipelines.editing.run_scheduler import scheduler_of_a_run
 from fisedit_compiler.pipelines.editing.runs import RunSettings
 from fisedit_compiler.pipelines.inversion.corrections import Corrections
 from fisedit_compiler.progress import shown
-
-StepCallback = Callable[..., dict[str, torch.Tensor]]
-"""``callback(pipe, step, timestep, tensors)``; sees the latents after every step and returns those to go on with."""
 
 
 @dataclass
@@ -54,9 +52,9 @@ class Driver:
             ConfigError: a setting is no number of its kind; one of ``options`` is no argument of the pipeline's call,
                 or one that is given to it anyway; or something would mix all sites between two UNet calls.
         """
-        checks.check_numbers(seed, num_inference_steps, guidance_scale, height, width)
-        checks.check_options(self.pipe, options or {})
-        checks.check_nothing_mixes(self.pipe, options or {})
+        refusals.check_numbers(seed, num_inference_steps, guidance_scale, height, width)
+        refusals.check_options(self.pipe, options or {})
+        refusals.check_nothing_mixes(self.pipe, options or {})
         default_height, default_width = self.default_size
         return RunSettings(
             seed=int(seed),
@@ -64,7 +62,7 @@ class Driver:
             guidance_scale=float(guidance_scale),
             height=height or default_height,
             width=width or default_width,
-            scheduler=checks.scheduler_fingerprint(self.pipe.scheduler),
+            scheduler=refusals.scheduler_fingerprint(self.pipe.scheduler),
             options=dict(options or {}),
         )
 
@@ -104,27 +102,33 @@ class Driver:
             images = self._call(prompt, negative_prompt, settings, generator, start, callback, description)
         return images[0]
 
-    def run_copies(
+    def run_edits(
         self,
         prompts: Sequence[str],
-        negative_prompt: str | None,
+        negative_prompts: Sequence[str | None],
         settings: RunSettings,
         callback: StepCallback,
-        description: str,
     ) -> list[Image.Image]:
         """A picture for every prompt, all from the same noise, in one batch; latents are ``[P, C, H, W]``.
+
+        One of them is :meth:`run`. Where some have no negative prompt and others have one, theirs is empty.
 
         Raises:
             RecordingError: as :meth:`run` does.
             ConfigError: likewise.
         """
         count, corrections = len(prompts), settings.corrections
-        negative = None if negative_prompt is None else [negative_prompt] * count
+        if count == 1:
+            return [self.run(prompts[0], negative_prompts[0], settings, callback, "edit")]
+        given = any(prompt is not None for prompt in negative_prompts)
+        negative = [prompt or "" for prompt in negative_prompts] if given else None
         # Equally seeded generators, not one: every picture draws the same noise, at every step that draws.
         generators = [_generator(settings) for _ in prompts]
         start = None if corrections is None else corrections.start.repeat(count, 1, 1, 1)
         with scheduler_of_a_run(self.pipe, settings.seed, count):
-            return self._call(list(prompts), negative, settings, generators, start, callback, description)
+            return self._call(
+                list(prompts), negative, settings, generators, start, callback, f"edit of {count} prompts"
+            )
 
     @contextmanager
     def kept_start(self) -> Iterator[list[torch.Tensor]]:
@@ -198,9 +202,9 @@ class _Counted:
     def __init__(self, callback: StepCallback) -> None:
         self.callback, self.steps = callback, 0
 
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+    def __call__(self, pipe: Any, step: int, timestep: Any, tensors: Tensors) -> Tensors:
         self.steps += 1
-        return self.callback(*args, **kwargs)
+        return self.callback(pipe, step, timestep, tensors)
 
     def check(self, pipe: Any, description: str) -> None:
         """Look whether all steps were made.

@@ -30,7 +30,7 @@ def region_argument(
         MaskError: a shape is none, or leaves the picture; names the shape and the picture's size in pixels.
     """
     height, width = base.latents[0].shape[-2:]
-    boxes, polygons = _listed(box), _listed(polygon)
+    boxes, polygons = listed(box), listed(polygon)
     single_box = is_numbers(boxes) or not isinstance(boxes, list)
     single_polygon = not isinstance(polygons, list) or any(is_numbers(point) for point in polygons)
     shapes: list[tuple[str, Any, Callable[[int, int, Any], torch.Tensor]]] = []
@@ -74,7 +74,7 @@ def cut_found(found: DetectedMask, region: torch.Tensor | None) -> DetectedMask:
     return replace(found, mask=mask, everywhere=found.everywhere and bool(mask.all()))
 
 
-def _listed(given: Any) -> Any:
+def listed(given: Any) -> Any:
     """A list of what was given, be it an array or ``zip(ys, xs)``, which can be read only once."""
     if isinstance(given, (np.ndarray, torch.Tensor)):
         return given.tolist()

@@ -33,7 +33,7 @@ class RunSettings:
         height: of the image in pixels.
         width: of the image in pixels.
         scheduler: fingerprint of the scheduler, see
-            :func:`~fisedit_compiler.pipelines.editing.checks.scheduler_fingerprint`.
+            :func:`~fisedit_compiler.pipelines.editing.refusals.scheduler_fingerprint`.
         corrections: of a loaded picture and its edits: where their runs start and what is added after every step.
         options: further arguments of the pipeline's call, by name.
     """
@@ -59,7 +59,8 @@ class Generation:
         image: the decoded picture.
         latents: the latents after every step, each ``[1, C, H, W]`` in the model's dtype and on its device.
         initial_latents: the noise the run started from, same form.
-        recording: what the UNet recorded; ``None`` for an edit made with ``record=False``.
+        recordings: what each compiled part of the pipeline recorded, by its name; none for an edit made with
+            ``record=False``.
     """
 
     prompt: str
@@ -68,7 +69,12 @@ class Generation:
     image: Image.Image = field(repr=False)
     latents: Sequence[torch.Tensor] = field(repr=False)
     initial_latents: torch.Tensor = field(repr=False)
-    recording: Recording | None = field(repr=False)
+    recordings: Mapping[str, Recording] = field(repr=False)
+
+    @property
+    def recording(self) -> Recording | None:
+        """What the UNet recorded; ``None`` for an edit made with ``record=False``."""
+        return self.recordings.get("unet")
 
     @property
     def is_followed_exactly(self) -> bool:

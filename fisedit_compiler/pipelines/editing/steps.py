@@ -8,38 +8,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from fisedit_compiler import masks
 from fisedit_compiler.errors import MaskError, RecordingError
+from fisedit_compiler.pipelines.callbacks import Tensors
 from fisedit_compiler.pipelines.detectors import DetectedMask, MaskDetector
 from fisedit_compiler.pipelines.editing.region import cut_found
 from fisedit_compiler.pipelines.editing.report import Detection
-from fisedit_compiler.runtime.calls.call import CallKind
+from fisedit_compiler.runtime.sessions.edit_masks import EditMask
 from fisedit_compiler.tensors.bits import differs
 from fisedit_compiler.tensors.deferred import DeferredChecks
-
-
-class MaskedSession(Protocol):
-    """What follows a base tells a mask that it found.
-
-    An :class:`~fisedit_compiler.runtime.sessions.edit_session.EditSession` is one.
-    """
-
-    @property
-    def timings(self) -> Sequence[tuple[CallKind, float]]: ...
-
-    def set_mask(self, mask: torch.Tensor) -> None: ...
-
-
-class EmptyMaskFound(Exception):
-    """The automatic mask is empty. Ends a run from inside; the Editor catches it, users never see it."""
-
-    def __init__(self, note: str, calls: tuple[tuple[str, float], ...], detection: Detection) -> None:
-        super().__init__(note)
-        self.note, self.calls, self.detection = note, calls, detection
 
 
 class KeepLatents:
@@ -48,22 +29,21 @@ class KeepLatents:
     def __init__(self) -> None:
         self.latents: list[torch.Tensor] = []
 
-    def __call__(
-        self, pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
+    def __call__(self, pipe: Any, step: int, timestep: Any, tensors: Tensors) -> Tensors:
         # A scheduler may reuse its buffers, so each step is copied.
         self.latents.append(tensors["latents"].detach().clone())
         return tensors
 
 
 class FollowBase:
-    """Keeps an edit on its base outside the mask, and finds the mask first if none was given.
+    """Keeps one edit on its base outside the mask, and finds the mask first if none was given.
 
-    A mask is a tensor or the detector that finds one. Until it is known the UNet runs densely under the new prompt,
+    A mask is given or the detector that finds one. Until it is known the UNet runs densely under the new prompt,
     and the detector sees every step, ``dense_calls`` of them at most. From then on the latents outside the mask
     are set to the base's after every step. In a sparse step of a stateless scheduler they are so already, bit
     for bit; the step that ends the dense calls needs it, and so do multistep schedulers for as long as they
-    remember a dense call.
+    remember a dense call. A mask that is found is grown by ``dilation``; an edit that finds nothing to change is the
+    base from then on.
 
     With ``feather`` the latents of the sites along the mask's border (inside it) are a blend of the edit's and the
     base's after every step, by :func:`~fisedit_compiler.masks.feather_weights` and ``weights_per_step``. Outside
@@ -74,16 +54,22 @@ class FollowBase:
 
     With ``strict`` nothing outside may need to be set back: the calls are sparse from the first on, and the base's were
     too. If something does, it is not the base's run that is followed, and what is inside the mask is wrong, too.
+
+    Attributes:
+        latents: the edit's after every step, ``[1, C, H, W]``.
+        detected: what the detector found, ``None`` until then and without one.
+        detection: how, likewise.
+        kept: the mask outside which the base is kept; ``None`` until it is known, and if there is no outside.
+        nothing: why there is nothing to change, once that is known.
     """
 
     def __init__(
         self,
         base_latents: Sequence[torch.Tensor],
-        session: MaskedSession,
-        mask: torch.Tensor | MaskDetector,
-        dense_calls: int,
-        growth: int = 0,
+        mask: EditMask | MaskDetector,
+        dense_calls: int = 0,
         *,
+        dilation: int = 0,
         region: torch.Tensor | None = None,
         feather: int = 0,
         strict: bool = False,
@@ -91,36 +77,42 @@ class FollowBase:
         self.latents: list[torch.Tensor] = []
         self.detected: DetectedMask | None = None
         self.detection: Detection | None = None
+        self.kept: EditMask | None = None
+        self.nothing: str | None = None
         self.base_latents = base_latents
-        self._session = session
         self._dense_calls = dense_calls
         self._detector = mask if isinstance(mask, MaskDetector) else None
         self._started = time.perf_counter()
-        self._growth = growth
+        self._dilation = dilation
         self._region = region
         self._feather = feather
         self._mask: torch.Tensor | None = None
         self._weights: torch.Tensor | None = None
         self._restored: list[torch.Tensor] = []
         self._checks = DeferredChecks() if strict else None
-        if isinstance(mask, torch.Tensor):
+        if isinstance(mask, EditMask):
             self._keep_outside(mask)
 
     @property
-    def mask(self) -> torch.Tensor | None:
-        """The mask as the session uses it, grown by the configured dilation; bool ``[H, W]``, on the CPU."""
-        if self._mask is None:
-            return None if self.detected is None else self.detected.mask
-        return self._mask.cpu()
+    def is_searching(self) -> bool:
+        """Whether the mask is still looked for."""
+        return self._detector is not None and self.detected is None
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """The mask as calls use it, grown by the configured dilation; bool ``[H, W]``, on the CPU. Not known before
+        :attr:`is_searching` is over."""
+        if self.kept is not None:
+            return self.kept.grown.cpu()
+        assert self.detected is not None  # a mask is given or found
+        return self.detected.mask
 
     @property
     def restored_steps(self) -> int:
         """Steps after which latents outside the mask differed from the base's and were set back."""
         return sum(int(changed) for changed in self._restored)
 
-    def __call__(
-        self, pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
+    def __call__(self, pipe: Any, step: int, timestep: Any, tensors: Tensors) -> Tensors:
         latents = tensors["latents"]
         if step >= len(self.base_latents):
             raise RecordingError(
@@ -130,6 +122,8 @@ class FollowBase:
         base = self.base_latents[step]
         if self._detector is not None and self.detected is None:
             self._find_mask(self._detector, step, latents, base)
+        if self.nothing is not None:
+            return {"latents": base}
         if self._mask is not None:
             # The flag stays on the device: reading it here would make the GPU wait at every step.
             moved = (differs(latents, base) & ~self._mask).any()
@@ -174,17 +168,15 @@ class FollowBase:
             return  # nothing to keep: without a mask the session runs the other calls densely, too
         if not bool(kept.mask.any()):
             beside = "nothing of the change that was found lies inside the box or polygon"
-            note = beside if bool(found.mask.any()) else "the latents do not differ from the base's"
-            raise EmptyMaskFound(note, tuple(self._session.timings), self.detection)
-        self._session.set_mask(kept.mask)
-        self._keep_outside(kept.mask)
+            self.nothing = beside if bool(found.mask.any()) else "the latents do not differ from the base's"
+            return
+        self._keep_outside(EditMask.of(kept.mask, self._dilation))
 
-    def _keep_outside(self, mask: torch.Tensor) -> None:
+    def _keep_outside(self, mask: EditMask) -> None:
         device = self.base_latents[0].device
-        grown = masks.grown(mask, self._growth)
-        self._mask = grown.to(device)
+        self.kept, self._mask = mask, mask.grown.to(device)
         if self._feather:
-            weights = masks.feather_weights(grown, self._feather)
+            weights = masks.feather_weights(mask.grown, self._feather)
             self._weights = masks.weights_per_step(weights, len(self.base_latents)).to(device)
 
 

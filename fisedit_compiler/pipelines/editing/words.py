@@ -130,17 +130,20 @@ def guided_columns(columns: Tensor, images: int = 1) -> Tensor:
     return torch.cat([torch.full_like(conditional, -1), conditional])
 
 
-def edit_columns(pipe: Any, source: str, target: str, batch: int) -> Tensor:
-    """Columns for the calls of a pipeline's edit: int64 ``[batch, T]``, guidance told by the batch's size.
+def edit_columns(pipe: Any, source: str, targets: Sequence[str], batch: int) -> Tensor:
+    """Columns for the calls of a pipeline's edits: int64 ``[edits * batch, T]``, guidance told by the batch's size.
 
     Args:
         pipe: a diffusers pipeline with one or two tokenizers of equal words, as SDXL's.
         source: the base's prompt.
-        target: the edited prompt.
-        batch: samples of a call; 1 without guidance.
+        targets: the edited prompts, whose samples lie side by side.
+        batch: samples of a recorded call; 1 without guidance.
     """
-    columns = token_columns(pipe.tokenizer, source, target)
-    return columns.expand(1, -1) if batch == 1 else guided_columns(columns, batch // 2)
+    each = torch.stack([token_columns(pipe.tokenizer, source, target) for target in targets])
+    if batch == 1:
+        return each
+    conditional = each.repeat(batch // 2, 1)
+    return torch.cat([torch.full_like(conditional, -1), conditional])
 
 
 def changed_words(tokenizer: Any, source: str, target: str) -> tuple[list[str], list[str]]:

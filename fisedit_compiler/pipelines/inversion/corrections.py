@@ -10,16 +10,14 @@ et al., "PnP Inversion", ICLR 2024). It asks nothing of the scheduler but that t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from fisedit_compiler.errors import RecordingError
-
-StepCallback = Callable[[Any, int, Any, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
-"""What diffusers calls after a step: with the pipeline, the step, the timestep and the tensors asked for."""
+from fisedit_compiler.pipelines.callbacks import StepCallback, Tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +47,7 @@ class Corrections:
         if not self.steps:
             return callback
 
-        def corrected(pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        def corrected(pipe: Any, step: int, timestep: Any, tensors: Tensors) -> Tensors:
             if step >= len(self.steps):
                 raise RecordingError(
                     f"the pipeline makes step {step + 1}, but the picture was loaded for {len(self.steps)}; put the "
@@ -73,9 +71,7 @@ class FollowPath:
         self._path = path
         self._callback = callback
 
-    def __call__(
-        self, pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
+    def __call__(self, pipe: Any, step: int, timestep: Any, tensors: Tensors) -> Tensors:
         latents = tensors["latents"]
         self.steps.append(_wide(self._path[step]) - _wide(latents))
         # Not the path's point: an edit adds and rounds, and an edit that changes nothing must end where the base does.

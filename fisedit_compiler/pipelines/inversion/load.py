@@ -11,13 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from PIL import Image
-from skimage import metrics
 
 from fisedit_compiler.errors import ConfigError
-from fisedit_compiler.module import SparseModule
 from fisedit_compiler.pipelines.editing.driver import Driver
 from fisedit_compiler.pipelines.editing.runs import Generation, RunSettings
 from fisedit_compiler.pipelines.editing.steps import KeepLatents
@@ -30,6 +27,8 @@ from fisedit_compiler.pipelines.inversion.noise_paths import (
     edit_friendly_path,
     noise_schedule,
 )
+from fisedit_compiler.pipelines.likeness import psnr
+from fisedit_compiler.pipelines.parts import Parts
 
 Method = Literal["auto", "ddim", "edit-friendly"]
 NATURAL_PSNR = 22.0
@@ -112,7 +111,7 @@ class Loaded(Generation):
 
 def load(
     driver: Driver,
-    compiled: Callable[[], SparseModule],
+    parts: Callable[[], Parts],
     image: pictures.ImageLike,
     prompt: str,
     *,
@@ -126,7 +125,7 @@ def load(
     maps: int,
     options: Mapping[str, Any] | None,
 ) -> Loaded:
-    """See :meth:`fisedit_compiler.Editor.load`; ``compiled`` is asked for the UNet once the arguments are checked."""
+    """See :meth:`fisedit_compiler.Editor.load`; ``parts`` gives what is compiled, once the arguments are checked."""
     started = time.perf_counter()
     pipe = driver.pipe
     if not isinstance(inversion, DdimInversion) and inversion not in get_args(Method):
@@ -147,7 +146,7 @@ def load(
         width=picture.width,
         options=options,
     )
-    unet = compiled()
+    compiled = parts()
     clean = pictures.encoded(pipe, picture)
     runs = _Runs(driver, prompt, negative_prompt, settings, schedule, clean, picture)
     way = runs.way(inversion, measure)
@@ -155,8 +154,12 @@ def load(
     keep = KeepLatents()
     follow = FollowPath(schedule.along(way.points, clean), keep)
     settings = replace(settings, corrections=runs.start(way.points))
-    with unet.record(maps=maps) as recording, driver.kept_start() as start:
-        reconstruction = driver.run(prompt, negative_prompt, settings, follow, "load")
+
+    def run() -> tuple[Image.Image, torch.Tensor]:
+        with driver.kept_start() as start:
+            return driver.run(prompt, negative_prompt, settings, follow, "load"), start[0]
+
+    (reconstruction, start), recordings = compiled.record(maps, run)
     corrections = replace(runs.start(way.points), steps=tuple(follow.steps))
     return Loaded(
         prompt=prompt,
@@ -164,8 +167,8 @@ def load(
         settings=replace(settings, corrections=corrections),
         image=picture,
         latents=tuple(keep.latents),
-        initial_latents=start[0],
-        recording=recording,
+        initial_latents=start,
+        recordings=recordings,
         reconstruction=reconstruction,
         inversion=Inversion(
             method=way.method,
@@ -177,14 +180,6 @@ def load(
             note=way.note,
         ),
     )
-
-
-def psnr(image: Image.Image, reference: Image.Image) -> float:
-    """PSNR in dB of two RGB pictures; infinite if they are equal."""
-    first, second = np.asarray(reference.convert("RGB")), np.asarray(image.convert("RGB"))
-    if np.array_equal(first, second):
-        return float("inf")
-    return float(metrics.peak_signal_noise_ratio(first, second, data_range=255))
 
 
 @dataclass(frozen=True)

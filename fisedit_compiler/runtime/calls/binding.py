@@ -68,7 +68,7 @@ class CallForm:
 
 
 @dataclass(frozen=True)
-class BoundCall:
+class BoundArguments:
     """One call's arguments, bound.
 
     Attributes:
@@ -98,7 +98,7 @@ class Binder:
         self.spatial = spatial or (known.spatial if known is not None else None)
         self._forms: dict[Hashable, CallForm] = {}
 
-    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BoundCall:
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BoundArguments:
         """Bind one call.
 
         Raises:
@@ -125,7 +125,7 @@ class Binder:
             return self._call_module(**_samples(self._arguments(args, kwargs), form.signature, index))
 
         part = None if key is None else run_part
-        return BoundCall(form, CallTensors((args, kwargs), form, tensors), canonical, run, part)
+        return BoundArguments(form, CallTensors((args, kwargs), form, tensors), canonical, run, part)
 
     def forget(self) -> None:
         """Forget which program served a form of arguments."""

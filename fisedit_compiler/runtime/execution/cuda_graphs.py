@@ -65,7 +65,7 @@ class HoistedNames:
 
 
 @dataclass(frozen=True)
-class PreparedPlan:
+class PaddedPlan:
     """A padded plan on the device, the tables a graph needs of it, and the number of its bucket.
 
     ``counts`` are the numbers of active sites before padding, per level.
@@ -100,7 +100,7 @@ class _Graph:
     tables: dict[Identity, Tensor]
     rings: dict[ConvKey, Tensor]
     stagers: list[CopyStager | RingStager]
-    plan: PreparedPlan
+    plan: PaddedPlan
     filled_groups: list[Callable[[], HoistedGroup | None]] = field(default_factory=list)
     filled_slots: Tensor | None = None
 
@@ -133,7 +133,7 @@ class GraphPool:
         self._buckets: dict[tuple[Any, ...], int] = {}
         self._memory: Any = None
 
-    def prepare(self, plan: SitePlan) -> PreparedPlan:
+    def prepare(self, plan: SitePlan) -> PaddedPlan:
         """Pad a plan to its bucket."""
         rows: dict[Fraction, int] = {level: bucket(table.shape[0]) for level, table in plan.active.items()}
         rings: dict[ConvKey, int] = {key: bucket(table.shape[0]) for key, table in plan.ring.items()}
@@ -151,9 +151,9 @@ class GraphPool:
         key = (*sorted(rows.items()), *sorted(rings.items(), key=str), *sizes)
         number = self._buckets.setdefault(key, len(self._buckets))
         counts = {level: table.shape[0] for level, table in plan.active.items()}
-        return PreparedPlan(number, padded, tables, counts)
+        return PaddedPlan(number, padded, tables, counts)
 
-    def run(self, prepared: PreparedPlan, tensors: Values, slots: SlotTable, hoisted: Hoisted) -> list[Tensor]:
+    def run(self, prepared: PaddedPlan, tensors: Values, slots: SlotTable, hoisted: Hoisted) -> list[Tensor]:
         """Replay (or first capture) the step; returned tensors are the caller's own.
 
         Raises:
@@ -174,7 +174,7 @@ class GraphPool:
         graph.graph.replay()
         return [self._owned(position, output, prepared) for position, output in enumerate(graph.outputs)]
 
-    def _owned(self, position: int, output: Tensor, prepared: PreparedPlan) -> Tensor:
+    def _owned(self, position: int, output: Tensor, prepared: PaddedPlan) -> Tensor:
         """A copy outside the graph's memory, without the rows that padding repeats."""
         if position not in self.rows:
             return output.clone()
@@ -182,7 +182,7 @@ class GraphPool:
         return output.narrow(axis, 0, prepared.counts[level]).clone(memory_format=torch.contiguous_format)
 
     @one_at_a_time
-    def _capture(self, prepared: PreparedPlan, tensors: Values, slots: SlotTable, hoisted: Hoisted) -> _Graph:
+    def _capture(self, prepared: PaddedPlan, tensors: Values, slots: SlotTable, hoisted: Hoisted) -> _Graph:
         device = tensors[self._calls[0]].device
         layout = self._layouts.setdefault(
             tuple(slots[name].shape for name in self.slot_names), slot_layout(slots, self.slot_names)
@@ -219,7 +219,7 @@ class GraphPool:
             graph.outputs.extend(body())
 
 
-def _fill(graph: _Graph, prepared: PreparedPlan, slots: SlotTable, hoisted: Hoisted) -> None:
+def _fill(graph: _Graph, prepared: PaddedPlan, slots: SlotTable, hoisted: Hoisted) -> None:
     """Bring what changed since the last replay: the host's part of it is on every call's critical path."""
     if graph.plan is not prepared or graph.filled_slots is None:
         for identity, table in graph.tables.items():
@@ -247,7 +247,7 @@ def _fill(graph: _Graph, prepared: PreparedPlan, slots: SlotTable, hoisted: Hois
 class _Inputs:
     """Makes a graph's inputs, one at a time, and collects how each is filled."""
 
-    def __init__(self, pool: GraphPool, prepared: PreparedPlan, device: torch.device, layout: SlotLayout) -> None:
+    def __init__(self, pool: GraphPool, prepared: PaddedPlan, device: torch.device, layout: SlotLayout) -> None:
         self.pool, self.prepared, self.layout = pool, prepared, layout
         self.position = {name: entry for entry, name in enumerate(pool.slot_names)}
         entries = len(pool.slot_names)

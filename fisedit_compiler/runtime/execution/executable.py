@@ -27,7 +27,7 @@ from fisedit_compiler.lowering.stage import stage
 from fisedit_compiler.passes.programs.hoist import Bundle
 from fisedit_compiler.recordings.slot_table import SlotTable
 from fisedit_compiler.runtime.execution.backend import ProgramBackend
-from fisedit_compiler.runtime.execution.cuda_graphs import GraphPool, HoistedNames, PreparedPlan
+from fisedit_compiler.runtime.execution.cuda_graphs import GraphPool, HoistedNames, PaddedPlan
 from fisedit_compiler.runtime.execution.dense_module import DenseModule
 from fisedit_compiler.runtime.execution.hoisting import HoistCache
 from fisedit_compiler.runtime.execution.recorded_samples import are_independent
@@ -61,7 +61,7 @@ class Executable:
         self._attributes: dict[str, Any] = {}
         self._pool: GraphPool | None = None
         self._update_pool: GraphPool | None = None
-        self._prepared: OrderedDict[tuple[bool, int], tuple[SitePlan, PreparedPlan]] = OrderedDict()
+        self._prepared: OrderedDict[tuple[bool, int], tuple[SitePlan, PaddedPlan]] = OrderedDict()
         self._plans: OrderedDict[tuple[Any, ...], SitePlan] = OrderedDict()
         self.block_sizes = BlockSizes(program.layers)
 
@@ -257,7 +257,7 @@ class Executable:
                     rows[position] = (changed.dim, level)
         return GraphPool(self._bind(graph), identities, self.slot_names, bundles, rows)
 
-    def _prepare(self, plan: SitePlan, update: bool = False, kept: int = 8) -> PreparedPlan:
+    def _prepare(self, plan: SitePlan, update: bool = False, kept: int = 8) -> PaddedPlan:
         # Buckets are numbered by pool, so a plan is prepared for each by itself.
         key = (update, id(plan))
         if key not in self._prepared:

@@ -1,4 +1,4 @@
-"""Several edits of one recording in one batch: its samples repeated, a mask for all or one each, results taken apart.
+"""Several edits of one recording in one batch: its samples repeated, the sites of each, results taken apart.
 
 Copies lie as diffusers lays out guidance: every recorded sample is repeated ``copies`` times in place, as
 ``torch.repeat_interleave`` does, so a recording of ``[uncond, cond]`` serves ``[uncond] * P + [cond] * P``.
@@ -6,73 +6,29 @@ Copies lie as diffusers lays out guidance: every recorded sample is repeated ``c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fisedit_compiler.errors import MaskError
 from fisedit_compiler.geometry.site_plan import SitePlan
 from fisedit_compiler.graph.layout import Layout
 from fisedit_compiler.lowering.program import CompiledProgram
-from fisedit_compiler.masks import to_site_mask
 from fisedit_compiler.recordings.recording import CallRecord
 from fisedit_compiler.recordings.slot_table import LazySlots, SlotTable
 from fisedit_compiler.runtime.calls.call import Call
 from fisedit_compiler.runtime.execution.sample_axes import BatchAxes
 
-# -- masks -----------------------------------------------------------------------------------------------------------
-
-
-def masks_of_copies(mask: Any, copies: int, height: int, width: int) -> tuple[Tensor, Tensor | None]:
-    """The union of all masks, bool ``[H, W]``, and the mask of each copy, bool ``[copies, H, W]``.
-
-    The second is ``None`` if all copies have the same mask.
-
-    Args:
-        mask: one mask, or a sequence or a stack ``[copies, H, W]`` of them, each as ``to_site_mask`` takes it.
-        copies: how many edits are made at once.
-        height: rows of the latent.
-        width: columns of the latent.
-
-    Raises:
-        MaskError: a mask does not fit, or there are neither one nor ``copies`` of them.
-    """
-    each = _each(mask, copies)
-    if each is None:
-        # A mask that fits comes back as it is; whoever passed it may write to it afterwards.
-        return to_site_mask(mask, height, width, image_scale=None).clone(), None
-    if len(each) != copies:
-        raise MaskError(
-            f"{len(each)} masks were given for {copies} {'copy' if copies == 1 else 'copies'} of the recording; pass "
-            "one mask for all of them, or one for each"
-        )
-    own = torch.stack([to_site_mask(one, height, width, image_scale=None).cpu() for one in each])
-    union = own.any(dim=0)
-    return union, None if bool((own == union).all()) else own
-
-
-def _each(mask: Any, copies: int) -> Sequence[Any] | None:
-    """The masks one by one if several were given."""
-    if isinstance(mask, (list, tuple)):
-        return mask if copies > 1 or len(mask) == 1 else None
-    if isinstance(mask, (Tensor, np.ndarray)) and copies > 1:
-        stacked = mask.ndim == 3 or (mask.ndim == 4 and mask.shape[1] == 1)
-        if stacked and mask.shape[0] != 1:
-            return list(mask)
-    return None
-
 
 class OwnSites:
     """The sites that each copy may change, in the place of a plan whose sites all copies share."""
 
-    def __init__(self, masks: Tensor, samples: int, program: CompiledProgram, dilation: int, device: Any) -> None:
+    def __init__(self, masks: Tensor, samples: int, program: CompiledProgram, device: Any) -> None:
         """``masks`` are bool ``[copies, H, W]``, ``samples`` the recorded ones, each of which is repeated."""
         self.samples = samples
-        self.plans = [SitePlan.build(mask, program.levels, (), dilation=dilation, device=device) for mask in masks]
+        self.plans = [SitePlan.build(mask, program.levels, (), device=device) for mask in masks]
         self._selectors: dict[Layout, Tensor] = {}
 
     @property
@@ -86,9 +42,6 @@ class OwnSites:
             each = torch.cat([plan.selector(layout) for plan in self.plans])
             self._selectors[layout] = each.repeat(self.samples, *[1] * (layout.rank - 1))
         return self._selectors[layout]
-
-
-# -- slots -----------------------------------------------------------------------------------------------------------
 
 
 class RepeatedSlots(LazySlots):

@@ -1,6 +1,6 @@
 """Editing a recorded run: a session sees its calls one by one and decides how each of them runs.
 
-Whether a call fits the recording is found out in ``edit_checks.py``, what the calls leave behind is put together in
+Whether a call fits the recording is found out in ``agreement.py``, what the calls leave behind is put together in
 ``edit_recorder.py``. A session owns no graph: running is ``executable.py``'s business, entering and leaving the mode
 ``module.py``'s.
 """
@@ -20,17 +20,17 @@ from fisedit_compiler import masks
 from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.errors import ConfigError
 from fisedit_compiler.geometry.site_plan import SitePlan
-from fisedit_compiler.masks import grown
 from fisedit_compiler.recordings.edited_slots import Turn
 from fisedit_compiler.recordings.recording import CallRecord, Recording
 from fisedit_compiler.runtime.calls.call import Call, CallKind
 from fisedit_compiler.runtime.calls.programs import ProgramStore
 from fisedit_compiler.runtime.execution.executable import Executable
-from fisedit_compiler.runtime.sessions.copies import OwnSites, masks_of_copies
+from fisedit_compiler.runtime.sessions.agreement import Agreement
+from fisedit_compiler.runtime.sessions.copies import OwnSites
 from fisedit_compiler.runtime.sessions.dense_calls import DenseCalls
-from fisedit_compiler.runtime.sessions.edit_checks import EditChecks
+from fisedit_compiler.runtime.sessions.edit_masks import EditMasks
 from fisedit_compiler.runtime.sessions.edit_recorder import EditRecorder
-from fisedit_compiler.runtime.sessions.fallback import dense_reason, pin, pinning_plan, run_densely
+from fisedit_compiler.runtime.sessions.fallback import dense_reason_of_grown, pin, pinning_plan, run_densely
 from fisedit_compiler.runtime.sessions.measured import Measured
 from fisedit_compiler.tensors.contents import Later
 
@@ -44,9 +44,7 @@ class EditSession:
         recording: the base run.
         copies: how many edits are made at once; a call has so many times the recorded batch.
         call: calls made so far.
-        mask: bool ``[H, W]`` at the spatial input's resolution, or ``None`` while calls run densely. Of several masks,
-            their union.
-        masks: bool ``[copies, H, W]`` if the copies have different ones, else ``None``.
+        edited: the masks, or ``None`` while calls run densely.
         fallback: why calls with the mask run densely, as a sentence; ``None`` if they run sparsely.
         timings: kind and wall seconds of every call (on CUDA: of its launch).
         computed_samples: how many samples of the batch every call computed: fewer than the batch where a dense call
@@ -72,8 +70,7 @@ class EditSession:
         self.recording, self.config, self.copies, self.programs = recording, config, copies, programs
         self._explain = explain
         self.call = 0
-        self.mask: Tensor | None = None
-        self.masks: Tensor | None = None
+        self.edited: EditMasks | None = None
         self.plan: SitePlan | None = None
         self.fallback: str | None = None
         self._recorder = EditRecorder(recording, copies, record)
@@ -83,7 +80,7 @@ class EditSession:
         self._computed, self._reused = 0, False
         self._later: Later | None = None
         self._dense = DenseCalls(recording, config.skip_recorded, copies)
-        self._checks = EditChecks(recording, config, copies)
+        self._agreement = Agreement(recording, config, copies)
         self.is_empty = False
         self._mask_set_at = 0
         self.ran: tuple[Executable, int, int, str] | None = None
@@ -91,6 +88,16 @@ class EditSession:
         self._own_sites: OwnSites | None = None
         if mask is not None:
             self.set_mask(mask)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """bool ``[H, W]`` at the spatial input's resolution, of several masks their union; ``None`` without one."""
+        return None if self.edited is None else self.edited.sites
+
+    @property
+    def masks(self) -> Tensor | None:
+        """bool ``[copies, H, W]`` if the copies have different masks, else ``None``."""
+        return None if self.edited is None else self.edited.each
 
     @property
     def result(self) -> Recording | None:
@@ -108,19 +115,20 @@ class EditSession:
         Args:
             mask: what to change, as anything :func:`fisedit_compiler.masks.to_site_mask` accepts: bool or uint8 or
                 float torch tensor or numpy array or PIL image or path, at latent resolution or a multiple of it. With
-                ``copies``, one for all of them or a sequence or stack ``[copies, H, W]`` of one each.
+                ``copies``, one for all of them or a sequence or stack ``[copies, H, W]`` of one each. Or masks that
+                were read already, as :class:`~fisedit_compiler.runtime.sessions.edit_masks.EditMasks`.
             densely: why calls are to run densely whatever the mask's area, as a sentence (becomes ``fallback``).
 
         Raises:
             MaskError: its size, dtype or contents do not fit the recording, or their number does not.
         """
         size = (self.recording.height, self.recording.width)
-        self.mask, self.masks = masks_of_copies(mask, self.copies, *size)
-        self._checks.set_masks(self.mask[None] if self.masks is None else self.masks)
+        edited = self.edited = EditMasks.of(mask, self.copies, *size, self.config.dilation)
+        self._agreement.set_masks(edited.each_grown)
         self.plan = self._turn = self._own_sites = None
         self._mask_set_at = len(self.timings)
-        self.is_empty = not bool(self.mask.any())
-        reason = dense_reason(self.mask, self.config, self.recording.device) if densely is None else densely
+        self.is_empty = not bool(edited.sites.any())
+        reason = densely or dense_reason_of_grown(edited.grown, self.config, self.recording.device)
         told, self.fallback = self.fallback, reason
         if self.fallback is not None and told is None:
             logger.info(self.fallback)
@@ -144,28 +152,28 @@ class EditSession:
         self._dense.reuse(columns)
 
     def before(self) -> None:
-        """Look whether the module is still the one that was recorded; see :mod:`.edit_checks`.
+        """Look whether the module is still the one that was recorded; see :mod:`.agreement`.
 
         Raises:
             RecordingError: its weights are not those of the recording any more.
         """
-        if self.programs is not None and self._checks.looks_first(self.call):
-            self._checks.weights(self.programs.glance().weights, self.call)
+        if self.programs is not None and self._agreement.looks_first(self.call):
+            self._agreement.weights(self.programs.glance().weights, self.call)
 
     def handle(self, call: Call) -> Any:
-        base = self._checks.before(call, self.call)
-        self._later = self._recorder.later = self._checks.later(call, self.call)
+        base = self._agreement.before(call, self.call)
+        self._later = self._recorder.later = self._agreement.later(call, self.call)
         start = time.perf_counter()
         self._computed, self._reused = base.batch, False
         kind, result = self._run(call, base)
         self.timings.append((kind, time.perf_counter() - start))
         self.computed_samples.append(self._computed)
         self.reused_maps.append(self._reused)
-        self._checks.after(call, self.call, base, result, self._later)
-        if self.programs is not None and not self._checks.looks_first(self.call):
+        self._agreement.after(call, self.call, base, result, self._later)
+        if self.programs is not None and not self._agreement.looks_first(self.call):
             now = self.programs.glance()
-            self._checks.weights(now.weights, self.call)
-            self._checks.structure(call, now.structure, base, self.call)
+            self._agreement.weights(now.weights, self.call)
+            self._agreement.structure(call, now.structure, base, self.call)
         self.call += 1
         return result
 
@@ -176,8 +184,8 @@ class EditSession:
             RecordingError: it made fewer, or the inputs of one of them were others.
         """
         if self.programs is not None:
-            self._checks.weights(self.programs.key.weights, self.call)
-        self._checks.finish(self.call)
+            self._agreement.weights(self.programs.key.weights, self.call)
+        self._agreement.finish(self.call)
         self._recorder.finish()
 
     def explain(self) -> Any:
@@ -193,7 +201,7 @@ class EditSession:
         """The median times of this session's calls by kind; of calls that need a mask, those with the last one."""
         recorded = self.recording.calls[0]
         size = (recorded.batch * self.copies, recorded.height, recorded.width)
-        area = 0.0 if self.mask is None else masks.area(grown(self.mask, self.config.dilation))
+        area = 0.0 if self.edited is None else masks.area(self.edited.grown)
         found = []
         for kind in ("dense", "sparse", "skipped"):
             timings = list(zip(self.timings, self.computed_samples, strict=True))
@@ -208,8 +216,8 @@ class EditSession:
         return tuple(found)
 
     def _run(self, call: Call, base: CallRecord) -> tuple[CallKind, Any]:
-        executable = call.executable
-        if self.mask is None:
+        executable, edited = call.executable, self.edited
+        if edited is None:
             ran = self._dense.run(call, base, record=bool(self._recorder))
             self._computed, self._reused = ran.samples, ran.reused
             if ran.kind == "skipped":
@@ -226,13 +234,13 @@ class EditSession:
                 return "skipped", executable.assemble(recorded)
         if self.fallback is not None:
             if self.plan is None:
-                self.plan = pinning_plan(self.mask, executable.program, self.config.dilation, call.sample.device)
+                self.plan = pinning_plan(edited.grown, executable.program, 0, call.sample.device)
             own = self._own(executable, call.sample.device)
             result, slots = run_densely(call, base, own or self.plan, record=bool(self._recorder))
             self._recorder.dense(call, slots)
             return "dense", result
         if self.plan is None:
-            self.plan = executable.plan(self.mask, self.config.dilation, call.sample)
+            self.plan = executable.plan(edited.grown, 0, call.sample)
         scalars = {} if base.timestep is None else {"timestep": base.timestep}
         sample = call.sample
         self.ran = (executable, sample.shape[0], sample.element_size(), sample.device.type)
@@ -250,7 +258,8 @@ class EditSession:
 
     def _own(self, executable: Executable, device: torch.device) -> OwnSites | None:
         """What each copy may change, if that differs."""
-        samples, dilation = self.recording.calls[self.call].batch, self.config.dilation
-        if self.masks is not None and (self._own_sites is None or self._own_sites.samples != samples):
-            self._own_sites = OwnSites(self.masks, samples, executable.program, dilation, device)
+        samples = self.recording.calls[self.call].batch
+        edited, own = self.edited, self._own_sites
+        if edited is not None and edited.differ and (own is None or own.samples != samples):
+            self._own_sites = OwnSites(edited.each_grown, samples, executable.program, device)
         return self._own_sites

@@ -32,12 +32,17 @@ def dense_reason(mask: Tensor, config: SparsifyConfig, device: str) -> str | Non
         config: whose ``dense_above`` is the limit, the measured break-even if that is ``None``.
         device: where the calls run, as ``str(torch.device)``.
     """
+    return dense_reason_of_grown(masks.grown(mask, config.dilation), config, device)
+
+
+def dense_reason_of_grown(mask: Tensor, config: SparsifyConfig, device: str) -> str | None:
+    """The same for a mask that was grown already."""
     kind = torch.device(device).type
     backend = config.backend_on(kind)
     limit = break_even(kind, backend) if config.dense_above is None else config.dense_above
     if limit >= 1.0:
         return None
-    area = masks.area(masks.grown(mask, config.dilation))
+    area = masks.area(mask)
     if area <= limit:
         return None
     measured = f"the break-even of {limit:.1%} on {kind}/{backend}"

@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from fisedit_compiler.errors import ModeError
-from fisedit_compiler.runtime.sessions.blocks import Block
+from fisedit_compiler.runtime.sessions.scopes import Scope
 
 T = TypeVar("T")
 Body = Generator[tuple[Any, T], None, None]
@@ -38,13 +38,13 @@ class Entered:
 
     Attributes:
         name: ``record``, ``edit``, ...
-        block: who entered it.
+        scope: who entered it.
         leaver: alive as long as somebody can leave it.
         session: what handles calls; ``None`` while the mode is made ready, and in modes without calls.
     """
 
     name: str
-    block: Block
+    scope: Scope
     leaver: Callable[[], object]
     session: Any = None
 
@@ -84,7 +84,7 @@ class Modes:
         entered = self.active
         if entered is None or entered.session is None:
             return None
-        entered.block.check(entered.name, sys._getframe(1))
+        entered.scope.check(entered.name, sys._getframe(1))
         return entered.session
 
     def claim(self, entered: Entered) -> None:
@@ -101,7 +101,7 @@ class Modes:
             raise ModeError(
                 f"{entered.name}() was entered while {active.name}() is active on the same module. Modes do not nest: "
                 "leave the first `with` block before entering the next. It was entered by "
-                f"{active.block.place}; if that run is over and something still holds its mode, reset() leaves it."
+                f"{active.scope.place}; if that run is over and something still holds its mode, reset() leaves it."
             )
 
     def release(self, entered: Entered) -> None:
@@ -140,7 +140,7 @@ class Mode(Generic[T]):
         # No variable may hold the leaver itself: a traceback would keep it with this frame.
         by_with = self._leaver is not None and self._leaver() is not None
         leaver = self._leaver if self._leaver is not None and by_with else weakref.ref(self)
-        entered = Entered(self._name, Block.of(sys._getframe(1), by_with=by_with), leaver)
+        entered = Entered(self._name, Scope.of(sys._getframe(1), by_with=by_with), leaver)
         self._entered = entered
         self._modes.claim(entered)
         try:

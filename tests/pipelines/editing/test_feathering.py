@@ -13,6 +13,7 @@ from fisedit_compiler import masks
 from fisedit_compiler.errors import ConfigError
 from fisedit_compiler.pipelines import Edit, Editor, Generation, LatentDifference
 from fisedit_compiler.pipelines.editing.steps import FollowBase
+from fisedit_compiler.runtime.sessions.edit_masks import EditMask
 
 STEPS = 4
 MASK = masks.box_mask(16, 16, (0.25, 0.0, 1.0, 0.625))
@@ -31,12 +32,8 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
 }
 
 
-class NoSession:
-    """For a mask that is given, FollowBase asks its session nothing."""
-
-
-def follow(base: torch.Tensor, mask: torch.Tensor = MASK, **arguments: Any) -> FollowBase:
-    return FollowBase([base, base], NoSession(), mask, 1, **arguments)  # type: ignore[arg-type]
+def follow(base: torch.Tensor, mask: torch.Tensor = MASK, dilation: int = 0, **arguments: Any) -> FollowBase:
+    return FollowBase([base, base], EditMask.of(mask, dilation), **arguments)
 
 
 def step(follower: FollowBase, latents: torch.Tensor, number: int = 0) -> torch.Tensor:
@@ -71,7 +68,9 @@ def test_no_feather_is_the_hard_border() -> None:
 def test_a_grown_mask_is_feathered_from_its_new_border() -> None:
     base, latents = torch.randn(2, 1, 4, 16, 16)
     grown = masks.grown(MASK, 2)
-    assert torch.equal(step(follow(base, growth=2, feather=3), latents), step(follow(base, grown, feather=3), latents))
+    assert torch.equal(
+        step(follow(base, dilation=2, feather=3), latents), step(follow(base, grown, feather=3), latents)
+    )
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)

@@ -214,7 +214,7 @@ def test_rescaled_guidance_is_refused_before_the_run(pinned_editor: Editor, gene
     for steps in (1, 5):
         with pytest.raises(ConfigError, match=r"guidance_rescale=0\.7 divides by a deviation over all sites"):
             generate(num_inference_steps=steps, options={"guidance_rescale": 0.7})
-    assert pinned_editor._compiled is None
+    assert not pinned_editor._parts.are_compiled
     assert generate(options={"guidance_rescale": 0.0}).latents
 
 

@@ -14,7 +14,7 @@ from fisedit_compiler import Editor, SparseModule, SparsifyConfig, dynamo, spars
 from fisedit_compiler.compiling import COMPILING, made_once
 from fisedit_compiler.lowering import program
 from tests.pipelines.conftest import make_tiny_pipeline
-from tests.support.compiled import HEIGHT, WIDTH, box, compiled_model
+from tests.support.compiled import HEIGHT, WIDTH, box, model_and_compiled
 from tests.support.zoo import ZOO
 
 MASK = box(4, 6, 11, 15)
@@ -83,7 +83,7 @@ def test_first_uses_of_two_models(captures: Watched) -> None:
 
     results = together([lambda number=number: first_use(number) for number in range(len(models))])
     assert captures.calls == len(models) and captures.most == 1
-    expected = record_and_edit(compiled_model("plain_conv")[1], sample)
+    expected = record_and_edit(model_and_compiled("plain_conv")[1], sample)
     for base, edited in results:
         assert torch.equal(base, expected[0])
         torch.testing.assert_close(edited, expected[1])
@@ -115,7 +115,7 @@ def test_the_second_door_compiles_once(captures: Watched) -> None:
 
 
 def test_calls_of_compiled_modules_do_not_wait() -> None:
-    model, compiled = compiled_model("plain_conv")
+    model, compiled = model_and_compiled("plain_conv")
     sample = model.make_inputs(2, HEIGHT, WIDTH)["sample"]
     record_and_edit(compiled, sample)
     done, results = threading.Event(), []

@@ -13,11 +13,13 @@ from torch import Tensor
 from fisedit_compiler import Recording, SparseModule, SparsifyConfig, sparsify
 from fisedit_compiler.errors import ConfigError, FiseditError, MaskError, RecordingError
 from fisedit_compiler.kernels.tolerances import assert_close
+from fisedit_compiler.masks import grown
 from fisedit_compiler.recordings.edited_slots import EditedSlots, Written
-from fisedit_compiler.runtime.sessions.copies import RepeatedSlots, masks_of_copies
+from fisedit_compiler.runtime.sessions.copies import RepeatedSlots
+from fisedit_compiler.runtime.sessions.edit_masks import EditMasks
 from fisedit_compiler.runtime.sessions.edit_session import EditSession
 from tests.reference.pinned import PinnedRun
-from tests.support.compiled import HEIGHT, WIDTH, box, compiled_model
+from tests.support.compiled import HEIGHT, WIDTH, box, model_and_compiled
 from tests.support.compiled_zoo import active_sets
 from tests.support.zoo import ZOO, Inputs
 
@@ -30,7 +32,7 @@ EACH = torch.stack([ONE, box(2, 12, 9, 20), box(0, 0, 5, 5)])
 @cache
 def base(norm: Any = "recorded") -> tuple[SparseModule, Inputs, Tensor, Recording]:
     """A compiled model and one recorded call of two samples."""
-    model, compiled = compiled_model("sd15", norm=norm)
+    model, compiled = model_and_compiled("sd15", norm=norm)
     inputs = model.make_inputs(BATCH, HEIGHT, WIDTH)
     with compiled.record() as recording:
         output = compiled(**inputs)[0]
@@ -266,9 +268,14 @@ def test_another_timestep_is_named() -> None:
 def test_masks_of_every_form() -> None:
     size = (HEIGHT, WIDTH)
     for given in (EACH, EACH[:, None], list(EACH), tuple(mask.numpy() for mask in EACH), EACH.numpy()):
-        union, own = masks_of_copies(given, 3, *size)
-        assert own is not None and torch.equal(own, EACH) and torch.equal(union, EACH.any(dim=0))
+        read = EditMasks.of(given, 3, *size, 1)
+        assert read.each is not None and torch.equal(read.each, EACH) and torch.equal(read.sites, EACH.any(dim=0))
+        assert torch.equal(read.each_grown, torch.stack([grown(mask, 1) for mask in EACH]))
+        assert torch.equal(read.grown, grown(EACH.any(dim=0), 1))
+        assert EditMasks.of(read, 3, *size, 1) is read
+        with pytest.raises(MaskError, match="3 masks were given for 2 copies"):
+            EditMasks.of(read, 2, *size, 1)
     for given in (ONE, ONE[None], ONE[None, None], [ONE] * 3, ONE.expand(3, *size)):
-        union, own = masks_of_copies(given, 3, *size)
-        assert own is None and torch.equal(union, ONE)
-    assert torch.equal(masks_of_copies([ONE], 1, *size)[0], ONE)
+        read = EditMasks.of(given, 3, *size, 1)
+        assert read.each is None and torch.equal(read.sites, ONE) and torch.equal(read.each_grown[0], grown(ONE, 1))
+    assert torch.equal(EditMasks.of([ONE], 1, *size, 0).sites, ONE)

@@ -17,7 +17,7 @@ from fisedit_compiler.runtime.calls.binding import Binder
 from fisedit_compiler.runtime.execution.executable import Executable
 from fisedit_compiler.runtime.sessions.fallback import dense_reason
 from tests.pipelines.conftest import make_tiny_pipeline
-from tests.support.compiled import HEIGHT, STEPS, WIDTH, box, compiled_model, denoise, other_text
+from tests.support.compiled import HEIGHT, STEPS, WIDTH, box, denoise, model_and_compiled, other_text
 from tests.support.zoo import ZOO, Inputs
 
 SMALL = box(4, 6, 12, 16)
@@ -60,7 +60,7 @@ def forbidden_step(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_above_it_is_the_dense_run_inside_and_the_recording_outside(
     name: str, recorded: bool, forbidden_step: None
 ) -> None:
-    model, compiled = compiled_model(name, dense_above=None)
+    model, compiled = model_and_compiled(name, dense_above=None)
     inputs = model.make_inputs(2, HEIGHT, WIDTH)
     edited = model.edit_inputs(inputs, LARGE)
     recording, base = record(compiled, inputs)
@@ -77,7 +77,7 @@ def test_above_it_is_the_dense_run_inside_and_the_recording_outside(
 
 @pytest.mark.parametrize("recorded", [False, True])
 def test_a_full_mask_is_the_dense_run_itself(recorded: bool, forbidden_step: None) -> None:
-    model, compiled = compiled_model(dense_above=None)
+    model, compiled = model_and_compiled(dense_above=None)
     inputs = model.make_inputs(2, HEIGHT, WIDTH)
     recording, _ = record(compiled, inputs)
     edited = model.edit_inputs(inputs, FULL)
@@ -90,7 +90,7 @@ def test_a_full_mask_is_the_dense_run_itself(recorded: bool, forbidden_step: Non
 
 @pytest.mark.parametrize("norm", ["recorded", "incremental"])
 def test_a_full_mask_that_never_falls_back_is_still_sparse(norm: str) -> None:
-    model, compiled = compiled_model(norm=norm, dense_above=1.0)
+    model, compiled = model_and_compiled(norm=norm, dense_above=1.0)
     inputs = model.make_inputs(2, HEIGHT, WIDTH)
     recording, _ = record(compiled, inputs)
     edited = model.edit_inputs(inputs, FULL)
@@ -103,8 +103,8 @@ def test_a_full_mask_that_never_falls_back_is_still_sparse(norm: str) -> None:
 
 
 def test_below_it_is_the_sparse_run() -> None:
-    model, compiled = compiled_model(dense_above=None)
-    _, never = compiled_model()
+    model, compiled = model_and_compiled(dense_above=None)
+    _, never = model_and_compiled()
     inputs = model.make_inputs(2, HEIGHT, WIDTH)
     results = []
     for module in (compiled, never):
@@ -117,7 +117,7 @@ def test_below_it_is_the_sparse_run() -> None:
 
 
 def test_an_empty_mask_makes_no_call(forbidden_step: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, compiled = compiled_model(dense_above=0.0)
+    model, compiled = model_and_compiled(dense_above=0.0)
     inputs = model.make_inputs(2, HEIGHT, WIDTH)
     recording, base = record(compiled, inputs)
     monkeypatch.setattr(Binder, "_call_module", lambda *_, **__: pytest.fail("an empty mask must not run the model"))
@@ -154,7 +154,7 @@ def test_outputs_that_are_not_spatial_are_the_dense_ones(forbidden_step: None) -
 
 
 def test_the_input_outside_the_mask_is_checked_all_the_same() -> None:
-    model, compiled = compiled_model(dense_above=None)
+    model, compiled = model_and_compiled(dense_above=None)
     inputs = model.make_inputs(2, HEIGHT, WIDTH)
     recording, _ = record(compiled, inputs)
     with pytest.raises(RecordingError, match="outside the mask"), compiled.edit(recording, LARGE):
@@ -166,7 +166,7 @@ def test_the_input_outside_the_mask_is_checked_all_the_same() -> None:
 
 @pytest.mark.parametrize("norm", ["recorded", "incremental"])
 def test_a_recorded_fallback_is_a_recording_like_any_other(norm: str) -> None:
-    model, compiled = compiled_model(norm=norm, dense_above=None)
+    model, compiled = model_and_compiled(norm=norm, dense_above=None)
     inputs = model.make_inputs(2, HEIGHT, WIDTH)
     with compiled.record() as recording:
         base = denoise(compiled, inputs)
@@ -200,7 +200,7 @@ def test_a_recorded_fallback_is_a_recording_like_any_other(norm: str) -> None:
 
 
 def test_callers_may_write_to_what_a_recorded_fallback_returned() -> None:
-    model, compiled = compiled_model(dense_above=None)
+    model, compiled = model_and_compiled(dense_above=None)
     inputs = model.make_inputs(2, HEIGHT, WIDTH)
     recording, _ = record(compiled, inputs)
     for mask in (LARGE, FULL):
@@ -236,7 +236,7 @@ def test_the_limit_is_what_lies_strictly_above_it_after_dilation() -> None:
 
 
 def test_a_dilated_mask_is_pinned_outside_the_dilation(forbidden_step: None) -> None:
-    model, compiled = compiled_model(dense_above=0.1, dilation=2)
+    model, compiled = model_and_compiled(dense_above=0.1, dilation=2)
     inputs = model.make_inputs(2, HEIGHT, WIDTH)
     grown = box(2, 4, 14, 18)
     edited = model.edit_inputs(inputs, SMALL)
@@ -277,10 +277,10 @@ def test_every_figure_is_a_share() -> None:
 
 def test_the_limit_is_no_part_of_what_is_compiled_or_recorded() -> None:
     assert SparsifyConfig(dense_above=0.2).program_key() == SparsifyConfig().program_key()
-    model, never = compiled_model()
+    model, never = model_and_compiled()
     inputs = model.make_inputs(2, HEIGHT, WIDTH)
     recording, base = record(never, inputs)
-    _, sometimes = compiled_model(dense_above=None)
+    _, sometimes = model_and_compiled(dense_above=None)
     with sometimes.edit(recording, LARGE):
         assert torch.equal(output(sometimes(**inputs))[..., ~LARGE], base[..., ~LARGE])
 
@@ -289,7 +289,7 @@ def test_the_limit_is_no_part_of_what_is_compiled_or_recorded() -> None:
 
 
 def test_it_says_so_once_and_from_the_start(caplog: pytest.LogCaptureFixture) -> None:
-    model, compiled = compiled_model(dense_above=None)
+    model, compiled = model_and_compiled(dense_above=None)
     inputs = model.make_inputs(2, HEIGHT, WIDTH)
     with compiled.record() as recording:
         denoise(compiled, inputs)
@@ -311,7 +311,7 @@ def test_a_limit_of_the_users_is_named() -> None:
 
 
 def test_another_mask_is_judged_anew() -> None:
-    model, compiled = compiled_model(dense_above=None)
+    model, compiled = model_and_compiled(dense_above=None)
     inputs = model.make_inputs(2, HEIGHT, WIDTH)
     with compiled.record() as recording:
         for _ in range(3):

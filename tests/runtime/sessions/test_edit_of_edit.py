@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fisedit_compiler import Recording, SparseModule
 from fisedit_compiler.kernels.tolerances import assert_close
 from tests.reference.pinned import PinnedRun
-from tests.support.compiled import HEIGHT, STEPS, WIDTH, box, compiled_model, denoise, other_text
+from tests.support.compiled import HEIGHT, STEPS, WIDTH, box, denoise, model_and_compiled, other_text
 from tests.support.zoo import Inputs
 
 FIRST = box(4, 6, 12, 16)
@@ -34,12 +34,12 @@ def edit(
 
 @pytest.fixture(params=NORMS)
 def compiled(request: pytest.FixtureRequest) -> SparseModule:
-    return compiled_model("sd15", norm=request.param)[1]
+    return model_and_compiled("sd15", norm=request.param)[1]
 
 
 @pytest.fixture
 def inputs() -> Inputs:
-    return compiled_model()[0].make_inputs(2, HEIGHT, WIDTH)
+    return model_and_compiled()[0].make_inputs(2, HEIGHT, WIDTH)
 
 
 def test_a_recorded_edit_computes_what_an_unrecorded_one_does(compiled: SparseModule, inputs: Inputs):
@@ -121,7 +121,7 @@ def norm_inputs(module: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 def test_incremental_statistics_are_those_of_the_pinned_canvas(inputs: Inputs):
-    model, compiled = compiled_model("sd15", norm="incremental")
+    model, compiled = model_and_compiled("sd15", norm="incremental")
     text = other_text(inputs)
     with compiled.record() as recording:
         compiled(**inputs)
@@ -145,7 +145,7 @@ def test_incremental_statistics_are_those_of_the_pinned_canvas(inputs: Inputs):
 
 
 def test_recorded_statistics_stay_the_bases(inputs: Inputs):
-    _, compiled = compiled_model("sd15", norm="recorded")
+    _, compiled = model_and_compiled("sd15", norm="recorded")
     with compiled.record() as recording:
         compiled(**inputs)
     with compiled.edit(recording, FIRST, record=True) as session:
@@ -176,7 +176,7 @@ def test_a_chain_of_five_edits_stays_true(compiled: SparseModule, inputs: Inputs
 
 def test_statistics_after_a_chain_are_still_those_of_their_site_sums(inputs: Inputs):
     """Both follow the edits on ways of their own; sums that no longer fit would poison every later edit."""
-    model, compiled = compiled_model("sd15", norm="incremental")
+    model, compiled = model_and_compiled("sd15", norm="incremental")
     with compiled.record() as recording:
         compiled(**inputs)
     changed = inputs
@@ -200,7 +200,7 @@ def test_statistics_after_a_chain_are_still_those_of_their_site_sums(inputs: Inp
 
 
 def test_plans_are_kept_per_mask(inputs: Inputs):
-    _, compiled = compiled_model()
+    _, compiled = model_and_compiled()
     with compiled.record() as recording:
         compiled(**inputs)
 
@@ -216,7 +216,7 @@ def test_plans_are_kept_per_mask(inputs: Inputs):
 
 
 def test_timings_tell_how_each_call_ran(inputs: Inputs):
-    _, compiled = compiled_model()
+    _, compiled = model_and_compiled()
     with compiled.record() as recording:
         denoise(compiled, inputs)
     kinds = {}

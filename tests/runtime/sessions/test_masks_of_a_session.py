@@ -9,7 +9,7 @@ from torch import Tensor
 from fisedit_compiler import SparseModule
 from fisedit_compiler.kernels.tolerances import assert_close
 from tests.reference.pinned import PinnedRun
-from tests.support.compiled import HEIGHT, WIDTH, box, compiled_model
+from tests.support.compiled import HEIGHT, WIDTH, box, model_and_compiled
 from tests.support.zoo import ZOO, Inputs
 
 FIRST = box(4, 6, 12, 16)
@@ -19,7 +19,7 @@ OTHER = box(9, 17, 16, 24)
 
 
 def recorded(calls: int) -> tuple[SparseModule, Inputs, object]:
-    model, compiled = compiled_model("sd15")
+    model, compiled = model_and_compiled("sd15")
     inputs = model.make_inputs(2, HEIGHT, WIDTH)
     with compiled.record() as recording:
         for _ in range(calls):
@@ -29,7 +29,7 @@ def recorded(calls: int) -> tuple[SparseModule, Inputs, object]:
 
 def test_masks_of_equal_bytes_and_other_shapes_have_plans_of_their_own() -> None:
     """An 8 x 12 and a 12 x 8 mask that are the same bytes in a row."""
-    compiled = compiled_model("sd15")[1]
+    compiled = model_and_compiled("sd15")[1]
     flat = torch.zeros(96, dtype=torch.bool)
     flat[10:40] = True
     outputs = []

@@ -18,11 +18,11 @@ from tests.support.compiled import (
     STEPS,
     WIDTH,
     box,
-    compiled_model,
     compiled_pipeline,
     conditional_changed,
     denoise,
     guided,
+    model_and_compiled,
     other_text,
     recorded,
     run_pipeline,
@@ -55,7 +55,7 @@ def test_the_first_calls_store_their_maps() -> None:
 
 def test_recording_maps_changes_nothing() -> None:
     for name in ("sd15", "sdxl"):
-        model, compiled = compiled_model(name)
+        model, compiled = model_and_compiled(name)
         inputs = model.make_inputs(2, HEIGHT, WIDTH)
         with compiled.record(maps=STEPS):
             assert torch.equal(guided(compiled, inputs), guided(compiled.original, inputs))
@@ -63,7 +63,7 @@ def test_recording_maps_changes_nothing() -> None:
 
 @pytest.mark.parametrize("record", [False, True])
 def test_columns_are_reused_while_there_are_maps_and_no_mask(record: bool) -> None:
-    model, compiled = compiled_model()
+    model, compiled = model_and_compiled()
     inputs = model.make_inputs(2, HEIGHT, WIDTH)
     changed = other_text(inputs)
 
@@ -168,7 +168,7 @@ def test_any_batch(batch: int) -> None:
 
 
 def test_half_precision_keeps_maps_in_its_own_dtype() -> None:
-    model, _ = compiled_model()
+    model, _ = model_and_compiled()
     compiled = sparsify(copy.deepcopy(model.module).half())
     inputs = model.make_inputs(2, HEIGHT, WIDTH)
     inputs = {name: v.half() if torch.is_tensor(v) and v.is_floating_point() else v for name, v in inputs.items()}
@@ -216,6 +216,6 @@ def test_columns_of_another_prompt_and_missing_maps_are_refused() -> None:
     for maps in (-1, True, 1.5):
         with pytest.raises(ConfigError, match="must be a number of calls"), run.compiled.record(maps):
             pass
-    model, compiled = compiled_model("plain_conv")
+    model, compiled = model_and_compiled("plain_conv")
     with pytest.raises(RecordingError, match="no attention from sites to a text"), compiled.record(maps=1):
         compiled(**model.make_inputs(1, HEIGHT, WIDTH))

@@ -22,10 +22,10 @@ from tests.support.compiled import (
     STEPS,
     WIDTH,
     box,
-    compiled_model,
     conditional_changed,
     denoise,
     guided,
+    model_and_compiled,
     other_text,
     recorded,
 )
@@ -119,7 +119,7 @@ def test_without_guidance_there_is_nothing_to_skip() -> None:
 
 def test_guidance_in_two_calls() -> None:
     """The unconditional call of the first step is recorded; the conditional one and all later ones are not."""
-    model, compiled = compiled_model()
+    model, compiled = model_and_compiled()
     inputs = model.make_inputs(1, HEIGHT, WIDTH)
     negative, prompts = other_text(inputs, 5), (inputs, other_text(inputs, 6))
 
@@ -179,7 +179,7 @@ def test_a_changed_timestep_is_computed() -> None:
 
 def test_images_that_follow_the_base_apart_from_others() -> None:
     """Latents that part are not compared any more, those of other images with them."""
-    model, compiled = compiled_model()
+    model, compiled = model_and_compiled()
     inputs = model.make_inputs(2, HEIGHT, WIDTH)
     with compiled.record() as recording:
         denoise(compiled, inputs)
@@ -216,7 +216,7 @@ def residuals(inputs: Inputs, seed: int = 0) -> Inputs:
 
 
 def test_residuals_are_compared_and_cut_too() -> None:
-    model, shared = compiled_model()
+    model, shared = model_and_compiled()
     compiled = copy.deepcopy(shared)  # these calls need a program of their own
     inputs = residuals(model.make_inputs(2, HEIGHT, WIDTH))
     with compiled.record() as recording:
@@ -247,7 +247,7 @@ def test_nothing_is_compared_after_the_latents_parted(monkeypatch: pytest.Monkey
 
 
 def test_it_can_be_switched_off() -> None:
-    model, _ = compiled_model()
+    model, _ = model_and_compiled()
     compiled = sparsify(model.module, SparsifyConfig(skip_recorded=False))
     inputs = model.make_inputs(2, HEIGHT, WIDTH)
     with compiled.record() as recording:

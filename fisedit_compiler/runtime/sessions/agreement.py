@@ -14,7 +14,6 @@ from torch import Tensor
 from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.errors import RecordingError
 from fisedit_compiler.graph.signatures import CallSignature
-from fisedit_compiler.masks import grown
 from fisedit_compiler.recordings.finite import any_not_finite, edit_overflowed
 from fisedit_compiler.recordings.recording import CallRecord, Recording
 from fisedit_compiler.runtime.calls.call import Call
@@ -27,7 +26,7 @@ CHECKED_AT_ONCE = 2
 """Calls of a run whose inputs are checked before anything is launched: most mistakes show there."""
 
 
-class EditChecks:
+class Agreement:
     """Compares the calls of an edit, numbered from 0, with the recorded ones."""
 
     def __init__(self, recording: Recording, config: SparsifyConfig, copies: int) -> None:
@@ -39,7 +38,7 @@ class EditChecks:
         self._outside: Tensor | None = None
 
     def set_masks(self, masks: Tensor) -> None:
-        """Also compare inputs outside masks from now on: bool ``[copies, H, W]``, or ``[1, H, W]`` for all of them."""
+        """Also compare inputs outside masks from now on: bool ``[copies, H, W]``, or ``[1, H, W]`` for all; grown."""
         self._masks, self._outside = masks, None
 
     def before(self, call: Call, number: int) -> CallRecord:
@@ -245,8 +244,7 @@ class EditChecks:
         """bool ``[1, S, 1]`` on ``device``, or ``[batch, S, 1]``: the sites an edit must not have touched."""
         assert self._masks is not None
         if self._outside is None:
-            grown_masks = torch.stack([grown(mask, self.config.dilation) for mask in self._masks])
-            self._outside = ~grown_masks.flatten(1)[..., None].to(device)
+            self._outside = ~self._masks.flatten(1)[..., None].to(device)
         one_for_all = len(self._masks) == 1
         return self._outside if one_for_all else self._outside.repeat(self.recording.calls[number].batch, 1, 1)
 

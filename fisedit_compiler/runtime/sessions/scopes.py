@@ -36,8 +36,8 @@ REMEDY = "Finish that run first, or sparsify a second copy of the model for conc
 
 
 @dataclass(frozen=True)
-class Block:
-    """Who entered a mode.
+class Scope:
+    """Who entered a mode, so that calls made from there are its run's.
 
     Attributes:
         place: function, file and line, for messages.
@@ -52,8 +52,8 @@ class Block:
     frame: int
 
     @staticmethod
-    def of(frame: FrameType, *, by_with: bool) -> Block:
-        """The block of the frame that calls a mode's ``__enter__``.
+    def of(frame: FrameType, *, by_with: bool) -> Scope:
+        """The scope of the frame that calls a mode's ``__enter__``.
 
         Args:
             frame: the direct caller.
@@ -63,7 +63,7 @@ class Block:
         fixture = _is_fixture(owner)
         stays = bool(owner.f_code.co_flags & _GENERATORS) or (by_with and not handed_on)
         task = None if fixture else _current_task()
-        return Block(
+        return Scope(
             place=f"{owner.f_code.co_qualname}() at {owner.f_code.co_filename}:{owner.f_lineno}",
             thread=threading.get_ident(),
             task=None if task is None else weakref.ref(task),

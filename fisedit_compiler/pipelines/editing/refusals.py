@@ -11,7 +11,7 @@ import inspect
 import json
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fisedit_compiler.errors import ConfigError, PromptError, RecordingError
@@ -139,6 +139,21 @@ def check_prompt(pipe: Any, prompt: object, what: str = "prompt") -> str:
         if limit is not None and _num_tokens(tokenizer, prompt) > limit:
             raise _too_long(tokenizer, prompt, limit, what)
     return prompt
+
+
+def check_negative_prompts(pipe: Any, prompts: Sequence[str | None]) -> None:
+    """Refuse negative prompts that cannot be in one run: in some pipelines none is not the same as an empty one.
+
+    Raises:
+        PromptError: some edits have none, and the pipeline gives the UNet zeros for that, all edits or no edit.
+    """
+    missing = [number for number, prompt in enumerate(prompts) if prompt is None]
+    if missing and len(missing) < len(prompts) and getattr(pipe.config, "force_zeros_for_empty_prompt", False):
+        raise PromptError(
+            f"edit {missing[0] + 1} of {len(prompts)} has no negative prompt and others have one: "
+            f"{type(pipe).__name__} takes zeros in its place for all pictures of a run or for none "
+            "(force_zeros_for_empty_prompt); give negative prompts to all edits or to none, or make two batches"
+        )
 
 
 def scheduler_fingerprint(scheduler: Any) -> str:

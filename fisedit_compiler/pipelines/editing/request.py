@@ -1,69 +1,37 @@
 """One edit before it runs and after: its checked arguments, where its mask comes from, and the result they make.
 
-Nothing is run here; ``pipelines.single`` and ``pipelines.batch`` do that in between.
+Nothing is run here; ``editing.batch`` does that in between.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from PIL import Image
 
 from fisedit_compiler import masks
-from fisedit_compiler.errors import ConfigError, MaskError
+from fisedit_compiler.errors import ConfigError, FiseditError, MaskError
 from fisedit_compiler.masks import MaskLike
-from fisedit_compiler.pipelines.detectors import (
-    DetectedMask,
-    MaskDetector,
-    is_detector_name,
-    make_mask_detector,
-    mask_detectors,
-)
+from fisedit_compiler.pipelines.detectors import MaskDetector, is_detector_name, make_mask_detector, mask_detectors
 from fisedit_compiler.pipelines.drawing.seam import pasted
 from fisedit_compiler.pipelines.editing.region import cut
 from fisedit_compiler.pipelines.editing.report import Detection, EditReport
 from fisedit_compiler.pipelines.editing.runs import Edit, Generation
+from fisedit_compiler.pipelines.editing.steps import FollowBase
 from fisedit_compiler.recordings.recording import Recording
-from fisedit_compiler.runtime.calls.call import CallKind
-
-
-class Followed(Protocol):
-    """What became of an edit's latents and mask; :class:`~.steps.FollowBase` knows it."""
-
-    @property
-    def latents(self) -> Sequence[torch.Tensor]: ...
-    @property
-    def detected(self) -> DetectedMask | None: ...
-    @property
-    def detection(self) -> Detection | None: ...
-    @property
-    def mask(self) -> torch.Tensor | None: ...
-    @property
-    def restored_steps(self) -> int: ...
-
-
-class Ran(Protocol):
-    """How an edit's calls ran; an :class:`~fisedit_compiler.runtime.sessions.edit_session.EditSession` knows it."""
-
-    @property
-    def timings(self) -> Sequence[tuple[CallKind, float]]: ...
-    @property
-    def computed_samples(self) -> Sequence[int]: ...
-    @property
-    def fallback(self) -> str | None: ...
-    @property
-    def result(self) -> Recording | None: ...
+from fisedit_compiler.runtime.sessions.edit_session import EditSession
 
 
 @dataclass(frozen=True)
-class EditPlan:
+class EditRequest:
     """The checked arguments of one edit, and the two ways it can end.
 
-    ``together`` edits are made in one run: each has an equal share of its time.
+    ``number`` counts the edits that were ``asked_for`` at once, from 0. ``together`` of them are made in one run: each
+    has an equal share of its time.
     """
 
     base: Generation
@@ -76,7 +44,13 @@ class EditPlan:
     started: float
     region: torch.Tensor | None = None
     feather: int = 0
+    number: int = 0
+    asked_for: int = 1
     together: int = 1
+
+    def naming(self) -> AbstractContextManager[None]:
+        """Says in errors raised inside which edit they are about, if several were asked for."""
+        return naming_edit(self.number, self.asked_for)
 
     @property
     def is_strict(self) -> bool:
@@ -118,14 +92,29 @@ class EditPlan:
             image=base.image,
             latents=base.latents,
             initial_latents=base.initial_latents,
-            recording=base.recording,
+            recordings=base.recordings,
             base=base,
             mask=empty,
             report=report,
         )
 
-    def edited(self, image: Image.Image, follow: Followed, session: Ran, seconds: Sequence[float]) -> Edit:
-        """The edit whose run has ended."""
+    def edited(
+        self,
+        image: Image.Image,
+        follow: FollowBase,
+        session: EditSession,
+        recordings: Mapping[str, Recording],
+        seconds: Sequence[float],
+    ) -> Edit:
+        """The edit whose run has ended.
+
+        Args:
+            image: the picture.
+            follow: what became of its latents and its mask.
+            session: how the calls of the UNet ran.
+            recordings: the edit's own, by part; none if it was not recorded.
+            seconds: what each call took of this edit's time.
+        """
         found = follow.detected
         mask = follow.mask
         assert mask is not None  # the run has ended, so a mask was given or found
@@ -142,7 +131,7 @@ class EditPlan:
             calls=tuple(zip(kinds, seconds, strict=True)),
             wall_seconds=(time.perf_counter() - self.started) / self.together,
             recording_bytes=_nbytes(self.base),
-            own_bytes=session.result.own_nbytes if self.record and session.result is not None else 0,
+            own_bytes=sum(recording.own_nbytes for recording in recordings.values()),
             restored_steps=follow.restored_steps,
             regions=masks.regions(mask),
             feather=0 if everywhere else self.feather,
@@ -155,7 +144,7 @@ class EditPlan:
             image=image if self.base.settings.corrections is None else pasted(image, self.base.image, mask),
             latents=tuple(follow.latents),
             initial_latents=self.base.initial_latents,
-            recording=session.result if self.record else None,
+            recordings=recordings,
             base=self.base,
             mask=mask,
             report=report,
@@ -163,24 +152,37 @@ class EditPlan:
         )
 
 
-def mask_argument(
-    mask: MaskLike | MaskDetector | None, base: Generation, region: torch.Tensor | None = None
-) -> tuple[str, torch.Tensor | MaskDetector]:
-    """Where the mask comes from, and the mask itself or the detector that will find it.
+@contextmanager
+def naming_edit(number: int, count: int) -> Iterator[None]:
+    """Says in errors raised inside which of ``count`` edits they are about; ``number`` counts from 0."""
+    try:
+        yield
+    except FiseditError as error:
+        if count > 1:
+            error.args = (f"edit {number + 1} of {count}: {error}", *error.args[1:])
+        raise
 
-    A region is the mask if there is no other, and cuts one that was drawn; one that is found is cut when it is.
+
+@dataclass(frozen=True)
+class MaskSource:
+    """Where a mask comes from: ``"user"`` and bool ``[H, W]`` on the CPU, or a detector and its name."""
+
+    name: str
+    mask: torch.Tensor | MaskDetector
+
+
+def mask_source(mask: MaskLike | MaskDetector | None, base: Generation) -> MaskSource | None:
+    """What ``mask=`` asks for; ``None`` if it was left out.
 
     Raises:
-        MaskError: it is no mask, no detector and no name of one, or nothing of it lies in the region.
+        MaskError: it is no mask, no detector and no name of one.
     """
-    if mask is None and region is not None:
-        return "user", region
     if mask is None:
-        mask = make_mask_detector()
+        return None
     if isinstance(mask, str) and is_detector_name(mask):
         mask = make_mask_detector(mask)
     if isinstance(mask, MaskDetector):
-        return mask.name, mask.fresh()
+        return MaskSource(mask.name, mask)
     height, width = base.latents[0].shape[-2:]
     try:
         sites = masks.to_site_mask(mask, height, width, image_scale=base.settings.height // height)
@@ -188,7 +190,23 @@ def mask_argument(
         if isinstance(mask, str) and "." not in mask:
             raise MaskError(f"{error}; mask detectors are {', '.join(mask_detectors())}") from error
         raise
-    return "user", cut(sites, region)
+    return MaskSource("user", sites.cpu())
+
+
+def within(source: MaskSource | None, region: torch.Tensor | None) -> tuple[MaskSource, torch.Tensor | None]:
+    """The mask inside a region, and the region.
+
+    A region is the mask if none was asked for, and cuts one that was drawn; one that is found is cut when it is.
+
+    Raises:
+        MaskError: nothing of a drawn mask lies in the region.
+    """
+    if source is None:
+        detector = make_mask_detector()
+        return (MaskSource(detector.name, detector) if region is None else MaskSource("user", region)), region
+    if isinstance(source.mask, torch.Tensor):
+        source = MaskSource(source.name, cut(source.mask, region))
+    return source, region
 
 
 def detection_steps(mask: torch.Tensor | MaskDetector, dense_calls: int | None, steps: int) -> int:
@@ -207,4 +225,4 @@ def detection_steps(mask: torch.Tensor | MaskDetector, dense_calls: int | None, 
 
 
 def _nbytes(base: Generation) -> int:
-    return base.recording.nbytes if base.recording is not None else 0
+    return sum(recording.nbytes for recording in base.recordings.values())

@@ -1,6 +1,6 @@
 """What sparse edits must hold, as questions with a figure, a limit and an answer.
 
-A check is answered from the records alone; without pairs it is about, the answer is ``None``.
+A requirement is answered from the records alone; without pairs it is about, the answer is ``None``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LARGE_MASK = 0.5
 
 
 @dataclass(frozen=True)
-class Check:
+class Requirement:
     """One question.
 
     Attributes:
@@ -50,8 +50,8 @@ class Check:
         return asdict(self)
 
 
-def all_checks(records: Records) -> list[Check]:
-    """Every check of the records of pairs that were run."""
+def requirements(records: Records) -> list[Requirement]:
+    """Every requirement, answered from the records of pairs that were run."""
     swaps = [record for record in records if record["pair"].get("kind") == "object"]
     return [
         _directional(records),
@@ -70,33 +70,33 @@ _SOURCES = (
 )
 
 
-def _directional(records: Records) -> Check:
+def _directional(records: Records) -> Requirement:
     question = "sparse edits follow the caption: mean directional similarity over that of dense regeneration"
     sparse, dense = _means(records, "directional_similarity")
     if sparse is None or dense is None:
-        return Check(question, f">= {DIRECTIONAL_SHARE}", None, None, len(records))
+        return Requirement(question, f">= {DIRECTIONAL_SHARE}", None, None, len(records))
     ratio = sparse / dense if dense else None
     passed = sparse >= DIRECTIONAL_SHARE * dense
     detail = f"{sparse:.4f} and {dense:.4f}; {_paired(records, 'directional_similarity')}"
-    return Check(question, f">= {DIRECTIONAL_SHARE}", ratio, passed, len(records), detail)
+    return Requirement(question, f">= {DIRECTIONAL_SHARE}", ratio, passed, len(records), detail)
 
 
-def _image_similarity(records: Records) -> Check:
+def _image_similarity(records: Records) -> Requirement:
     question = "sparse edits stay closer to the base: mean image similarity less that of dense regeneration"
     sparse, dense = _means(records, "image_similarity")
     if sparse is None or dense is None:
-        return Check(question, "> 0", None, None, len(records))
+        return Requirement(question, "> 0", None, None, len(records))
     detail = f"{sparse:.4f} and {dense:.4f}; {_paired(records, 'image_similarity')}"
-    return Check(question, "> 0", sparse - dense, sparse > dense, len(records), detail)
+    return Requirement(question, "> 0", sparse - dense, sparse > dense, len(records), detail)
 
 
-def _psnr(records: Records) -> Check:
+def _psnr(records: Records) -> Requirement:
     found = _values(records, "psnr_outside_mask")
     detail = ""
     if found:
         below = sum(value < PSNR_OUTSIDE for value in found)
         detail = f"median {statistics.median(found):.1f}, smallest {min(found):.1f}, {below} of {len(found)} below"
-    return _mean_check(
+    return _mean_requirement(
         "outside the mask the decoded picture is the base's: mean PSNR in dB",
         f">= {PSNR_OUTSIDE:g}",
         found,
@@ -105,9 +105,9 @@ def _psnr(records: Records) -> Check:
     )
 
 
-def _area(records: Records, source: str, words: str) -> Check:
+def _area(records: Records, source: str, words: str) -> Requirement:
     found = _values(_with_source(records, source), "mask_over_objects")
-    return _mean_check(
+    return _mean_requirement(
         f"swapped objects: median mask area over the area of both objects ({words})",
         f"<= {AREA_RATIO:g}",
         found,
@@ -117,13 +117,13 @@ def _area(records: Records, source: str, words: str) -> Check:
     )
 
 
-def _recall(records: Records, source: str, words: str) -> Check:
+def _recall(records: Records, source: str, words: str) -> Requirement:
     found = _values(_with_source(records, source), "mask_recall")
     detail = ""
     if found:
         below = sum(value < RECALL for value in found)
         detail = f"median {statistics.median(found):.3f}, {below} of {len(found)} below"
-    return _mean_check(
+    return _mean_requirement(
         f"swapped objects: mean share of them that the mask covers ({words})",
         f">= {RECALL:g}",
         found,
@@ -132,11 +132,11 @@ def _recall(records: Records, source: str, words: str) -> Check:
     )
 
 
-def _dense_calls(records: Records) -> Check:
+def _dense_calls(records: Records) -> Requirement:
     found = _values(records, "dense_calls")
     above = [record for record in records if (_value(record, "dense_calls") or 0) > DENSE_CALLS]
     detail = f"{len(above)} of {len(found)} edits made more, {sum(r['everywhere'] for r in above)} taken for scene-wide"
-    return _mean_check(
+    return _mean_requirement(
         "local edits: most dense calls of one",
         f"<= {DENSE_CALLS}",
         found,
@@ -146,14 +146,14 @@ def _dense_calls(records: Records) -> Check:
     )
 
 
-def _scene_wide(records: Records) -> Check:
+def _scene_wide(records: Records) -> Requirement:
     found = _values(records, "mask_area")
     detail = ""
     if found:
         everywhere = sum(bool(record["everywhere"]) for record in records)
         small = [record["line"] for record in records if (_value(record, "mask_area") or 0.0) < LARGE_MASK]
         detail = f"{everywhere} of {len(found)} run densely; smaller masks in lines {small or 'none'}"
-    return _mean_check(
+    return _mean_requirement(
         "scene-wide edits: smallest mask",
         f">= {LARGE_MASK:.0%}",
         found,
@@ -163,18 +163,18 @@ def _scene_wide(records: Records) -> Check:
     )
 
 
-def _mean_check(
+def _mean_requirement(
     question: str,
     limit: str,
     found: list[float],
     holds: Callable[[float], bool],
     detail: str = "",
     figure: Callable[[list[float]], float] = statistics.fmean,
-) -> Check:
+) -> Requirement:
     if not found:
-        return Check(question, limit, None, None, 0, detail)
+        return Requirement(question, limit, None, None, 0, detail)
     value = float(figure(found))
-    return Check(question, limit, value, holds(value), len(found), detail)
+    return Requirement(question, limit, value, holds(value), len(found), detail)
 
 
 def _means(records: Records, metric: str) -> tuple[float | None, float | None]:
