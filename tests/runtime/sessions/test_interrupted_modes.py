@@ -20,14 +20,15 @@ import pytest
 import torch
 from torch import nn
 
-from fisedit_compiler import Recording, SparseModule, SparsifyConfig, dynamo, module, sparsify
+from fisedit_compiler import Recording, SparseModule, SparsifyConfig, module, sparsify
+from fisedit_compiler.dynamo import backend
 from fisedit_compiler.errors import FiseditError
 from fisedit_compiler.runtime.sessions import modes, scopes
 
 SAMPLE = torch.linspace(-1, 1, 2 * 3 * 8 * 8).view(2, 3, 8, 8)
 MASK = torch.zeros(8, 8, dtype=torch.bool)
 MASK[2:5, 3:6] = True
-FILES = frozenset({scopes.__file__, modes.__file__, module.__file__, dynamo.__file__, contextlib.__file__, __file__})
+FILES = frozenset({scopes.__file__, modes.__file__, module.__file__, backend.__file__, contextlib.__file__, __file__})
 """Where interrupts strike."""
 
 HANDLING = frozenset(dis.opmap[name] for name in ("PUSH_EXC_INFO", "POP_EXCEPT", "RERAISE") if name in dis.opmap)
