@@ -133,13 +133,13 @@ class Parts:
         return len(self._compiled) == len(self._given)
 
     def prepare(self, shows_progress: bool) -> None:
-        """Compile what is not yet, and put every part in its place.
+        """Compile what is not yet, and put it in its place.
 
         Raises:
             ModeError: someone else replaced a module meanwhile.
             CaptureError: a module cannot be captured.
         """
-        for part, compiled in self._compiled.items():
+        for part, compiled in list(self._compiled.items()):  # a copy: another thread may be compiling
             if part.find(self.pipe) is not compiled:
                 place = f"pipe.{part.name}"
                 kept = "editor.compiled" if part.name == UNET else "what was there"
@@ -149,8 +149,6 @@ class Parts:
                 )
         if not self.are_compiled:
             self._compile(shows_progress)
-        for part, compiled in self._compiled.items():
-            part.put(self.pipe, compiled)
 
     @one_at_a_time
     def _compile(self, shows_progress: bool) -> None:
@@ -158,7 +156,9 @@ class Parts:
         with shown(shows_progress):
             for part, module in self._given.items():
                 if part not in self._compiled:
-                    self._compiled[part] = part.compiled(module, self.config)
+                    compiled = part.compiled(module, self.config)
+                    part.put(self.pipe, compiled)
+                    self._compiled[part] = compiled
 
     def restore(self) -> None:
         """Put the modules the pipeline was given with back, where nobody else put another."""

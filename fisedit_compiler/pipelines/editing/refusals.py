@@ -148,7 +148,11 @@ def check_negative_prompts(pipe: Any, prompts: Sequence[str | None]) -> None:
         PromptError: some edits have none, and the pipeline gives the UNet zeros for that, all edits or no edit.
     """
     missing = [number for number, prompt in enumerate(prompts) if prompt is None]
-    if missing and len(missing) < len(prompts) and getattr(pipe.config, "force_zeros_for_empty_prompt", False):
+    if (
+        missing
+        and len(missing) < len(prompts)
+        and getattr(getattr(pipe, "config", None), "force_zeros_for_empty_prompt", False)
+    ):
         raise PromptError(
             f"edit {missing[0] + 1} of {len(prompts)} has no negative prompt and others have one: "
             f"{type(pipe).__name__} takes zeros in its place for all pictures of a run or for none "

@@ -44,7 +44,7 @@ class EditSession:
         recording: the base run.
         copies: how many edits are made at once; a call has so many times the recorded batch.
         call: calls made so far.
-        edited: the masks, or ``None`` while calls run densely.
+        edit_masks: the masks of all edits, or ``None`` while calls run densely.
         fallback: why calls with the mask run densely, as a sentence; ``None`` if they run sparsely.
         timings: kind and wall seconds of every call (on CUDA: of its launch).
         computed_samples: how many samples of the batch every call computed: fewer than the batch where a dense call
@@ -70,7 +70,7 @@ class EditSession:
         self.recording, self.config, self.copies, self.programs = recording, config, copies, programs
         self._explain = explain
         self.call = 0
-        self.edited: EditMasks | None = None
+        self.edit_masks: EditMasks | None = None
         self.plan: SitePlan | None = None
         self.fallback: str | None = None
         self._recorder = EditRecorder(recording, copies, record)
@@ -92,12 +92,12 @@ class EditSession:
     @property
     def mask(self) -> Tensor | None:
         """bool ``[H, W]`` at the spatial input's resolution, of several masks their union; ``None`` without one."""
-        return None if self.edited is None else self.edited.sites
+        return None if self.edit_masks is None else self.edit_masks.sites
 
     @property
     def masks(self) -> Tensor | None:
         """bool ``[copies, H, W]`` if the copies have different masks, else ``None``."""
-        return None if self.edited is None else self.edited.each
+        return None if self.edit_masks is None else self.edit_masks.each
 
     @property
     def result(self) -> Recording | None:
@@ -123,7 +123,7 @@ class EditSession:
             MaskError: its size, dtype or contents do not fit the recording, or their number does not.
         """
         size = (self.recording.height, self.recording.width)
-        edited = self.edited = EditMasks.of(mask, self.copies, *size, self.config.dilation)
+        edited = self.edit_masks = EditMasks.of(mask, self.copies, *size, self.config.dilation)
         self._agreement.set_masks(edited.each_grown)
         self.plan = self._turn = self._own_sites = None
         self._mask_set_at = len(self.timings)
@@ -201,7 +201,7 @@ class EditSession:
         """The median times of this session's calls by kind; of calls that need a mask, those with the last one."""
         recorded = self.recording.calls[0]
         size = (recorded.batch * self.copies, recorded.height, recorded.width)
-        area = 0.0 if self.edited is None else masks.area(self.edited.grown)
+        area = 0.0 if self.edit_masks is None else masks.area(self.edit_masks.grown)
         found = []
         for kind in ("dense", "sparse", "skipped"):
             timings = list(zip(self.timings, self.computed_samples, strict=True))
@@ -216,7 +216,7 @@ class EditSession:
         return tuple(found)
 
     def _run(self, call: Call, base: CallRecord) -> tuple[CallKind, Any]:
-        executable, edited = call.executable, self.edited
+        executable, edited = call.executable, self.edit_masks
         if edited is None:
             ran = self._dense.run(call, base, record=bool(self._recorder))
             self._computed, self._reused = ran.samples, ran.reused
@@ -259,7 +259,7 @@ class EditSession:
     def _own(self, executable: Executable, device: torch.device) -> OwnSites | None:
         """What each copy may change, if that differs."""
         samples = self.recording.calls[self.call].batch
-        edited, own = self.edited, self._own_sites
+        edited, own = self.edit_masks, self._own_sites
         if edited is not None and edited.differ and (own is None or own.samples != samples):
             self._own_sites = OwnSites(edited.each_grown, samples, executable.program, device)
         return self._own_sites
