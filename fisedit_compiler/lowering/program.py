@@ -24,6 +24,7 @@ from fisedit_compiler.errors import ConfigError
 from fisedit_compiler.geometry.block_sizes import ConvLayer
 from fisedit_compiler.geometry.conv_tables import ConvKey
 from fisedit_compiler.graph import ir
+from fisedit_compiler.graph.inputs import TableInput, graph_inputs, key_of
 from fisedit_compiler.graph.signatures import CallSignature
 from fisedit_compiler.graph.specs import spec_of
 from fisedit_compiler.passes import rewrite
@@ -214,10 +215,10 @@ def _assemble(captured: CapturedGraph, program: Program, instruments: Instrument
     # The update graph only adds work on recorded values, so both hoist the same; should a slot's update ever need
     # more, it is in the update graph's bundles.
     known = {bundle.name: bundle for bundle in bundles} | {bundle.name: bundle for bundle in update_bundles}
-    tables = [node.meta["input"] for graph in (step, update) for node in graph.nodes if "input" in node.meta]
-    tables = [identity for identity in tables if identity[0] == "table"]
-    convs = frozenset(key for _, _, key in tables if isinstance(key, ConvKey))
-    levels = frozenset(key for _, _, key in tables if isinstance(key, Fraction))
+    inputs = [*graph_inputs(step), *graph_inputs(update)]
+    keys = [item.key for item in inputs if isinstance(item, TableInput)]
+    convs = frozenset(key for key in keys if isinstance(key, ConvKey))
+    levels = frozenset(key for key in keys if isinstance(key, Fraction))
     levels |= {level for key in convs for level in (key.source, key.target)} | {Fraction(1)}
     levels |= {level for update in updates if (level := program.slots[update.slot].layout.level) is not None}
     return CompiledProgram(
@@ -252,9 +253,9 @@ def _outputs(program: Program) -> tuple[OutputSpec, ...]:
 def _layers(graph: fx.Graph) -> tuple[ConvLayer, ...]:
     layers = []
     for node in ir.nodes_calling(graph, [torch.ops.fisedit.conv2d_sites.default]):
-        taps, weight = node.args[3], node.args[5]
-        assert isinstance(taps, fx.Node) and isinstance(weight, fx.Node)
-        key: ConvKey = taps.meta["input"][2]
+        weight = node.args[5]
+        assert isinstance(weight, fx.Node)
+        key: ConvKey = key_of(node.args[3])
         out_channels, inputs = (int(size) for size in spec_of(weight).shape)
         layers.append(ConvLayer(key, inputs // (key.kernel[0] * key.kernel[1]), out_channels))
     return tuple(layers)
