@@ -27,6 +27,7 @@ from fisedit_compiler.graph import ir
 from fisedit_compiler.graph.inputs import TableInput, graph_inputs, key_of
 from fisedit_compiler.graph.signatures import CallSignature
 from fisedit_compiler.graph.specs import spec_of
+from fisedit_compiler.lowering.lowered import Lowerable, lowered_graph
 from fisedit_compiler.passes import rewrite
 from fisedit_compiler.passes.base import Program, Slot
 from fisedit_compiler.passes.instruments import Instruments, Observer, PassReport
@@ -96,11 +97,23 @@ class CompiledProgram:
     operations: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     from_cache: bool = False
+    _lowered: dict[str, fx.Graph] = field(default_factory=dict, repr=False)
 
     @property
     def spatial(self) -> tuple[str, ...]:
         """Placeholder names of the spatial inputs, the one that sets height and width first."""
         return self.signature.spatial_names
+
+    def lowered(self, name: Lowerable) -> fx.Graph:
+        """What Inductor gets of :attr:`step` or :attr:`update`; made on first use, which ``reports`` then tell."""
+        return made_once(self._lowered, name, lambda: self.make_lowered(name, Instruments()))
+
+    @one_at_a_time
+    def make_lowered(self, name: Lowerable, instruments: Instruments) -> fx.Graph:
+        """Make what :meth:`lowered` gives under the eyes of ``instruments``."""
+        graph = lowered_graph(name, getattr(self, name), [slot.name for slot in self.slots], instruments)
+        self.reports.extend(instruments.reports)
+        return graph
 
     @property
     def maps(self) -> MapGraphs:
@@ -203,13 +216,13 @@ def compile_captured(
 
 def _assemble(captured: CapturedGraph, program: Program, instruments: Instruments) -> CompiledProgram:
     spatial = captured.signature.spatial_names
-    with instruments.made("recording", captured.graph) as made:
+    with instruments.made("recording", captured.graph, "capture") as made:
         made.graph = recording = recording_graph(program)
-    with instruments.made("update", program.graph) as made:
+    with instruments.made("update", program.graph, "lower") as made:
         graph, updates = with_updates(program)
         update, update_bundles = hoist(graph, spatial)
         made.graph = update
-    with instruments.made("step", program.graph) as made:
+    with instruments.made("step", program.graph, "lower") as made:
         step, bundles = hoist(program.graph, spatial)
         made.graph = step
     # The update graph only adds work on recorded values, so both hoist the same; should a slot's update ever need

@@ -73,13 +73,13 @@ def map_graphs(captured: CapturedGraph, recording: fx.Graph, instruments: Instru
     nodes, refusals, tokens = cross_attentions(captured.graph)
     slots = _slots(nodes)
     origins = [slot.origin for slot in slots]
-    with instruments.made("recording_maps", recording) as made:
+    with instruments.made("recording_maps", recording, "recording") as made:
         made.graph = with_maps = copy_graph(recording)
         _record(with_maps, _same(with_maps, origins))
-    with instruments.made("reuse", captured.graph) as made:
+    with instruments.made("reuse", captured.graph, "capture") as made:
         made.graph = reuse = copy_graph(captured.graph)
         _reuse(reuse, _same(reuse, origins), slots, tokens)
-    with instruments.made("reuse_recording", with_maps) as made:
+    with instruments.made("reuse_recording", with_maps, "recording_maps") as made:
         made.graph = reuse_recording = copy_graph(with_maps)
         _reuse(reuse_recording, _same(reuse_recording, origins), slots, tokens)
     graphs = MapGraphs(slots, tokens, with_maps, reuse, reuse_recording, refusals)

@@ -127,7 +127,7 @@ class GraphPool:
         bundles: Sequence[HoistedNames],
         rows: Mapping[int, tuple[int, Fraction]] = MappingProxyType({}),
     ) -> None:
-        """``step`` is staged, see ``lowering/stage.py``.
+        """``step`` is lowered, see ``lowering/lowered.py``.
 
         ``slot_names`` gives the order of the table of addresses, ``bundles`` describes the groups of hoisted values in
         theirs. ``rows`` says which outputs are rows, by position: on which axis, and of which level's active sites.

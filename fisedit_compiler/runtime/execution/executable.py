@@ -24,7 +24,6 @@ from fisedit_compiler.geometry.block_sizes import BlockSizes
 from fisedit_compiler.geometry.site_plan import SitePlan
 from fisedit_compiler.graph.inputs import Input, Sources, graph_inputs, resolve
 from fisedit_compiler.lowering.program import CompiledProgram
-from fisedit_compiler.lowering.stage import stage
 from fisedit_compiler.passes.programs.hoist import Bundle
 from fisedit_compiler.recordings.slot_table import SlotTable
 from fisedit_compiler.runtime.execution.backend import ProgramBackend
@@ -229,7 +228,6 @@ class Executable:
     @one_at_a_time
     def _make_pool(self, update: bool) -> GraphPool:
         program = self.program
-        graph = stage(program.update if update else program.step, self.slot_names)
         bundles = [
             HoistedNames(bundle.values, bool(bundle.dependences & PER_CALL), not bundle.dependences)
             for bundle in program.bundles
@@ -241,7 +239,7 @@ class Executable:
                 level = levels[changed.slot]
                 if changed.kind != "whole" and level is not None:
                     rows[position] = (changed.dim, level)
-        return GraphPool(self._bind(graph), self.slot_names, bundles, rows)
+        return GraphPool(self._bind(program.lowered("update" if update else "step")), self.slot_names, bundles, rows)
 
     def _prepare(self, plan: SitePlan, update: bool = False, kept: int = 8) -> PreparedPlan:
         # Buckets are numbered by pool, so a plan is prepared for each by itself.
