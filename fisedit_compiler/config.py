@@ -39,8 +39,8 @@ class SparsifyConfig:
             level, or ``None`` for the size that a cost model chooses per level and mask, fitted to times measured on
             the device type (``geometry/block_costs.json``). Results are the same up to rounding.
         disabled_passes: names of rewrite passes to leave out; their operations then run densely.
-        extra_passes: your own rewrite passes (subclasses of :class:`fisedit_compiler.extend.Pass`), each of which says
-            what it comes ``after`` and ``before``.
+        extra_passes: your own rewrite passes (subclasses of :class:`fisedit_compiler.extend.Pass` or ``GraphPass``),
+            each of which says what it comes ``after`` and ``before``.
         check_inputs: compare the input outside the mask with the recorded one at every call and refuse a
             mismatch (another seed, scheduler or guidance scale). Switch off only for synthetic calls.
         skip_recorded: dense calls of an edit that has no mask yet take the recorded output of every sample whose inputs

@@ -1,7 +1,8 @@
 """Adding to the compiler from outside: passes, layout rules and rewrites of other packages' operations.
 
-A pass is a class (:class:`Pass`) given to ``SparsifyConfig(extra_passes=[...])``. Rules are for single operations and
-are registered once, by decorator, when the module that brings the operation is imported:
+A pass is a class given to ``SparsifyConfig(extra_passes=[...])``: :class:`Pass` rewrites one node at a time,
+:class:`GraphPass` goes through the graph as it likes. Rules are for single operations and are registered once, by
+decorator, when the module that brings the operation is imported:
 
     @layout_rule(torch.ops.mylib.window_sum.default)
     def windows_mix_sites(node, inferred):
@@ -31,11 +32,12 @@ from fisedit_compiler.graph.layout import Layout, opaque
 from fisedit_compiler.graph.layout_rules import LAYOUT_RULES, LayoutRule
 from fisedit_compiler.graph.specs import ValueSpec, has_spec, spec_of
 from fisedit_compiler.inspect.costs import COSTS, CostRule, elements
-from fisedit_compiler.passes.base import Pass, Program, Rewriter, Slot, slot_name
+from fisedit_compiler.passes.base import GraphPass, Pass, Program, Rewriter, Slot, slot_name
 from fisedit_compiler.passes.rewrites.extensions import RULES, RewriteRule
 from fisedit_compiler.passes.rewrites.rowwise import copy_on_rows
 
 __all__ = [
+    "GraphPass",
     "Layout",
     "Pass",
     "Program",

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from fisedit_compiler.graph import ir
+from fisedit_compiler.graph.inputs import input_of
 from fisedit_compiler.graph.layout import Layout
 from fisedit_compiler.graph.specs import ValueSpec
 
@@ -73,9 +74,9 @@ def describe_value(node: fx.Node) -> str:
 
 
 def format_input(node: fx.Node) -> str:
-    """Where a placeholder's value comes from: ``"call", "sample"``; the node's own name before lowering."""
-    identity = node.meta.get("input")
-    return repr(node.name) if identity is None else ", ".join(str(part) for part in identity)
+    """Where a placeholder's value comes from: ``call, sample``; the node's own name before lowering."""
+    item = input_of(node)
+    return repr(node.name) if item is None else str(item)
 
 
 def format_value(value: Any) -> str:

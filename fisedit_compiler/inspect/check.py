@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from fisedit_compiler.errors import LoweringError
+from fisedit_compiler.graph.inputs import HoistedInput, SlotInput, Sources, graph_inputs, resolve
 from fisedit_compiler.inspect.example_inputs import call_before, scalars_of
 from fisedit_compiler.inspect.judge import (
     Difference,
@@ -110,7 +111,7 @@ def check_subject(subject: Subject, hoisted: HoistCache) -> CheckReport:
         try:
             slots = _judge_slots(subject, judge, expected)
             values = _judge_hoisted(subject, judge, expected, hoisted)
-            arguments = [_argument(node, subject, slots, values) for node in _placeholders(program.step)]
+            arguments = resolve(graph_inputs(program.step), Sources(subject.edited, slots, values, plan))
             step = JudgedInterpreter(program.step, program, executable.module, judge, expected)
             found = list(step.run(*arguments))[: len(program.outputs)]
             _judge_outputs(program, judge, "output", found, outputs)
@@ -143,7 +144,7 @@ def _judge_slots(subject: Subject, judge: Judge, expected: Expectations) -> dict
     readers = origins_of_inputs(executable.program.step)
     right = {}
     for slot in executable.program.slots:
-        origin = readers.get(("slot", slot.name), slot.origin)
+        origin = readers.get(SlotInput(slot.name), slot.origin)
         wanted, value = expected.slots[slot.name], recorded.get(slot.name)
         layout = slot.layout if slot.kind == "dense" else None
         agrees = judge.close(origin, f"slot {slot.name}", value, wanted, layout)
@@ -164,10 +165,7 @@ def _judge_hoisted(subject: Subject, judge: Judge, expected: Expectations, hoist
     batch = subject.base[program.spatial[0]].shape[0]
     for bundle in program.bundles:
         interpreter = JudgedInterpreter(bundle.graph, program, executable.module, judge, expected)
-        arguments = [
-            batch if kind == "batch" else (right if kind == "hoisted" else subject.edited)[rest[0]]
-            for kind, *rest in (node.meta["input"] for node in _placeholders(bundle.graph))
-        ]
+        arguments = resolve(bundle.inputs, Sources(call=subject.edited, hoisted=right, batch=batch))
         right.update(zip(bundle.values, interpreter.run(*arguments), strict=True))
     before = call_before(program, subject.edited, torch.Generator().manual_seed(subject.options.seed + 1))
     cached: Mapping[str, Tensor] = {}
@@ -175,7 +173,7 @@ def _judge_hoisted(subject: Subject, judge: Judge, expected: Expectations, hoist
         cached = hoisted.evaluate(executable._bundle_modules(), tensors, batch, scalars_of(program, tensors))
     readers = origins_of_inputs(program.step)
     for name, value in right.items():
-        origin = readers.get(("hoisted", name))
+        origin = readers.get(HoistedInput(name))
         if origin is not None:
             what = f"hoisted {name}: the cached value is not that of these inputs and weights"
             judge.close(origin, what, cached.get(name), value)
@@ -227,7 +225,7 @@ def _judge_edited_slots(
     """What an edit that records itself leaves for an edit of the edit: every slot, as the pinned program has it."""
     readers = origins_of_inputs(program.step)
     for slot in program.slots:
-        origin = readers.get(("slot", slot.name), slot.origin)
+        origin = readers.get(SlotInput(slot.name), slot.origin)
         layout = slot.layout if slot.kind == "dense" else None
         what = f"slot {slot.name} after the edit"
         judge.close(origin, what, after.get(slot.name), expected.edited_slots[slot.name], layout)
@@ -255,15 +253,3 @@ def _hoisting_by(executable: Executable, hoisted: HoistCache) -> Iterator[None]:
         yield
     finally:
         executable.hoisted = own
-
-
-def _argument(node: fx.Node, subject: Subject, slots: Mapping[str, Tensor], hoisted: Mapping[str, Tensor]) -> Tensor:
-    kind, *rest = node.meta["input"]
-    if kind == "table":
-        table: Tensor = getattr(subject.plan, rest[0])[rest[1]]
-        return table
-    return {"call": subject.edited, "slot": slots, "hoisted": hoisted}[kind][rest[0]]
-
-
-def _placeholders(graph: fx.Graph) -> list[fx.Node]:
-    return [node for node in graph.nodes if node.op == "placeholder"]

@@ -26,6 +26,7 @@ from torch import fx
 from fisedit_compiler.errors import ConfigError
 from fisedit_compiler.geometry.site_plan import SitePlan
 from fisedit_compiler.graph import ir
+from fisedit_compiler.graph.inputs import Sources, TableInput, input_of
 from fisedit_compiler.graph.registered import rule_table
 from fisedit_compiler.graph.sizes import BATCH, HEIGHT, TEXT, WIDTH, row_symbol
 from fisedit_compiler.graph.specs import ValueSpec, has_spec, spec_of
@@ -263,8 +264,8 @@ def _spec(node: fx.Node, known: Specs) -> Any:
 
 def _table_spec(node: fx.Node, spec: Any) -> Any:
     """The spec of a ring or table of taps, whose sizes differ from one to the next, by the symbol of its entries."""
-    kind, *rest = node.meta.get("input", ("",))
-    if kind == "table" and rest[0] in ("ring", "taps"):
+    item = input_of(node)
+    if isinstance(item, TableInput) and item.table in ("ring", "taps"):
         return ValueSpec((_entries(node.name),), spec.dtype)
     return spec
 
@@ -316,9 +317,9 @@ def plan_sizes(step: fx.Graph, plan: SitePlan) -> dict[sympy.Symbol, int]:
         values[symbol] = rows
         values[_in_blocks(symbol)] = rows if size == 1 else plan.block_count(level, size) * size**2
     for node in step.nodes:
-        kind, *rest = node.meta.get("input", ("",)) if node.op == "placeholder" else ("",)
-        if kind == "table" and rest[0] in ("ring", "taps"):
-            values[_entries(node.name)] = getattr(plan, rest[0])[rest[1]].numel()
+        item = input_of(node)
+        if isinstance(item, TableInput) and item.table in ("ring", "taps"):
+            values[_entries(node.name)] = item.of(Sources(plan=plan)).numel()
     return values
 
 

@@ -16,6 +16,7 @@ from torch import fx
 from fisedit_compiler.errors import MaskError, PlanError
 from fisedit_compiler.geometry.site_plan import SitePlan
 from fisedit_compiler.graph import ir
+from fisedit_compiler.graph.inputs import slot_of
 from fisedit_compiler.graph.specs import spec_of
 from fisedit_compiler.inspect import costs
 from fisedit_compiler.inspect.costs import Cost, Values
@@ -220,8 +221,8 @@ def _levels(executable: Executable, plan: SitePlan, setting: Setting) -> tuple[L
 
 
 def _slots(program: CompiledProgram, values: Values) -> tuple[SlotBytes, ...]:
-    loaded = [node for node in program.update.nodes if node.op == "placeholder" and node.meta["input"][0] == "slot"]
-    nbytes = {node.meta["input"][1]: costs.nbytes(spec_of(node)) for node in loaded}
+    loaded = [node for node in program.update.nodes if slot_of(node)]
+    nbytes = {slot_of(node): costs.nbytes(spec_of(node)) for node in loaded}
     kinds: dict[str, list[Slot]] = {}
     for slot in program.slots:
         kinds.setdefault(slot.kind, []).append(slot)

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from fisedit_compiler.geometry.site_plan import SitePlan
 from fisedit_compiler.graph import ir
+from fisedit_compiler.graph.inputs import Input, graph_inputs
 from fisedit_compiler.graph.layout import Layout
 from fisedit_compiler.inspect.pinned import (
     PinnedValue,
@@ -298,7 +299,8 @@ def origin_of(node: fx.Node) -> str:
     return str(names[0]) if names else node.name
 
 
-def origins_of_inputs(graph: fx.Graph) -> Mapping[tuple[Any, ...], str]:
+def origins_of_inputs(graph: fx.Graph) -> Mapping[Input, str]:
     """For every input of a step graph, the captured node that reads it first."""
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    return {node.meta["input"]: next((origin_of(user) for user in node.users), node.name) for node in inputs}
+    first = (next((origin_of(user) for user in node.users), node.name) for node in inputs)
+    return dict(zip(graph_inputs(graph), first, strict=True))

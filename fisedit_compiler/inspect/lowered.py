@@ -14,6 +14,7 @@ from typing import Any
 from torch import fx
 
 from fisedit_compiler.inspect.judge import Judge, origin_of
+from fisedit_compiler.lowering.cut_products import cut_products
 from fisedit_compiler.lowering.errors import first_failing, frontier, prefix_of
 from fisedit_compiler.lowering.inductor import compile_step
 
@@ -44,6 +45,8 @@ def judge_lowered_nodes(step: fx.GraphModule, arguments: Sequence[Any], judge: J
 def _differing(prefix: fx.GraphModule, arguments: Sequence[Any], judge: Judge) -> list[tuple[float, float, int]]:
     """Error, what is allowed, and number of each value of a prefix that differs when it is compiled."""
     expected = prefix(*arguments)
+    cut_products(prefix.graph)
+    prefix.recompile()
     actual = compile_step(prefix)(*arguments)
     found = []
     for number, (value, right) in enumerate(zip(actual, expected, strict=True)):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fisedit_compiler.geometry.site_plan import SitePlan
+from fisedit_compiler.graph.inputs import key_of
 from fisedit_compiler.graph.layout import SITES, Layout
 from fisedit_compiler.lowering.program import CompiledProgram
 
@@ -127,7 +128,7 @@ def swallowing_convolutions(program: CompiledProgram) -> set[str]:
     """Origins of the sparse convolutions that read a coarse map through an upsampling in front of them."""
     found = set()
     for node in program.step.nodes:
-        if node.target is torch.ops.fisedit.conv2d_sites.default and node.args[3].meta["input"][2].upsample > 1:
+        if node.target is torch.ops.fisedit.conv2d_sites.default and key_of(node.args[3]).upsample > 1:
             found.update(node.meta.get("stands_for", ())[:1])
     return found
 

@@ -29,12 +29,15 @@ class Stage:
     """A graph as one pass left it.
 
     Attributes:
-        name: the pass; ``capture``, ``lower``, ``recording``, ``update`` and ``step`` are the compiler's own stages,
-            and so are ``recording_maps``, ``reuse`` and ``reuse_recording`` once cross-attention maps were asked for.
+        name: the pass; ``capture``, ``lower``, ``recording``, ``update`` and ``step`` are the compiler's own stages.
+            What torch.compile gets of the last two on a GPU are ``step_staged`` and then ``step_cut``, likewise of
+            ``update``. ``recording_maps``, ``reuse`` and ``reuse_recording`` are there once cross-attention maps were
+            asked for.
         seconds: what the pass took.
         removed: call nodes it removed, by operation.
         added: call nodes it added, by operation.
         graph: a copy.
+        source: the stage that it was made from.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Stage:
     removed: dict[str, int]
     added: dict[str, int]
     graph: fx.Graph
+    source: str = ""
 
     @cached_property
     def lines(self) -> list[str]:
@@ -107,16 +111,16 @@ class Stages(Sequence[Stage]):
         return "\n".join(lines)
 
     def changes(self, key: int | str, context: int = 2) -> str:
-        """What a stage changed, as :meth:`diff` from the one before it; empty for the first."""
+        """What a stage changed, as :meth:`diff` from the one that it was made from; empty for the first."""
         stage = self[key]
-        position = self._stages.index(stage)
-        return "" if position == 0 else self.diff(position - 1, position, context)
+        return self.diff(stage.source, self._stages.index(stage), context) if stage.source else ""
 
     def to_dict(self) -> list[dict[str, Any]]:
-        """Name, milliseconds, number of nodes, removed and added operations of every stage."""
+        """Name, source, milliseconds, number of nodes, removed and added operations of every stage."""
         return [
             {
                 "name": stage.name,
+                "source": stage.source,
                 "ms": round(stage.seconds * 1e3, 3),
                 "nodes": len(stage.graph.nodes),
                 "removed": stage.removed,
@@ -149,18 +153,25 @@ class Stages(Sequence[Stage]):
 
 
 def stages_of(program: CompiledProgram) -> Stages:
-    """Compile a program's captured graph again, keeping a copy of the graph after every pass."""
+    """Compile a program's captured graph again, keeping a copy of the graph after every pass.
+
+    Lowering is done again, too, also where nothing runs lowered.
+    """
     from fisedit_compiler.graph.ir import copy_graph
+    from fisedit_compiler.lowering.lowered import LOWERABLE
     from fisedit_compiler.lowering.program import compile_captured
     from fisedit_compiler.passes import Instruments
 
     stages: list[Stage] = []
 
     def keep(report: PassReport, graph: fx.Graph) -> None:
-        stages.append(Stage(report.name, report.seconds, report.removed, report.added, copy_graph(graph)))
+        source = report.source or (stages[-1].name if stages else "")
+        stages.append(Stage(report.name, report.seconds, report.removed, report.added, copy_graph(graph), source))
 
     seconds = program.seconds.get("capture", 0.0)
     again = compile_captured(program.captured, program.config, keep, capture_seconds=seconds)
+    for name in LOWERABLE:
+        again.make_lowered(name, Instruments(keep))
     if program.has_maps:
         again.make_maps(Instruments(keep))
     return Stages(stages)

@@ -1,9 +1,9 @@
-"""How a staged step becomes GPU code: torch.compile, with Inductor taking the ``fisedit::`` ops apart that it can fuse.
+"""How a lowered step (``lowered.py``) becomes GPU code: torch.compile, with Inductor taking the ``fisedit::`` ops apart
+that it can fuse.
 
 Normalisation, gathers and scatters are pointwise or copies to it. A convolution is taken apart into a fused kernel that
 writes everything it reads side by side, and an op that chooses by its table between taps and patches when it runs: so
-one compilation serves every block size. Attention stays whole. Products of few rows are cut into parts
-(``lowering/cut_products.py``).
+one compilation serves every block size. Attention stays whole.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import torch
 from torch import fx
 
 from fisedit_compiler.kernels.registry import registered_ops
-from fisedit_compiler.lowering.cut_products import cut_products
 
 _REFERENCES = ("conv2d_sites", "gather_sites", "scatter_sites", "group_norm_sites", "update_statistics")
 
@@ -25,13 +24,7 @@ _READ_ONCE = 2048
 
 
 def compile_step(step: fx.GraphModule) -> Callable[..., Any]:
-    """The step under torch.compile: one compilation for every mask, row counts symbolic.
-
-    Args:
-        step: the step; its products are cut in place.
-    """
-    cut_products(step.graph)
-    step.recompile()
+    """The step under torch.compile, as it is: one compilation for every mask, row counts symbolic."""
     return torch.compile(step, fullgraph=True, backend=_inductor)
 
 

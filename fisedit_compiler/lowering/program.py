@@ -25,8 +25,10 @@ from fisedit_compiler.errors import ConfigError
 from fisedit_compiler.geometry.block_sizes import ConvLayer
 from fisedit_compiler.geometry.conv_tables import ConvKey
 from fisedit_compiler.graph import ir
+from fisedit_compiler.graph.inputs import TableInput, graph_inputs, key_of
 from fisedit_compiler.graph.signatures import CallSignature
 from fisedit_compiler.graph.specs import spec_of
+from fisedit_compiler.lowering.lowered import Lowerable, lowered_graph
 from fisedit_compiler.passes import rewrite
 from fisedit_compiler.passes.base import Program, Slot
 from fisedit_compiler.passes.instruments import Instruments, Observer, PassReport
@@ -96,11 +98,23 @@ class CompiledProgram:
     operations: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     from_cache: bool = False
+    _lowered: dict[str, fx.Graph] = field(default_factory=dict, repr=False)
 
     @property
     def spatial(self) -> tuple[str, ...]:
         """Placeholder names of the spatial inputs, the one that sets height and width first."""
         return self.signature.spatial_names
+
+    def lowered(self, name: Lowerable) -> fx.Graph:
+        """What Inductor gets of :attr:`step` or :attr:`update`; made on first use, which ``reports`` then tell."""
+        return made_once(self._lowered, name, lambda: self.make_lowered(name, Instruments()))
+
+    @one_at_a_time
+    def make_lowered(self, name: Lowerable, instruments: Instruments) -> fx.Graph:
+        """Make what :meth:`lowered` gives under the eyes of ``instruments``."""
+        graph = lowered_graph(name, getattr(self, name), [slot.name for slot in self.slots], instruments)
+        self.reports.extend(instruments.reports)
+        return graph
 
     @property
     def maps(self) -> MapGraphs:
@@ -203,22 +217,22 @@ def compile_captured(
 
 def _assemble(captured: CapturedGraph, program: Program, instruments: Instruments) -> CompiledProgram:
     spatial = captured.signature.spatial_names
-    with instruments.made("recording", captured.graph) as made:
+    with instruments.made("recording", captured.graph, "capture") as made:
         made.graph = recording = recording_graph(program)
-    with instruments.made("update", program.graph) as made:
+    with instruments.made("update", program.graph, "lower") as made:
         graph, updates = with_updates(program)
         update, update_bundles = hoist(graph, spatial)
         made.graph = update
-    with instruments.made("step", program.graph) as made:
+    with instruments.made("step", program.graph, "lower") as made:
         step, bundles = hoist(program.graph, spatial)
         made.graph = step
     # The update graph only adds work on recorded values, so both hoist the same; should a slot's update ever need
     # more, it is in the update graph's bundles.
     known = {bundle.name: bundle for bundle in bundles} | {bundle.name: bundle for bundle in update_bundles}
-    tables = [node.meta["input"] for graph in (step, update) for node in graph.nodes if "input" in node.meta]
-    tables = [identity for identity in tables if identity[0] == "table"]
-    convs = frozenset(key for _, _, key in tables if isinstance(key, ConvKey))
-    levels = frozenset(key for _, _, key in tables if isinstance(key, Fraction))
+    inputs = [*graph_inputs(step), *graph_inputs(update)]
+    keys = [item.key for item in inputs if isinstance(item, TableInput)]
+    convs = frozenset(key for key in keys if isinstance(key, ConvKey))
+    levels = frozenset(key for key in keys if isinstance(key, Fraction))
     levels |= {level for key in convs for level in (key.source, key.target)} | {Fraction(1)}
     levels |= {level for update in updates if (level := program.slots[update.slot].layout.level) is not None}
     return CompiledProgram(
@@ -253,9 +267,9 @@ def _outputs(program: Program) -> tuple[OutputSpec, ...]:
 def _layers(graph: fx.Graph) -> tuple[ConvLayer, ...]:
     layers = []
     for node in ir.nodes_calling(graph, [torch.ops.fisedit.conv2d_sites.default]):
-        taps, weight = node.args[3], node.args[5]
-        assert isinstance(taps, fx.Node) and isinstance(weight, fx.Node)
-        key: ConvKey = taps.meta["input"][2]
+        weight = node.args[5]
+        assert isinstance(weight, fx.Node)
+        key: ConvKey = key_of(node.args[3])
         out_channels, inputs = (int(size) for size in spec_of(weight).shape)
         layers.append(ConvLayer(key, inputs // (key.kernel[0] * key.kernel[1]), out_channels))
     return tuple(layers)

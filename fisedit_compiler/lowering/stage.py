@@ -6,19 +6,27 @@ Before: ``attention_sites(q, k, v, slot_key, slot_value, active, scale, inverse)
 After:  ``attention_addressed(q, k, v, slot_key, slot_value, active, inverse, addresses, i, j, scale)``
 
 A CUDA graph needs its inputs at fixed addresses. Of a recorded canvas a convolution reads only the ring, so only the
-ring is brought there; keys and values are read where they are. The new placeholders carry ``meta["input"] =
-("ring_rows", slot, key)``, ``("iota", key)`` and ``("addresses",)``; those that are only looked up by address
-``("addressed", slot)``.
+ring is brought there; keys and values are read where they are. The new placeholders stand for ring rows, for their
+numbers and for the table of addresses; those that are only looked up by address say so (``graph/inputs.py``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import fx
 
+from fisedit_compiler.graph.inputs import (
+    AddressedInput,
+    AddressInput,
+    Input,
+    IotaInput,
+    RingRowsInput,
+    key_of,
+    placeholder,
+    slot_of,
+)
 from fisedit_compiler.graph.ir import copy_graph
 
 CONVOLUTION = torch.ops.fisedit.conv2d_sites.default
@@ -30,16 +38,16 @@ def stage(step: fx.Graph, slots: Sequence[str]) -> fx.Graph:
     """A copy of a hoisted step graph, staged.
 
     Args:
-        step: the step graph; its placeholders carry ``meta["input"]``.
+        step: the step graph; it stays as it is.
         slots: all slot names; a slot's place here is its entry in the table of addresses.
     """
     graph = copy_graph(step)
-    made: dict[tuple[Any, ...], fx.Node] = {}
+    made: dict[Input, fx.Node] = {}
     for node in list(graph.nodes):
         if node.target is CONVOLUTION:
-            _stage_ring(node, graph, made)
+            _stage_ring(node, made)
         elif node.target is ATTENTION:
-            _stage_canvases(node, graph, made, slots)
+            _stage_canvases(node, made, slots)
     for node in reversed(list(graph.nodes)):
         if node.op == "placeholder" and not node.users:
             graph.erase_node(node)
@@ -47,39 +55,37 @@ def stage(step: fx.Graph, slots: Sequence[str]) -> fx.Graph:
     return graph
 
 
-def _stage_ring(node: fx.Node, graph: fx.Graph, made: dict[tuple[Any, ...], fx.Node]) -> None:
+def _stage_ring(node: fx.Node, made: dict[Input, fx.Node]) -> None:
     canvas, ring = node.args[1], node.args[2]
     assert isinstance(canvas, fx.Node) and isinstance(ring, fx.Node)
     if canvas.op != "placeholder" or ring.op != "placeholder":
         return
-    slot, key = canvas.meta["input"][1], ring.meta["input"][2]
-    staged = _placeholder(graph, made, ("ring_rows", slot, key), f"ring_of_{canvas.name}", canvas)
-    iota = _placeholder(graph, made, ("iota", key), f"iota_{ring.name}", ring)
+    key = key_of(ring)
+    staged = _beside(canvas, made, RingRowsInput(slot_of(canvas), key), f"ring_of_{canvas.name}")
+    iota = _beside(ring, made, IotaInput(key), f"iota_{ring.name}")
     node.args = (node.args[0], staged, iota, *node.args[3:])
 
 
-def _stage_canvases(node: fx.Node, graph: fx.Graph, made: dict[tuple[Any, ...], fx.Node], slots: Sequence[str]) -> None:
+def _stage_canvases(node: fx.Node, made: dict[Input, fx.Node], slots: Sequence[str]) -> None:
     query, key, value, key_canvas, value_canvas, active, scale, inverse = (*node.args, None, None)[:8]
     if not all(isinstance(canvas, fx.Node) and canvas.op == "placeholder" for canvas in (key_canvas, value_canvas)):
         return
     assert isinstance(key_canvas, fx.Node) and isinstance(value_canvas, fx.Node)
-    names = [canvas.meta["input"][1] for canvas in (key_canvas, value_canvas)]
+    names = [slot_of(canvas) for canvas in (key_canvas, value_canvas)]
     canvases = [
-        _placeholder(graph, made, ("addressed", name), f"at_{canvas.name}", canvas)
+        _beside(canvas, made, AddressedInput(name), f"at_{canvas.name}")
         for name, canvas in zip(names, (key_canvas, value_canvas), strict=True)
     ]
-    addresses = _placeholder(graph, made, ("addresses",), "addresses", key_canvas)
+    addresses = _beside(key_canvas, made, AddressInput(), "addresses")
     entries = [list(slots).index(name) for name in names]
     node.target = ADDRESSED
     node.args = (query, key, value, *canvases, active, inverse, addresses, *entries, scale)
     node.kwargs = {}
 
 
-def _placeholder(
-    graph: fx.Graph, made: dict[tuple[Any, ...], fx.Node], identity: tuple[Any, ...], name: str, beside: fx.Node
-) -> fx.Node:
-    if identity not in made:
-        with graph.inserting_after(beside):
-            made[identity] = graph.placeholder(name)
-        made[identity].meta["input"] = identity
-    return made[identity]
+def _beside(node: fx.Node, made: dict[Input, fx.Node], item: Input, name: str) -> fx.Node:
+    """The placeholder of an input; made right behind another one, unless it is there already."""
+    if item not in made:
+        with node.graph.inserting_after(node):
+            made[item] = placeholder(node.graph, name, item)
+    return made[item]

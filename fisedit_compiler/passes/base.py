@@ -25,6 +25,9 @@ from fisedit_compiler.graph.layout import Layout, packed_spec
 from fisedit_compiler.graph.sizes import HEIGHT, WIDTH, SizeBuilder, row_symbol
 from fisedit_compiler.graph.specs import ValueSpec, spec_of
 
+EVERY_OTHER = "*"
+"""In ``after`` or ``before`` of a pass of the package: all others of the package."""
+
 SlotKind = Literal["canvas", "dense", "statistics", "site_sums", "map"]
 
 
@@ -78,28 +81,42 @@ class Program:
         return [nodes[name] for name in self.captured.signature.spatial_names]
 
 
-class Pass(ABC):
-    """A rewrite. ``name`` is what users disable; ``targets`` are the operations it looks for.
+class GraphPass(ABC):
+    """A pass that goes through the graph as it likes. ``name`` is what users disable.
 
-    ``after`` and ``before`` name passes that a user's own pass comes after and before (``passes/order.py``).
+    ``after`` and ``before`` name the passes that it comes after and before (``passes/order.py``).
     """
 
     name: ClassVar[str]
-    targets: ClassVar[frozenset[Any]] = frozenset()
     after: ClassVar[tuple[str, ...]] = ()
     before: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def run(self, program: Program) -> None:
+        """Rewrite ``program.graph`` in place."""
+
+
+class Pass(GraphPass):
+    """A rewrite of one node at a time. ``targets`` are the operations it looks for."""
+
+    targets: ClassVar[frozenset[Any]] = frozenset()
+
+    @classmethod
+    def looks_for(cls, target: Any) -> bool:
+        """Whether calls of an operation are this pass's business."""
+        return target in cls.targets
 
     def run(self, program: Program) -> None:
         rewriter = Rewriter(program)
         for node in list(program.graph.nodes):
-            if node.op == "call_function" and node.target in self.targets and self.wants(node):
+            if node.op == "call_function" and self.looks_for(node.target) and self.wants(node):
                 reason = self.rewrite(node, rewriter)
                 if reason:
                     node.meta["refused"] = f"{self.name}: {reason}"
         program.graph.eliminate_dead_code()
 
     def wants(self, node: fx.Node) -> bool:
-        """Whether a node of a target operation is this pass's business: its output is spatial and varies."""
+        """Whether this call of such an operation is: its output is spatial and varies."""
         layout = node.meta.get("layout")
         return isinstance(layout, Layout) and layout.is_rows and bool(node.meta.get("varies"))
 

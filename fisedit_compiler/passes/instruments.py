@@ -24,12 +24,16 @@ logger = logging.getLogger("fisedit_compiler.passes")
 
 @dataclass(frozen=True)
 class PassReport:
-    """What one pass did: its duration and how many call nodes of each operation it removed and added."""
+    """What one pass did: its duration and how many call nodes of each operation it removed and added.
+
+    ``source`` is the stage whose graph it was given, if that is not the one before.
+    """
 
     name: str
     seconds: float
     removed: dict[str, int] = field(default_factory=dict)
     added: dict[str, int] = field(default_factory=dict)
+    source: str = ""
 
     def __str__(self) -> str:
         changes = [f"-{count} {name}" for name, count in self.removed.items()]
@@ -67,13 +71,14 @@ class Instruments:
         self.report(PassReport(name, seconds, dict(before - after), dict(after - before)), graph)
 
     @contextmanager
-    def made(self, name: str, source: fx.Graph) -> Iterator[Made]:
-        """Around making a graph from ``source``."""
+    def made(self, name: str, source: fx.Graph, source_name: str) -> Iterator[Made]:
+        """Around making a graph from ``source``, which is that of the stage ``source_name``."""
         result, start = Made(), time.perf_counter()
         yield result
         seconds = time.perf_counter() - start
         before, after = operations(source), operations(result.graph)
-        self.report(PassReport(name, seconds, dict(before - after), dict(after - before)), result.graph)
+        report = PassReport(name, seconds, dict(before - after), dict(after - before), source_name)
+        self.report(report, result.graph)
 
     def report(self, report: PassReport, graph: fx.Graph) -> None:
         """Write down what a pass did."""

@@ -1,7 +1,7 @@
 """The loop that runs the rewrite passes.
 
-A pass is one file; adding one means adding it to ``order.py``. Timing, logging, verification and counting happen around
-passes here and in ``instruments.py``, never inside them.
+A pass is one file; adding one means registering it in ``order.py``. Timing, logging, verification and counting happen
+around passes here and in ``instruments.py``, never inside them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fisedit_compiler.graph import ir
 from fisedit_compiler.graph.ir import copy_graph
 from fisedit_compiler.graph.layout import Layout
 from fisedit_compiler.graph.layout_rules import LayoutRules
-from fisedit_compiler.passes.base import Program
+from fisedit_compiler.passes.base import Pass, Program
 from fisedit_compiler.passes.instruments import Instruments
 from fisedit_compiler.passes.order import REWRITES, ordered
 from fisedit_compiler.passes.programs.lower import lower
@@ -64,14 +64,15 @@ def mark_varying(captured: CapturedGraph) -> None:
 
 def record_refusals(program: Program) -> None:
     """Give every spatial operation that stays dense its reason."""
+    known = [p for p in (*REWRITES, *program.config.extra_passes) if issubclass(p, Pass)]
+    disabled_passes = [p for p in known if p.name in program.config.disabled_passes]
     for node in program.graph.nodes:
         if node.op != "call_function" or node.target in ir.MARKERS or not node.meta.get("varies"):
             continue
         if "layout" not in node.meta:
             continue  # already on rows
         if any(_is_spatial(value) for value in (node, *node.all_input_nodes)):
-            known = (*REWRITES, *program.config.extra_passes)
-            disabled = [p.name for p in known if p.name in program.config.disabled_passes and node.target in p.targets]
+            disabled = [p.name for p in disabled_passes if p.looks_for(node.target)]
             default = f"pass {disabled[0]} is disabled" if disabled else f"no rule for {ir.target_name(node.target)}"
             layout = node.meta["layout"]
             if not disabled and isinstance(layout, Layout) and layout.reason:

@@ -7,12 +7,14 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 from fisedit_compiler import sparsify
 from fisedit_compiler.errors import ConfigError
 from fisedit_compiler.graph import ir
+from fisedit_compiler.graph.listing import listing
 from fisedit_compiler.inspect.stages import Stages
+from fisedit_compiler.lowering.inductor import compile_step
 from fisedit_compiler.passes import REWRITES
 from fisedit_compiler.passes.instruments import operations
 from tests.support.compiled_zoo import compiled_model
@@ -25,7 +27,8 @@ def stages() -> Stages:
 
 def test_there_is_a_stage_for_the_capture_for_every_pass_and_for_each_graph_that_runs(stages: Stages) -> None:
     passes = [rewrite.name for rewrite in REWRITES]
-    assert stages.names == ["capture", *passes, "lower", "recording", "update", "step"]
+    lowered = ["step_staged", "step_cut", "update_staged", "update_cut"]
+    assert stages.names == ["capture", *passes, "lower", "recording", "update", "step", *lowered]
     assert all(stage.seconds >= 0.0 for stage in stages)
     assert stages["capture"].seconds == compiled_model("sd15").programs[0].seconds["capture"] > 0.0
 
@@ -34,7 +37,27 @@ def test_they_are_what_was_compiled(stages: Stages) -> None:
     program, *_ = compiled_model("sd15").programs
     for name in ("recording", "update", "step"):
         assert [str(node) for node in stages[name].graph.nodes] == [str(n) for n in getattr(program, name).nodes]
-    assert [report.name for report in program.reports] == stages.names
+    compiled = stages.names[: stages.names.index("step") + 1]
+    assert [report.name for report in program.reports][: len(compiled)] == compiled
+
+
+@pytest.mark.parametrize("name", ["step", "update"])
+def test_what_torch_compile_gets_is_a_stage(name: str, stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, *_ = compiled_model("sd15").programs
+    given: list[fx.GraphModule] = []
+    monkeypatch.setattr(torch, "compile", lambda module, **_: given.append(module))
+    (executable,) = compiled_model("sd15")._programs.executables()
+    compile_step(executable._graph_pool(name == "update").step)
+    executable._drop_pools()
+    assert listing(given[0].graph) == stages[f"{name}_cut"].lines
+    assert given[0].graph is program.lowered(name)
+    assert [report.name for report in program.reports].count(f"{name}_cut") == 1, "lowered once"
+    assert (stages[f"{name}_staged"].source, stages[f"{name}_cut"].source) == (name, f"{name}_staged")
+    staged, cut = (operations(stages[f"{name}_{of}"].graph) for of in ("staged", "cut"))
+    assert staged["fisedit.attention_addressed"] == operations(stages[name].graph)["fisedit.attention_sites"] > 0
+    assert cut["linear"] == stages[f"{name}_cut"].added["linear"] == staged["aten.linear"] - cut["aten.linear"] > 0
+    assert "input(ring_rows, conv_in.input, " in str(stages[f"{name}_staged"])
+    assert "-conv2d_sites_default = fisedit.conv2d_sites(" in stages.changes(f"{name}_cut")
 
 
 def test_graphs_are_copies(stages: Stages) -> None:
@@ -86,11 +109,12 @@ def test_a_difference_shows_what_one_pass_did(stages: Stages) -> None:
     added = [line for line in text.splitlines() if line.startswith("+") and "aten.split_with_sizes" in line]
     assert removed and added
     assert stages.changes("capture") == "" == stages.diff("step", "step")
+    assert stages.changes("step") == stages.diff("lower", "step"), "not made from the update graph before it"
     assert stages.diff(0, 1) == stages.diff("capture", REWRITES[0].name)
 
 
 def test_by_name_by_position_and_sliced(stages: Stages) -> None:
-    assert stages["capture"] is stages[0] and stages["step"] is stages[-1]
+    assert stages["capture"] is stages[0] and stages["update_cut"] is stages[-1]
     assert stages[1:3].names == stages.names[1:3]
     with pytest.raises(KeyError, match=r"'conv' is no stage; the stages are .*convolution"):
         stages["conv"]
@@ -101,6 +125,7 @@ def test_the_table_and_the_dictionary(stages: Stages) -> None:
     assert all(name in text for name in stages.names) and "fisedit.conv2d_sites" in text
     rows = stages.to_dict()
     assert [row["name"] for row in rows] == stages.names
+    assert [row["source"] for row in rows][:3] == ["", "capture", "extensions"]
     assert rows[0]["nodes"] == len(stages["capture"].graph.nodes)
 
 
@@ -129,8 +154,6 @@ def test_an_argument_of_every_kind_is_written_as_code() -> None:
     x = graph.placeholder("x")
     graph.call_function(torch.ops.aten.to.dtype, (x, torch.float16))
     graph.call_function(torch.ops.aten.cat.default, ([x, x],), {"dim": 1})
-    from fisedit_compiler.graph.listing import listing
-
     assert listing(graph) == [
         "x = input('x')",
         "to_dtype = aten.to.dtype(x, float16)",

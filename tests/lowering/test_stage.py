@@ -6,9 +6,19 @@ import pytest
 import torch
 from torch import fx
 
+from fisedit_compiler.graph.inputs import (
+    AddressInput,
+    IotaInput,
+    RingRowsInput,
+    SlotInput,
+    graph_inputs,
+    input_of,
+    key_of,
+    slot_of,
+)
 from fisedit_compiler.lowering.stage import stage
 from tests.support.compiled_zoo import compiled_model, make_mask
-from tests.support.pass_tools import identities, zoo_step_call
+from tests.support.pass_tools import zoo_step_call
 
 CONVOLUTION = torch.ops.fisedit.conv2d_sites.default
 ADDRESSED = torch.ops.fisedit.attention_addressed.default
@@ -41,32 +51,30 @@ def test_results_are_the_same_bits(name: str, padding: bool) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_no_convolution_reads_a_recorded_canvas(name: str) -> None:
     step = step_of(name)
-    before = identities(step)
+    before = graph_inputs(step)
     graph = stage(step, slots_of(name))
-    assert identities(step) == before, "the graph that was given stays as it is"
+    assert graph_inputs(step) == before, "the graph that was given stays as it is"
     convolutions = [node for node in graph.nodes if node.target is CONVOLUTION]
     assert len(convolutions) == sum(node.target is CONVOLUTION for node in step.nodes) > 0
     for node in convolutions:
-        kind, _slot, key = node.args[1].meta["input"]
-        assert kind == "ring_rows"
-        assert node.args[2].meta["input"] == ("iota", key)
-        assert node.args[3].meta["input"][-1] == key, "taps and ring are of the same geometry"
-    after = identities(graph)
+        ring = input_of(node.args[1])
+        assert isinstance(ring, RingRowsInput)
+        assert input_of(node.args[2]) == IotaInput(ring.key)
+        assert key_of(node.args[3]) == ring.key, "taps and ring are of the same geometry"
+    after = graph_inputs(graph)
     assert len(set(after)) == len(after), "what two convolutions read is staged once"
-    canvases = {identity[1] for identity in after if identity[0] == "slot"}
+    canvases = {item.slot for item in after if isinstance(item, SlotInput)}
     others = {
-        node.meta["input"][1]
+        slot_of(node)
         for node in step.nodes
-        if node.op == "placeholder"
-        and node.meta["input"][0] == "slot"
-        and any(user.target not in (CONVOLUTION, ATTENTION) for user in node.users)
+        if slot_of(node) and any(user.target not in (CONVOLUTION, ATTENTION) for user in node.users)
     }
     attentions = [node for node in graph.nodes if node.target is ADDRESSED]
     assert len(attentions) == sum(node.target is ATTENTION for node in step.nodes)
     for node in attentions:
-        names = [canvas.meta["input"][1] for canvas in node.args[3:5]]
+        names = [input_of(canvas).slot for canvas in node.args[3:5]]
         assert [slots_of(name)[entry] for entry in node.args[8:10]] == names, "entries name the canvases"
-        assert node.args[7].meta["input"] == ("addresses",)
+        assert input_of(node.args[7]) == AddressInput()
     assert canvases == others, "canvases that only convolutions and attention read are not brought along"
     assert all(node.users for node in graph.nodes if node.op == "placeholder")
     graph.lint()

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from fisedit_compiler import SparsifyConfig
 from fisedit_compiler.errors import ConfigError, LayoutError, VerificationError
 from fisedit_compiler.extend import (
+    GraphPass,
     Layout,
     Pass,
     Program,
@@ -94,6 +95,14 @@ def test_a_rewrite_rule_puts_it_on_rows() -> None:
     assert_equals_oracle(compiled)
 
 
+@pytest.mark.parametrize(("name", "operation"), [("extensions", "fisedit_tests.halve"), ("pointwise", "aten.silu")])
+def test_a_disabled_pass_is_named_though_it_has_no_table_of_operations(name: str, operation: str) -> None:
+    rewrite_rule(OPERATION)(on_rows)
+    mixed = Forward(lambda self, x: torch.ops.fisedit_tests.halve(torch.nn.functional.silu(self.conv(x))))
+    mixed.conv = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1)
+    assert reasons(program_of(compile_small(mixed, disabled_passes={name}))) == {operation: f"pass {name} is disabled"}
+
+
 def test_a_rule_may_refuse_with_a_reason() -> None:
     rewrite_rule(OPERATION)(lambda node, rewriter: "not on a Tuesday")
     assert reasons(program_of(compile_small(module()))) == {"fisedit_tests.halve": "extensions: not on a Tuesday"}
@@ -147,7 +156,7 @@ def test_what_is_no_operation_is_refused(wrong: Any) -> None:
 # -- passes --------------------------------------------------------------------------------------------
 
 
-class CountSilus(Pass):
+class CountSilus(GraphPass):
     """Looks, changes nothing."""
 
     name = "count_silus"
@@ -158,11 +167,8 @@ class CountSilus(Pass):
     def run(self, program: Program) -> None:
         self.seen.append(sum(node.target is torch.ops.aten.silu.default for node in program.graph.nodes))
 
-    def rewrite(self, node: fx.Node, rewriter: Rewriter) -> str | None:
-        raise AssertionError
 
-
-def named(name: str, after: tuple[str, ...] = (), before: tuple[str, ...] = ()) -> type[Pass]:
+def named(name: str, after: tuple[str, ...] = (), before: tuple[str, ...] = ()) -> type[GraphPass]:
     return type(name, (CountSilus,), {"name": name, "after": after, "before": before})
 
 
@@ -198,6 +204,17 @@ def test_extra_passes_may_name_each_other() -> None:
     assert names[names.index("view") :][:3] == ["view", "first", "second"]
 
 
+def test_extra_passes_may_say_the_same_twice() -> None:
+    names = [p.name for p in ordered([named("second", ("first",)), named("first", (), ("second",))])]
+    assert names[-3:] == ["first", "second", "outputs"]
+
+
+def test_extra_passes_of_one_place_stand_as_they_are_given() -> None:
+    extra = [named("one", ("view",)), named("two", (), ("permute",)), named("three", ("view",))]
+    names = [p.name for p in ordered(extra)]
+    assert names[names.index("view") :][:5] == ["view", "one", "two", "three", "permute"]
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
@@ -209,6 +226,10 @@ def test_extra_passes_may_name_each_other() -> None:
         ([named("one", ("two",)), named("two", ("one",))], "wait for each other"),
         ([CountSilus()], "which is no subclass of fisedit_compiler.extend.Pass"),
         ([named("")], "has no `name`"),
+        ([type("Empty", (GraphPass,), {"name": "mine"})], r"Empty of extra_passes does nothing: define run\(\)"),
+        ([type("Empty", (Pass,), {"name": "mine"})], r"does nothing: define rewrite\(\)"),
+        ([type("Blind", (Pass,), {"name": "mine", "rewrite": on_rows})], "looks for no operation: name them in `tar"),
+        ([named("one", ("view",), ("two",)), named("two", (), ("convolution",))], "'one' .*, and 'two' .* cannot come"),
     ],
 )
 def test_orders_that_cannot_be(extra: list[Any], message: str) -> None:

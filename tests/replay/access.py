@@ -49,7 +49,9 @@ INPUT_KINDS: dict[str, str] = {"AddressInput": "addresses"}
 SLOT_INPUTS = frozenset({"slot", "addressed", "ring_rows"})
 """Kinds of input whose first value is the name of a slot."""
 
-STAGES_OF_LOWERING: frozenset[str] = frozenset({"staging", "stage", "cut_products"})
+STAGES_OF_LOWERING: frozenset[str] = frozenset(
+    f"{graph}_{stage}" for graph in ("step", "update") for stage in ("staged", "cut")
+)
 """Stages of ``compiled.stages()`` that :func:`lowered_graphs` writes already; earlier commits do not have them."""
 
 
@@ -125,6 +127,10 @@ def stage_graphs(compiled: Any, program: int) -> Iterator[NamedGraph]:
 def lowered_graphs(compiled: Any, program: int) -> Iterator[NamedGraph]:
     """The step, and the step that records, as ``torch.compile`` is given them on a GPU; nothing is compiled here."""
     made = programs_of(compiled)[program]
+    if hasattr(made, "lowered"):
+        yield from (NamedGraph(name, made.lowered(name), _hoisted(made)) for name in ("step", "update"))
+        return
+    # Earlier commits stage a graph for every executable, and cut it on the way to torch.compile.
     stage_step, compile_step = find("stage_step"), find("compile_step")
     for name in ("step", "update"):
         staged = stage_step(getattr(made, name), tuple(slot.name for slot in made.slots))

@@ -16,6 +16,7 @@ from fisedit_compiler.capture.captured import CapturedGraph
 from fisedit_compiler.capture.export import capture
 from fisedit_compiler.geometry.site_plan import SitePlan
 from fisedit_compiler.graph import ir
+from fisedit_compiler.graph.inputs import Sources, graph_inputs, resolve
 from fisedit_compiler.graph.ir import copy_graph
 from fisedit_compiler.graph.layout_rules import LayoutRules
 from fisedit_compiler.kernels.addresses import address_table
@@ -149,11 +150,6 @@ def captured_graph(module: nn.Module, multiple: int | None = 1) -> CapturedGraph
     return capture(module.eval(), inputs, signature, multiple)
 
 
-def identities(graph: fx.Graph) -> list[tuple[Any, ...]]:
-    """What every input of a step graph is, in order."""
-    return [node.meta["input"] for node in graph.nodes if node.op == "placeholder"]
-
-
 @dataclass(frozen=True)
 class StepCall:
     """One sparse call of a compiled module, whose step may be replaced by another graph of the same meaning."""
@@ -161,28 +157,16 @@ class StepCall:
     executable: Executable
     plan: SitePlan
     slots: Mapping[str, Tensor]
-    given: Mapping[str, Mapping[str, Tensor]]
+    call: Mapping[str, Tensor]
+    hoisted: Mapping[str, Tensor]
 
     def run(self, graph: fx.Graph) -> list[Tensor]:
         """Everything that a step graph, staged or not, returns for this call."""
-        arguments = [self._value(identity) for identity in identities(graph)]
+        addresses = address_table(list(self.slots.values()), torch.device("cpu"))
+        sources = Sources(self.call, self.slots, self.hoisted, self.plan, addresses=addresses)
+        arguments = resolve(graph_inputs(graph), sources)
         with torch.no_grad():
             return list(self.executable._bind(graph)(*arguments))
-
-    def _value(self, identity: tuple[Any, ...]) -> Tensor:
-        kind, *rest = identity
-        if kind == "ring_rows":
-            return self.slots[rest[0]].index_select(1, self.plan.ring[rest[1]])
-        if kind == "addressed":
-            return self.slots[rest[0]]
-        if kind == "addresses":
-            return address_table(list(self.slots.values()), torch.device("cpu"))
-        if kind == "iota":
-            return torch.arange(self.plan.ring[rest[0]].shape[0])
-        if kind in self.given:
-            return self.given[kind][rest[0]]
-        table: Tensor = getattr(self.plan, rest[0])[rest[1]]
-        return table
 
 
 def step_call(
@@ -217,7 +201,7 @@ def step_call(
         plan = plan.padded(rows, {key: bucket(table.shape[0]) for key, table in plan.ring.items()})
     slots = dict(base.recording.calls[0].slots)
     hoisted = executable.hoisted.evaluate(executable._bundle_modules(), call.tensors, len(base.output))
-    return StepCall(executable, plan, slots, {"call": dict(call.tensors), "slot": slots, "hoisted": hoisted})
+    return StepCall(executable, plan, slots, dict(call.tensors), hoisted)
 
 
 def zoo_step_call(name: str, mask: Tensor, **options: Any) -> StepCall:

@@ -17,6 +17,7 @@ from markupsafe import Markup
 from torch import fx
 
 from fisedit_compiler.graph import ir
+from fisedit_compiler.graph.inputs import HoistedInput, SlotInput, input_of
 from fisedit_compiler.graph.listing import line_of
 from fisedit_compiler.graph.specs import ValueSpec
 from fisedit_compiler.pages import render
@@ -111,8 +112,12 @@ def draw_program(program: CompiledProgram) -> Markup:
 def kind_of(node: fx.Node, refused: set[str]) -> str:
     """What a node of a step graph is; one of :data:`KINDS`."""
     if node.op == "placeholder":
-        identity = node.meta.get("input", ("call",))
-        return {"slot": "recorded", "hoisted": "hoisted"}.get(identity[0], "input")
+        match input_of(node):
+            case SlotInput():
+                return "recorded"
+            case HoistedInput():
+                return "hoisted"
+        return "input"
     if node.op != "call_function":
         return "other"
     if node.name in refused or node.meta.get("origin") in refused:

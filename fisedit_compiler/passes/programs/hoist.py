@@ -18,6 +18,17 @@ from typing import Any
 import torch
 from torch import fx
 
+from fisedit_compiler.graph.inputs import (
+    BatchInput,
+    CallInput,
+    HoistedInput,
+    Input,
+    SlotInput,
+    graph_inputs,
+    input_of,
+    placeholder,
+)
+
 BATCH_SIZE = "batch"
 """Name of the pseudo-input that stands for the size of the batch."""
 Dependences = Mapping[fx.Node, frozenset[str]]
@@ -32,7 +43,7 @@ class Bundle:
     Attributes:
         name: the inputs it depends on, joined by ``+``; ``weights`` when there are none.
         dependences: names of call inputs (and :data:`BATCH_SIZE`) it depends on.
-        graph: computes the values; each placeholder carries ``meta["input"]`` as in the step graph.
+        graph: computes the values; its placeholders stand for tensors of the call, the batch and other bundles' values.
         values: names of the values it returns, in order.
     """
 
@@ -46,12 +57,17 @@ class Bundle:
         """The dependences in a fixed order."""
         return tuple(sorted(self.dependences))
 
+    @cached_property
+    def inputs(self) -> tuple[Input, ...]:
+        """What the graph's placeholders stand for, in order."""
+        return graph_inputs(self.graph)
+
 
 def hoist(graph: fx.Graph, spatial: Iterable[str]) -> tuple[fx.Graph, list[Bundle]]:
     """Split a lowered graph into a step graph and bundles, in an order in which bundles can be computed.
 
-    ``spatial`` are the names of the spatial placeholders. Placeholders of the results carry ``meta["input"]``:
-    ``("call", name)``, ``("slot", name)``, ``("table", kind, key)``, ``("hoisted", value)`` or ``("batch",)``.
+    ``spatial`` are the names of the spatial placeholders. Every placeholder of the results says what it stands for
+    (``graph/inputs.py``).
     """
     dependences = _dependences(graph, frozenset(spatial))
     groups: dict[frozenset[str], list[fx.Node]] = {}
@@ -70,11 +86,10 @@ def _dependences(graph: fx.Graph, spatial: frozenset[str]) -> dict[fx.Node, froz
     result: dict[fx.Node, frozenset[str]] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
-            kind = node.meta.get("input", ("call",))[0]
-            if kind == "call":
+            if _is_of_call(node):
                 result[node] = frozenset({"#spatial" if node.name in spatial else node.name})
             else:
-                result[node] = frozenset({"#recording" if kind == "slot" else "#plan"})
+                result[node] = frozenset({"#recording" if isinstance(input_of(node), SlotInput) else "#plan"})
         elif node.op == "get_attr":
             result[node] = frozenset()
         elif node.target is torch.ops.aten.sym_size.int:
@@ -88,11 +103,12 @@ def _size_dependence(node: fx.Node, spatial: frozenset[str]) -> str:
     source: Any = node.args[0]
     if _is_batch(node, spatial):
         return BATCH_SIZE
-    return source.name if _is_other_input(source) and source.name not in spatial else "#plan"
+    return source.name if _is_of_call(source) and source.name not in spatial else "#plan"
 
 
-def _is_other_input(node: fx.Node) -> bool:
-    return node.op == "placeholder" and node.meta.get("input", ("call",))[0] == "call"
+def _is_of_call(node: fx.Node) -> bool:
+    """Whether a node is a tensor of the call; before hoisting these say nothing of themselves."""
+    return node.op == "placeholder" and isinstance(input_of(node), CallInput | None)
 
 
 def _is_batch(node: fx.Node, spatial: frozenset[str]) -> bool:
@@ -134,21 +150,15 @@ def _bundle_input(
     if node.op == "get_attr":
         copies[node] = graph.node_copy(node)
     elif node.op == "placeholder":
-        copies[node] = _placeholder(graph, node.name, ("call", node.name))
+        copies[node] = placeholder(graph, node.name, CallInput(node.name))
     elif node in home:
         assert home[node] != key, node
-        copies[node] = _placeholder(graph, node.name, ("hoisted", node.name))
+        copies[node] = placeholder(graph, node.name, HoistedInput(node.name))
     elif node.target is torch.ops.aten.sym_size.int and dependences[node] == {BATCH_SIZE}:
-        copies[node] = _placeholder(graph, BATCH_SIZE, ("batch",))
+        copies[node] = placeholder(graph, BATCH_SIZE, BatchInput())
     else:  # size arithmetic: cheap, computed again
         copies[node] = graph.node_copy(node, lambda a: _bundle_input(a, graph, copies, home, key, dependences))
     return copies[node]
-
-
-def _placeholder(graph: fx.Graph, name: str, identity: tuple[str, ...]) -> fx.Node:
-    node = graph.placeholder(name)
-    node.meta["input"] = identity
-    return node
 
 
 def _placeholders_first(graph: fx.Graph) -> None:
@@ -168,15 +178,15 @@ def _step(graph: fx.Graph, home: dict[fx.Node, frozenset[str]]) -> fx.Graph:
             continue
         copies[node] = step.node_copy(node, lambda argument: copies[argument])
         if node.op == "placeholder":
-            copies[node].meta.setdefault("input", ("call", node.name))
+            copies[node].meta.setdefault("input", CallInput(node.name))
         if node is last:
             for hoisted in needed:
-                placeholder = _placeholder(step, hoisted.name, ("hoisted", hoisted.name))
-                placeholder.meta.update({k: v for k, v in hoisted.meta.items() if k in ("spec", "path", "source")})
-                copies[hoisted] = placeholder
+                copies[hoisted] = placeholder(step, hoisted.name, HoistedInput(hoisted.name))
+                kept = {key: value for key, value in hoisted.meta.items() if key in ("spec", "path", "source")}
+                copies[hoisted].meta.update(kept)
     for node in reversed(list(step.nodes)):
         unused = node.op in ("call_function", "get_attr") and not node.users
-        absent = node.op == "placeholder" and not node.users and node.meta["input"][0] != "call"
+        absent = node.op == "placeholder" and not node.users and not _is_of_call(node)
         if unused or absent:
             step.erase_node(node)
     step.lint()

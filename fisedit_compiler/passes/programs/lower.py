@@ -17,6 +17,7 @@ from torch import fx
 from fisedit_compiler.errors import LayoutError
 from fisedit_compiler.geometry.conv_tables import ConvKey
 from fisedit_compiler.graph import ir
+from fisedit_compiler.graph.inputs import Input, SlotInput, TableInput
 from fisedit_compiler.graph.layout import SITES, Layout
 from fisedit_compiler.graph.sizes import level_name, row_symbol
 from fisedit_compiler.graph.specs import ValueSpec, spec_of
@@ -140,16 +141,16 @@ def _flatten_sites(value: fx.Node, layout: Layout, node: fx.Node, rewriter: Rewr
 
 def _inputs(graph: fx.Graph) -> None:
     """Make one placeholder per slot and per site table, behind the call's own inputs."""
-    made: dict[Any, fx.Node] = {}
+    made: dict[Input, fx.Node] = {}
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     for node in ir.nodes_calling(graph, [ir.load, ir.site_table]):
-        identity = (node.target, *node.args)
-        if identity not in made:
+        name = str(node.args[0])
+        item = SlotInput(name) if node.target is ir.load else TableInput(name, node.args[1])
+        if item not in made:
             with graph.inserting_after(last):
-                made[identity] = last = graph.placeholder(ir.unused_name(graph, _input_name(node)))
-            last.meta = dict(node.meta)
-            last.meta["input"] = ("slot", node.args[0]) if node.target is ir.load else ("table", *node.args)
-        node.replace_all_uses_with(made[identity])
+                made[item] = last = graph.placeholder(ir.unused_name(graph, _input_name(node)))
+            last.meta = {**node.meta, "input": item}
+        node.replace_all_uses_with(made[item])
         graph.erase_node(node)
 
 

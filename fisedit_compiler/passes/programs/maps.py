@@ -24,6 +24,7 @@ from torch import fx
 from fisedit_compiler.capture.captured import CapturedGraph
 from fisedit_compiler.errors import VerificationError
 from fisedit_compiler.graph import ir
+from fisedit_compiler.graph.inputs import CallInput, ColumnsInput, Input, SlotInput, input_of, placeholder
 from fisedit_compiler.graph.ir import copy_graph
 from fisedit_compiler.graph.layout import Layout
 from fisedit_compiler.graph.sizes import BATCH, TEXT
@@ -45,7 +46,7 @@ class MapGraphs:
         tokens: ``T`` as an expression: :data:`~fisedit_compiler.graph.ir.TEXT`, or a number.
         recording: as the program's recording graph; returns the maps last.
         reuse: the dense graph with :data:`WITH_MAP`; its own outputs alone. Placeholders of ``reuse`` and
-            ``reuse_recording`` carry ``meta["input"]``: ``("call", name)``, ``("slot", name)`` or ``("columns",)``.
+            ``reuse_recording`` stand for tensors of the call, for maps in slots, and for the columns.
         reuse_recording: ``recording`` with :data:`WITH_MAP`; the maps it returns are those that were used.
         refusals: ``(node, module path, reason)`` of cross-attention that keeps its own map.
     """
@@ -72,13 +73,13 @@ def map_graphs(captured: CapturedGraph, recording: fx.Graph, instruments: Instru
     nodes, refusals, tokens = cross_attentions(captured.graph)
     slots = _slots(nodes)
     origins = [slot.origin for slot in slots]
-    with instruments.made("recording_maps", recording) as made:
+    with instruments.made("recording_maps", recording, "recording") as made:
         made.graph = with_maps = copy_graph(recording)
         _record(with_maps, _same(with_maps, origins))
-    with instruments.made("reuse", captured.graph) as made:
+    with instruments.made("reuse", captured.graph, "capture") as made:
         made.graph = reuse = copy_graph(captured.graph)
         _reuse(reuse, _same(reuse, origins), slots, tokens)
-    with instruments.made("reuse_recording", with_maps) as made:
+    with instruments.made("reuse_recording", with_maps, "recording_maps") as made:
         made.graph = reuse_recording = copy_graph(with_maps)
         _reuse(reuse_recording, _same(reuse_recording, origins), slots, tokens)
     graphs = MapGraphs(slots, tokens, with_maps, reuse, reuse_recording, refusals)
@@ -170,13 +171,13 @@ def _record(graph: fx.Graph, nodes: list[fx.Node]) -> None:
 def _reuse(graph: fx.Graph, nodes: list[fx.Node], slots: Iterable[Slot], tokens: sympy.Expr) -> None:
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     for node in placeholders:
-        node.meta["input"] = ("call", node.name)
-    last = columns = _input(graph, placeholders[-1], "columns", ("columns",), ValueSpec((BATCH, tokens), torch.int64))
+        node.meta["input"] = CallInput(node.name)
+    last = columns = _input(graph, placeholders[-1], "columns", ColumnsInput(), ValueSpec((BATCH, tokens), torch.int64))
     # The base's text may have another number of tokens: whatever it is, it is only read through the columns.
     base_tokens = sympy.Symbol("t_base", positive=True, integer=True)
     for node, slot in zip(nodes, slots, strict=True):
         name = "slot_" + re.sub(r"\W", "_", slot.name)
-        last = recorded = _input(graph, last, name, ("slot", slot.name), _map_spec(node, base_tokens))
+        last = recorded = _input(graph, last, name, SlotInput(slot.name), _map_spec(node, base_tokens))
         recorded.meta["layout"] = slot.layout
         call = AttentionCall.read(node)
         arguments = (call.query, call.key, call.value, recorded, columns, call.scale)
@@ -191,10 +192,10 @@ def _reuse(graph: fx.Graph, nodes: list[fx.Node], slots: Iterable[Slot], tokens:
     graph.lint()
 
 
-def _input(graph: fx.Graph, last: fx.Node, name: str, identity: tuple[str, ...], spec: ValueSpec) -> fx.Node:
+def _input(graph: fx.Graph, last: fx.Node, name: str, item: Input, spec: ValueSpec) -> fx.Node:
     with graph.inserting_after(last):
-        node = graph.placeholder(ir.unused_name(graph, name))
-    node.meta.update(input=identity, spec=spec)
+        node = placeholder(graph, ir.unused_name(graph, name), item)
+    node.meta["spec"] = spec
     return node
 
 
@@ -219,8 +220,8 @@ def verify_maps(graphs: MapGraphs) -> None:
         for slot in graphs.slots:
             if slot.origin not in mixed:
                 raise _broken(title, slot, "is read by nothing")
-            read = [node.meta.get("input") for node in mixed[slot.origin].args[3:5] if isinstance(node, fx.Node)]
-            if read != [("slot", slot.name), ("columns",)]:
+            read = [input_of(node) for node in mixed[slot.origin].args[3:5]]
+            if read != [SlotInput(slot.name), ColumnsInput()]:
                 raise _broken(title, slot, f"is not what {ir.describe(mixed[slot.origin])} reads")
 
 

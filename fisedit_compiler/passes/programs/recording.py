@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from fisedit_compiler.graph import ir
+from fisedit_compiler.graph.inputs import slot_of
 from fisedit_compiler.graph.layout import SITES
 from fisedit_compiler.graph.specs import spec_of
 from fisedit_compiler.passes.base import Program, Slot
@@ -126,7 +127,7 @@ def _updates_of(node: fx.Node, slots: Mapping[str, Slot]) -> list[tuple[SlotUpda
     }
     found: list[tuple[SlotUpdate, fx.Node]] = []
     for canvas, position in positions.get(node.target, []):
-        name, rows = _slot_name(node.args[canvas]), node.args[position]
+        name, rows = slot_of(node.args[canvas]), node.args[position]
         if name in slots:
             assert isinstance(rows, fx.Node)
             found.append((SlotUpdate(name, "rows", slots[name].layout.site_dim()), rows))
@@ -134,8 +135,8 @@ def _updates_of(node: fx.Node, slots: Mapping[str, Slot]) -> list[tuple[SlotUpda
         rows = node.args[0]
         assert isinstance(rows, fx.Node)
         channels = int(spec_of(rows).shape[2])
-        found.append((SlotUpdate(_slot_name(node.args[1]), "whole"), node))
-        found.append((SlotUpdate(_slot_name(node.args[2]), "sums", 1, channels), node))
+        found.append((SlotUpdate(slot_of(node.args[1]), "whole"), node))
+        found.append((SlotUpdate(slot_of(node.args[2]), "sums", 1, channels), node))
     return found
 
 
@@ -148,11 +149,6 @@ def _dense_update(node: fx.Node) -> tuple[SlotUpdate, fx.Node]:
     rows, _, _, dim = scatter.args
     assert isinstance(rows, fx.Node) and isinstance(dim, int)
     return SlotUpdate(node.meta["updates"], "rows", dim), rows
-
-
-def _slot_name(argument: Any) -> str:
-    kind, name, *_ = argument.meta.get("input", ("", ""))
-    return str(name) if kind == "slot" else ""
 
 
 def _fresh_sums(graph: fx.Graph, node: fx.Node, groups: int) -> fx.Node:

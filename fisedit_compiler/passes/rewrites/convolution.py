@@ -31,6 +31,7 @@ class Convolution(Pass):
     """``conv2d`` to ``conv2d_sites`` or, for 1x1 kernels, ``linear``."""
 
     name = "convolution"
+    before = ("upsample",)  # an upsampling in front becomes part of the convolution's tables
     targets: ClassVar = frozenset({aten.conv2d.default})
 
     def rewrite(self, node: fx.Node, rewriter: Rewriter) -> str | None:

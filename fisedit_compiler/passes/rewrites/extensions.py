@@ -14,7 +14,7 @@ from torch import fx
 from fisedit_compiler.errors import FiseditError, VerificationError
 from fisedit_compiler.graph import ir
 from fisedit_compiler.graph.registered import rule_table
-from fisedit_compiler.passes.base import Pass, Program, Rewriter
+from fisedit_compiler.passes.base import EVERY_OTHER, Pass, Rewriter
 
 RewriteRule = Callable[[fx.Node, Rewriter], str | None]
 RULES: dict[Any, RewriteRule] = rule_table()
@@ -25,10 +25,11 @@ class Extensions(Pass):
     """Operations with a registered rule."""
 
     name = "extensions"
+    before = (EVERY_OTHER,)  # a rule has the first word, also for an operation that is known here
 
-    def run(self, program: Program) -> None:
-        self.targets = frozenset(RULES)  # type: ignore[misc]
-        super().run(program)
+    @classmethod
+    def looks_for(cls, target: Any) -> bool:
+        return target in RULES
 
     def rewrite(self, node: fx.Node, rewriter: Rewriter) -> str | None:
         rule = RULES[node.target]

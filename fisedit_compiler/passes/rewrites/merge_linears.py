@@ -10,7 +10,7 @@ projections, and to any other siblings.
 from __future__ import annotations
 
 import operator
-from typing import Any, ClassVar
+from typing import Any
 
 import sympy
 import torch
@@ -18,16 +18,16 @@ from torch import fx
 
 from fisedit_compiler.graph import ir
 from fisedit_compiler.graph.specs import ValueSpec, spec_of
-from fisedit_compiler.passes.base import Pass, Program, Rewriter
+from fisedit_compiler.passes.base import GraphPass, Program, Rewriter
 
 aten = torch.ops.aten
 
 
-class MergeLinears(Pass):
+class MergeLinears(GraphPass):
     """Sibling linear layers on rows to one linear layer and a split."""
 
     name = "merge_linears"
-    targets: ClassVar = frozenset({aten.linear.default})
+    after = ("extensions", "convolution", "rowwise")  # whatever puts linear layers on rows
 
     def run(self, program: Program) -> None:
         rewriter = Rewriter(program)
@@ -40,9 +40,6 @@ class MergeLinears(Pass):
             if len(nodes) > 1:
                 _merge(nodes, rewriter)
         program.graph.eliminate_dead_code()
-
-    def rewrite(self, node: fx.Node, rewriter: Rewriter) -> str | None:
-        raise NotImplementedError("siblings are merged together, see run()")
 
 
 def _is_plain_layer(node: fx.Node) -> bool:

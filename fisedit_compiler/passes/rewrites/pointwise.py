@@ -38,9 +38,9 @@ class Pointwise(Pass):
 
     name = "pointwise"
 
-    def run(self, program: Any) -> None:
-        self.targets = frozenset(node.target for node in program.graph.nodes if is_pointwise(node.target))  # type: ignore[misc]
-        super().run(program)
+    @classmethod
+    def looks_for(cls, target: Any) -> bool:
+        return is_pointwise(target)
 
     def rewrite(self, node: fx.Node, rewriter: Rewriter) -> str | None:
         layout: Layout = node.meta["layout"]

@@ -22,6 +22,19 @@ from torch import Tensor, fx
 from fisedit_compiler.compiling import one_at_a_time
 from fisedit_compiler.geometry.conv_tables import ConvKey
 from fisedit_compiler.geometry.site_plan import SitePlan
+from fisedit_compiler.graph.inputs import (
+    AddressedInput,
+    AddressInput,
+    CallInput,
+    HoistedInput,
+    Input,
+    IotaInput,
+    RingRowsInput,
+    SlotInput,
+    Sources,
+    TableInput,
+    graph_inputs,
+)
 from fisedit_compiler.kernels.addresses import is_plain
 from fisedit_compiler.lowering.errors import lowering_error
 from fisedit_compiler.lowering.inductor import compile_step
@@ -35,7 +48,6 @@ if TYPE_CHECKING:
     from fisedit_compiler.kernels.triton.stage_rings import RingStager
 
 POOL_SIZE = 8
-Identity = tuple[Any, ...]
 Values = Mapping[str, Tensor]
 
 
@@ -73,7 +85,7 @@ class PaddedPlan:
 
     bucket: int
     plan: SitePlan
-    tables: dict[Identity, Tensor]
+    tables: dict[Input, Tensor]
     counts: Mapping[Fraction, int]
 
 
@@ -97,7 +109,7 @@ class _Graph:
     layout: SlotLayout
     unstaged: list[tuple[str, Tensor]]
     groups: list[_GroupInputs]
-    tables: dict[Identity, Tensor]
+    tables: dict[Input, Tensor]
     rings: dict[ConvKey, Tensor]
     stagers: list[CopyStager | RingStager]
     plan: PaddedPlan
@@ -111,23 +123,22 @@ class GraphPool:
     def __init__(
         self,
         step: fx.GraphModule,
-        identities: Sequence[Identity],
         slot_names: Sequence[str],
         bundles: Sequence[HoistedNames],
         rows: Mapping[int, tuple[int, Fraction]] = MappingProxyType({}),
     ) -> None:
-        """``identities`` are ``meta["input"]`` of the staged step's placeholders, in order; see ``lowering/stage.py``.
+        """``step`` is lowered, see ``lowering/lowered.py``.
 
         ``slot_names`` gives the order of the table of addresses, ``bundles`` describes the groups of hoisted values in
         theirs. ``rows`` says which outputs are rows, by position: on which axis, and of which level's active sites.
         :attr:`strict` may be changed between runs, see :func:`~.lowering_errors.lowering_error`.
         """
         self.rows = rows
-        self.identities, self.slot_names, self.bundles = list(identities), tuple(slot_names), tuple(bundles)
+        self.inputs, self.slot_names, self.bundles = graph_inputs(step.graph), tuple(slot_names), tuple(bundles)
         self.step = step
         self.strict = True
         self._compiled: Callable[..., Any] | None = None
-        self._calls = [identity[1] for identity in self.identities if identity[0] == "call"]
+        self._calls = [item.name for item in self.inputs if isinstance(item, CallInput)]
         self._graphs: OrderedDict[tuple[Any, ...], _Graph] = OrderedDict()
         self._layouts: dict[tuple[Any, ...], SlotLayout] = {}
         self._buckets: dict[tuple[Any, ...], int] = {}
@@ -139,14 +150,8 @@ class GraphPool:
         rings: dict[ConvKey, int] = {key: bucket(table.shape[0]) for key, table in plan.ring.items()}
         blocks = {level: block_bucket(count, plan.block_size(level)) for level, count in plan.blocks.items()}
         padded = plan.padded(rows, rings, blocks)
-        tables: dict[Identity, Tensor] = {}
-        for identity in self.identities:
-            kind, *rest = identity
-            if kind == "table":
-                tables[identity] = getattr(padded, rest[0])[rest[1]].contiguous()
-            elif kind == "iota":
-                ring = padded.ring[rest[0]]
-                tables[identity] = torch.arange(ring.shape[0], device=ring.device)
+        of_plan = [item for item in self.inputs if isinstance(item, TableInput | IotaInput)]
+        tables: dict[Input, Tensor] = {item: item.of(Sources(plan=padded)).contiguous() for item in of_plan}
         sizes = sorted((level, plan.block_size(level), count) for level, count in blocks.items())
         key = (*sorted(rows.items()), *sorted(rings.items(), key=str), *sizes)
         number = self._buckets.setdefault(key, len(self._buckets))
@@ -188,7 +193,7 @@ class GraphPool:
             tuple(slots[name].shape for name in self.slot_names), slot_layout(slots, self.slot_names)
         )
         builder = _Inputs(self, prepared, device, layout)
-        arguments = [builder.add(identity, tensors, slots, hoisted) for identity in self.identities]
+        arguments = [builder.add(item, tensors, slots, hoisted) for item in self.inputs]
         try:
             graph = builder.graph(hoisted)
             for name, buffer in graph.calls:
@@ -222,8 +227,8 @@ class GraphPool:
 def _fill(graph: _Graph, prepared: PaddedPlan, slots: SlotTable, hoisted: Hoisted) -> None:
     """Bring what changed since the last replay: the host's part of it is on every call's critical path."""
     if graph.plan is not prepared or graph.filled_slots is None:
-        for identity, table in graph.tables.items():
-            table.copy_(prepared.tables[identity])
+        for item, table in graph.tables.items():
+            table.copy_(prepared.tables[item])
         for key, ring in graph.rings.items():
             ring.copy_(prepared.plan.ring[key])
         graph.plan = prepared
@@ -263,39 +268,46 @@ class _Inputs:
         self.calls: list[tuple[str, Tensor]] = []
         self.unstaged: list[tuple[str, Tensor]] = []
         self.buffers: list[list[tuple[str, Tensor]]] = [[] for _ in pool.bundles]
-        self.tables: dict[Identity, Tensor] = {}
+        self.tables: dict[Input, Tensor] = {}
         self.rings: dict[ConvKey, Tensor] = {}
         self.copies: list[tuple[Tensor, int]] = []
         self.ring_jobs: list[tuple[Tensor, int, ConvKey, int]] = []
 
-    def add(self, identity: Identity, tensors: Values, slots: SlotTable, hoisted: Hoisted) -> Tensor:
+    def add(self, item: Input, tensors: Values, slots: SlotTable, hoisted: Hoisted) -> Tensor:
         """The tensor the compiled step gets for one placeholder."""
-        kind, *rest = identity
-        if kind == "addresses":
-            return self.table
-        if kind == "addressed":
-            return slots.laid_out(self.layout, rest[0])  # only its shape and strides are read
-        if kind in ("table", "iota"):
-            buffer = self.tables[identity] = torch.empty_like(self.prepared.tables[identity])
-            if kind == "iota" or rest[0] != "inverse":
-                torch._dynamo.mark_dynamic(buffer, 0)
-            if identity[:2] == ("table", "taps") and rest[1].in_blocks:
-                torch._dynamo.mark_dynamic(buffer, 1)
-            return buffer
-        if kind == "ring_rows":
-            return self._ring(rest[0], rest[1], slots[rest[0]])
-        if kind == "call":
-            buffer = _buffer(tensors[rest[0]])
-            self.calls.append((rest[0], buffer))
-        elif kind == "slot":
-            value = slots[rest[0]]
-            buffer = torch.empty_strided(value.shape, self.layout[rest[0]], dtype=value.dtype, device=value.device)
-            if is_plain(buffer):
-                self.copies.append((buffer, self.position[rest[0]]))
-            else:
-                self.unstaged.append((rest[0], buffer))
+        match item:
+            case AddressInput():
+                return self.table
+            case AddressedInput(slot):
+                return slots.laid_out(self.layout, slot)  # only its shape and strides are read
+            case TableInput() | IotaInput():
+                return self._table(item)
+            case RingRowsInput(slot, key):
+                return self._ring(slot, key, slots[slot])
+            case CallInput(name):
+                buffer = _buffer(tensors[name])
+                self.calls.append((name, buffer))
+                return buffer
+            case SlotInput(slot):
+                return self._slot(slot, slots[slot])
+            case HoistedInput(name):
+                return self._hoisted(name, hoisted[name])
+        raise TypeError(f"a staged step has no input such as {item}")
+
+    def _table(self, item: TableInput | IotaInput) -> Tensor:
+        buffer = self.tables[item] = torch.empty_like(self.prepared.tables[item])
+        if not (isinstance(item, TableInput) and item.table == "inverse"):
+            torch._dynamo.mark_dynamic(buffer, 0)
+        if isinstance(item, TableInput) and item.table == "taps" and item.key.in_blocks:
+            torch._dynamo.mark_dynamic(buffer, 1)
+        return buffer
+
+    def _slot(self, slot: str, value: Tensor) -> Tensor:
+        buffer = torch.empty_strided(value.shape, self.layout[slot], dtype=value.dtype, device=value.device)
+        if is_plain(buffer):
+            self.copies.append((buffer, self.position[slot]))
         else:
-            buffer = self._hoisted(rest[0], hoisted[rest[0]])
+            self.unstaged.append((slot, buffer))
         return buffer
 
     def _ring(self, slot: str, key: ConvKey, canvas: Tensor) -> Tensor:

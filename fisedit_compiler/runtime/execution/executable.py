@@ -22,8 +22,8 @@ from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.errors import LoweringError
 from fisedit_compiler.geometry.block_sizes import BlockSizes
 from fisedit_compiler.geometry.site_plan import SitePlan
+from fisedit_compiler.graph.inputs import Input, Sources, graph_inputs, resolve
 from fisedit_compiler.lowering.program import CompiledProgram
-from fisedit_compiler.lowering.stage import stage
 from fisedit_compiler.passes.programs.hoist import Bundle
 from fisedit_compiler.recordings.slot_table import SlotTable
 from fisedit_compiler.runtime.execution.backend import ProgramBackend
@@ -57,6 +57,7 @@ class Executable:
         samples = [s.name for s in program.slots if s.origin == program.spatial[0] and s.kind == "canvas"]
         self.sample_slot = samples[0] if samples else None
         self._graphs: dict[str, fx.GraphModule] = {}
+        self._inputs: dict[str, Sequence[Input]] = {}
         self._bundles: list[tuple[Bundle, fx.GraphModule]] = []
         self._attributes: dict[str, Any] = {}
         self._pool: GraphPool | None = None
@@ -76,6 +77,7 @@ class Executable:
         """Let go of the module's parameters; the program is bound to those of the moment at its next call."""
         if self._attributes:
             self._graphs.clear()
+            self._inputs.clear()
             self._bundles.clear()
             self._drop_pools()
             self._attributes.clear()
@@ -95,6 +97,12 @@ class Executable:
 
     def _graph(self, name: str) -> fx.GraphModule:
         return made_once(self._graphs, name, lambda: self._bind(attrgetter(name)(self.program)))
+
+    def _run(self, name: str, sources: Sources) -> tuple[Sequence[Any], list[Any]]:
+        """What a graph returns for a call, and the arguments it was given."""
+        graph = self._graph(name)
+        arguments = resolve(made_once(self._inputs, name, lambda: graph_inputs(graph.graph)), sources)
+        return graph(*arguments), arguments
 
     def _bundle_modules(self) -> list[tuple[Bundle, fx.GraphModule]]:
         if not self._bundles:
@@ -121,13 +129,7 @@ class Executable:
             record: also return every slot, and the maps as they were used.
         """
         name = "maps.reuse_recording" if record else "maps.reuse"
-        graph = self._graph(name)
-        arguments: list[Any] = []
-        for node in graph.graph.nodes:
-            if node.op == "placeholder":
-                kind, *rest = node.meta["input"]
-                arguments.append(columns if kind == "columns" else (maps if kind == "slot" else tensors)[rest[0]])
-        return self._stored(graph(*arguments), arguments)
+        return self._stored(*self._run(name, Sources(call=tensors, slots=maps, columns=columns)))
 
     def _stored(self, flat: Sequence[Any], arguments: Sequence[Any]) -> tuple[list[Any], dict[str, Tensor]]:
         """The outputs of a dense call, and its slots, with its maps if there are any, as tensors of their own."""
@@ -191,21 +193,8 @@ class Executable:
             pool, prepared = self._graph_pool(update), self._prepare(plan, update)
             pool.strict = strict
             return self._divide(pool.run(prepared, tensors, SlotTable.of(slots), hoisted), names)
-        graph: fx.Graph = self.program.update if update else self.program.step
-        arguments: list[Any] = []
-        for node in graph.nodes:
-            if node.op != "placeholder":
-                continue
-            kind, *rest = node.meta["input"]
-            if kind == "call":
-                arguments.append(tensors[rest[0]])
-            elif kind == "slot":
-                arguments.append(slots[rest[0]])
-            elif kind == "hoisted":
-                arguments.append(hoisted[rest[0]])
-            else:
-                arguments.append(getattr(plan, rest[0])[rest[1]])
-        outputs, stored = self._divide(self._graph("update" if update else "step")(*arguments), names)
+        flat, _ = self._run("update" if update else "step", Sources(tensors, slots, hoisted, plan))
+        outputs, stored = self._divide(flat, names)
         if any(output.slot is None for output in self.program.outputs):
             # An output without sites may be a hoisted value itself, or a view of one.
             kept = [*hoisted.values(), *slots.values()]
@@ -242,8 +231,6 @@ class Executable:
     @one_at_a_time
     def _make_pool(self, update: bool) -> GraphPool:
         program = self.program
-        graph = stage(program.update if update else program.step, self.slot_names)
-        identities = [node.meta["input"] for node in graph.nodes if node.op == "placeholder"]
         bundles = [
             HoistedNames(bundle.values, bool(bundle.dependences & PER_CALL), not bundle.dependences)
             for bundle in program.bundles
@@ -255,7 +242,7 @@ class Executable:
                 level = levels[changed.slot]
                 if changed.kind != "whole" and level is not None:
                     rows[position] = (changed.dim, level)
-        return GraphPool(self._bind(graph), identities, self.slot_names, bundles, rows)
+        return GraphPool(self._bind(program.lowered("update" if update else "step")), self.slot_names, bundles, rows)
 
     def _prepare(self, plan: SitePlan, update: bool = False, kept: int = 8) -> PaddedPlan:
         # Buckets are numbered by pool, so a plan is prepared for each by itself.

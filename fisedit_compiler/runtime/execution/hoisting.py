@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from fisedit_compiler.graph.inputs import CallInput, Sources, resolve
 from fisedit_compiler.passes.programs.hoist import BATCH_SIZE, Bundle
 from fisedit_compiler.runtime.execution.bundle_graphs import BundleRunner
 from fisedit_compiler.runtime.execution.bundle_values import BundleValues
@@ -132,9 +133,9 @@ class HoistCache:
     ) -> dict[str, Tensor]:
         """The inputs of a bundle in memory that nobody else writes to: its values may be views of them."""
         found = {}
-        for node in bundle.graph.nodes:
-            if node.op == "placeholder" and node.meta["input"][0] == "call":
-                name = node.meta["input"][1]
+        for item in bundle.inputs:
+            if isinstance(item, CallInput):
+                name = item.name
                 found[name] = self.numbers.known(contents[name]) if name in contents else tensors[name].clone()
         return found
 
@@ -172,12 +173,7 @@ class HoistCache:
         groups: Sequence[HoistedGroup],
         named: tuple[Contents, ...],
     ) -> HoistedGroup:
-        known = Hoisted(tuple(groups))
-        arguments: list[Any] = []
-        for node in bundle.graph.nodes:
-            if node.op == "placeholder":
-                kind, *rest = node.meta["input"]
-                arguments.append(batch if kind == "batch" else (known if kind == "hoisted" else tensors)[rest[0]])
+        arguments = resolve(bundle.inputs, Sources(call=tensors, hoisted=Hoisted(tuple(groups)), batch=batch))
         self.computed[bundle.name] = self.computed.get(bundle.name, 0) + 1
         values = self.runner.run(bundle, module, arguments)
         form = self._forms.setdefault(values.layout, len(self._forms))

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from fisedit_compiler.graph import ir
+from fisedit_compiler.graph.inputs import slot_of
 from fisedit_compiler.kernels.tolerances import max_error
 from fisedit_compiler.lowering.program import CompiledProgram
 from tests.support.compiled_zoo import (
@@ -29,11 +30,7 @@ def program_of(name: str, norm: Norm = "recorded", attention: Attention = "cache
 
 
 def loaded(graph: fx.Graph) -> list[str]:
-    return [
-        node.meta["input"][1]
-        for node in graph.nodes
-        if node.op == "placeholder" and node.meta["input"][0] == "slot" and node.users
-    ]
+    return [slot_of(node) for node in graph.nodes if slot_of(node) and node.users]
 
 
 @pytest.mark.parametrize(("norm", "attention"), SEMANTICS)

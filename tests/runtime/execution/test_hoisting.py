@@ -12,6 +12,7 @@ from torch import nn
 
 from fisedit_compiler import SparseModule, SparsifyConfig, sparsify
 from fisedit_compiler.errors import RecordingError
+from fisedit_compiler.graph.inputs import BatchInput, CallInput, HoistedInput, SlotInput, TableInput, input_of
 from fisedit_compiler.kernels.tolerances import assert_close
 from fisedit_compiler.passes.programs.hoist import BATCH_SIZE
 from fisedit_compiler.runtime.execution.hoisting import HoistCache
@@ -69,13 +70,14 @@ def edit(compiled: SparseModule, recording: Any, inputs: dict[str, Any], mask: s
 @pytest.mark.parametrize("name", ZOO)
 def test_the_step_computes_nothing_that_depends_on_text_time_or_weights_alone(name: str) -> None:
     program = compiled_model(name).programs[0]
-    varying = {"slot", "table"}
     for graph in (program.step, program.update):
         for node in graph.nodes:
             if node.op == "placeholder":
-                kind, *rest = node.meta["input"]
-                node.meta["moves"] = kind in varying or (kind == "call" and rest[0] in program.spatial)
-                if kind == "call" and rest[0] not in program.spatial:
+                item = input_of(node)
+                of_call = isinstance(item, CallInput)
+                spatial = of_call and item.name in program.spatial
+                node.meta["moves"] = spatial or isinstance(item, SlotInput | TableInput)
+                if of_call and not spatial:
                     assert not node.users, f"{node.name} is read by the step itself"
             elif node.op == "get_attr":
                 node.meta["moves"] = False
@@ -93,16 +95,13 @@ def test_bundles_depend_on_what_they_say(name: str) -> None:
     assert not by_name["weights"].dependences and by_name[TEXT].dependences == {TEXT}
     known: set[str] = set()
     for bundle in program.bundles:
-        for node in bundle.graph.nodes:
-            if node.op != "placeholder":
-                continue
-            kind, *rest = node.meta["input"]
-            if kind == "hoisted":
-                assert rest[0] in known, "bundles come in an order in which they can be computed"
-            elif kind == "call":
-                assert rest[0] in bundle.dependences
+        for item in bundle.inputs:
+            if isinstance(item, HoistedInput):
+                assert item.value in known, "bundles come in an order in which they can be computed"
+            elif isinstance(item, CallInput):
+                assert item.name in bundle.dependences
             else:
-                assert kind == "batch" and BATCH_SIZE in bundle.dependences
+                assert isinstance(item, BatchInput) and BATCH_SIZE in bundle.dependences
         known |= set(bundle.values)
 
 

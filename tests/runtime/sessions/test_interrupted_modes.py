@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import nn
 
-from fisedit_compiler import Recording, SparseModule, SparsifyConfig, module, sparsify
+from fisedit_compiler import Recording, SparseModule, SparsifyConfig, dynamo, module, sparsify
 from fisedit_compiler.dynamo import backend
 from fisedit_compiler.errors import FiseditError
 from fisedit_compiler.runtime.sessions import modes, scopes

@@ -1,0 +1,38 @@
+"""The graph that Inductor gets: a step graph after the two stages of lowering, each of which shows as a stage.
+
+Before:  the step (or update) graph of a program, which is what runs where nothing is lowered
+Staged:  ring rows are brought along, keys and values are found by address (``stage.py``)
+Cut:     products of few rows are computed in parts (``cut_products.py``)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import fx
+
+from fisedit_compiler.lowering.cut_products import cut_products
+from fisedit_compiler.lowering.stage import stage
+from fisedit_compiler.passes.instruments import Instruments
+
+Lowerable = Literal["step", "update"]
+"""The graphs of a program that are lowered, by name."""
+
+LOWERABLE: tuple[Lowerable, ...] = ("step", "update")
+
+
+def lowered_graph(name: Lowerable, graph: fx.Graph, slots: Sequence[str], instruments: Instruments) -> fx.Graph:
+    """Lower a graph of a program, which stays as it is.
+
+    Args:
+        name: which it is; its stages are called after it.
+        graph: the graph.
+        slots: names of all slots of the program, in order.
+        instruments: told about both stages.
+    """
+    with instruments.made(f"{name}_staged", graph, name) as made:
+        made.graph = lowered = stage(graph, slots)
+    with instruments.watch(f"{name}_cut", lowered):
+        cut_products(lowered)
+    return lowered
