@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sympy
-from rich.console import Group
 
 from fisedit_compiler.inspect.facts import ProgramExplanation
-from fisedit_compiler.inspect.tables import as_html, as_text, drawn
 from fisedit_compiler.runtime.sessions.measured import Measured
+
+if TYPE_CHECKING:
+    from rich.console import Group
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,19 @@ class Explanation:
         return converted
 
     def __rich__(self) -> Group:
-        return drawn(self.programs, self.note, self.measured)
+        from fisedit_compiler.inspect import tables  # brings rich along
+
+        return tables.drawn(self.programs, self.note, self.measured)
 
     def __str__(self) -> str:
-        return as_text(self.__rich__())
+        from fisedit_compiler.inspect import tables
+
+        return tables.as_text(self.__rich__())
 
     def _repr_html_(self) -> str:
-        return as_html(self.__rich__())
+        from fisedit_compiler.inspect import tables
+
+        return tables.as_html(self.__rich__())
 
 
 def _plain(value: Any) -> Any:
