@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from fisedit_compiler.geometry.site_plan import SitePlan
-from fisedit_compiler.graph.specs import spec_of
+from fisedit_compiler.graph.specs import nbytes, spec_of
 from fisedit_compiler.inspect import costs
 from fisedit_compiler.inspect.explain import TEXT_TOKENS, explain_module
 from fisedit_compiler.inspect.page.drawing import KINDS, draw_program, node_facts
@@ -100,12 +100,12 @@ def _coloured(diff: str) -> str:
 def _slots(program: CompiledProgram, batch: int, height: int, width: int) -> str:
     values = costs.call_sizes(program.multiple, height, width, batch, TEXT_TOKENS)
     loaded = [node for node in program.update.nodes if node.op == "placeholder" and node.meta["input"][0] == "slot"]
-    nbytes = {node.meta["input"][1]: costs.evaluate(costs.nbytes(spec_of(node)), values) for node in loaded}
+    stored = {node.meta["input"][1]: costs.evaluate(nbytes(spec_of(node)), values) for node in loaded}
     rows = [
         f"<tr><td>{escape(slot.name)}</td><td>{slot.kind}</td><td>{escape(str(slot.layout))}</td>"
-        f'<td class="number">{nbytes[slot.name] / 2**10:,.0f}</td></tr>'
+        f'<td class="number">{stored[slot.name] / 2**10:,.0f}</td></tr>'
         for slot in program.slots
     ]
     head = '<tr><th>slot</th><th>kind</th><th>layout</th><th class="number">KiB a call</th></tr>'
-    total = sum(nbytes.values()) / 2**20
+    total = sum(stored.values()) / 2**20
     return f"<p>{len(rows)} slots, {total:,.1f} MiB a call.</p><table>{head}{''.join(rows)}</table>"
