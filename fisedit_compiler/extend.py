@@ -16,13 +16,24 @@ decorator, when the module that brings the operation is imported:
     def scale_costs(arguments, result):
         return elements(result.shape)
 
-An operation without a rewrite rule runs densely, and ``explain()`` says so; ``examples/third_party_op.py`` gives one
-its rules.
+An operation without a rewrite rule runs densely, and ``explain()`` says so. What else the compiler should know of one
+are its traits (:class:`OpTraits`), costs among them: :func:`op_traits` gives them to an operation that exists,
+:func:`define_op` to one that a package defines together with the kernels that compute it:
+
+    define_op(
+        "mylib::scale_tokens(Tensor tokens, Tensor gain) -> Tensor", reference, fake,
+        traits=OpTraits(flops=scale_costs, reads_whole=True),
+        providers=[Provider("triton", "CUDA", kernel, supports=half_precision)],
+    )
+
+``examples/third_party_op.py`` does all of it for one operation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from functools import wraps
 from typing import Any, TypeVar
 
 import torch
@@ -30,8 +41,11 @@ import torch
 from fisedit_compiler.errors import ConfigError
 from fisedit_compiler.graph.layout import Layout, opaque
 from fisedit_compiler.graph.layout_rules import LAYOUT_RULES, LayoutRule
-from fisedit_compiler.graph.specs import ValueSpec, has_spec, spec_of
-from fisedit_compiler.inspect.costs import COSTS, CostRule, elements
+from fisedit_compiler.graph.specs import ValueSpec, elements, has_spec, nbytes, spec_of
+from fisedit_compiler.kernels.providers import Provider, half_precision
+from fisedit_compiler.kernels.registry import Op
+from fisedit_compiler.kernels.registry import define_op as _define_op
+from fisedit_compiler.kernels.traits import TRAITS, Formula, OpTraits, Update, no_products, traits_of
 from fisedit_compiler.passes.base import GraphPass, Pass, Program, Rewriter, Slot, slot_name
 from fisedit_compiler.passes.rewrites.extensions import RULES, RewriteRule
 from fisedit_compiler.passes.rewrites.rowwise import copy_on_rows
@@ -39,16 +53,24 @@ from fisedit_compiler.passes.rewrites.rowwise import copy_on_rows
 __all__ = [
     "GraphPass",
     "Layout",
+    "OpTraits",
     "Pass",
     "Program",
+    "Provider",
     "Rewriter",
     "Slot",
+    "Update",
     "ValueSpec",
     "copy_on_rows",
     "cost_rule",
+    "define_op",
     "elements",
+    "half_precision",
     "has_spec",
     "layout_rule",
+    "nbytes",
+    "no_products",
+    "op_traits",
     "opaque",
     "rewrite_rule",
     "slot_name",
@@ -89,8 +111,8 @@ def rewrite_rule(operation: Any) -> Callable[[RewriteRule], RewriteRule]:
     return _register(operation, RULES, "rewrite rule")
 
 
-def cost_rule(operation: Any) -> Callable[[CostRule], CostRule]:
-    """Register what an operation costs, for ``explain()`` and the page of ``fisedit inspect``.
+def cost_rule(operation: Any) -> Callable[[Formula], Formula]:
+    """Register what an operation costs, for ``explain()`` and the page of ``fisedit inspect``: two of its traits.
 
     The rule gets the operation's arguments, with a :class:`ValueSpec` (sympy shape, dtype) in place of every tensor,
     and the spec of its result (a tuple of them for several). It returns FLOPs, two for a multiplication with its
@@ -105,24 +127,115 @@ def cost_rule(operation: Any) -> Callable[[CostRule], CostRule]:
     Raises:
         ConfigError: it is no such operation, or has a rule already.
     """
-    return _register(operation, COSTS, "cost rule")
+    _check_operation(operation, "A cost rule")
+
+    def register(rule: Formula) -> Formula:
+        known = TRAITS.get(operation, OpTraits()).flops
+        if known is not None:
+            _check_same(operation, "cost rule", known, rule)
+
+        @wraps(rule)
+        def flops(arguments: list[Any], result: Any) -> Any:
+            return _pair(rule(arguments, result))[0]
+
+        @wraps(rule)
+        def moved(arguments: list[Any], result: Any) -> Any:
+            return _pair(rule(arguments, result))[1]
+
+        TRAITS[operation] = replace(traits_of(operation), flops=flops, bytes=moved)
+        return rule
+
+    return register
+
+
+def _pair(found: Any) -> tuple[Any, Any]:
+    """FLOPs and bytes; ``None`` for the bytes of all operands and results."""
+    return found if isinstance(found, tuple) and len(found) == 2 else (found, None)
+
+
+def op_traits(operation: Any, traits: OpTraits) -> None:
+    """Register what else the compiler should know of an operation that exists.
+
+    Args:
+        operation: ``torch.ops.<namespace>.<name>.<overload>``.
+        traits: they stand in place of all that is known of it, also where PyTorch's tags say something.
+
+    Raises:
+        ConfigError: it is no such operation, or has traits already (a cost rule is some).
+    """
+    _check_operation(operation, "Traits")
+    known = TRAITS.setdefault(operation, traits)
+    if _names(known) != _names(traits):
+        raise ConfigError(f"{operation} has traits already: {known}. Register one of them.")
+    TRAITS[operation] = traits  # the same again: their module was reloaded
+
+
+def define_op(
+    schema: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    traits: OpTraits,
+    providers: Sequence[Provider] = (),
+) -> Op:
+    """Define an operation of another package together with its traits and the kernels that compute it.
+
+    It is registered with ``torch.library`` and the dispatcher like the compiler's own. For every dispatch key the first
+    provider runs that supports the operands, else the reference; ``explain()`` shows which, and why others are passed
+    over. A name defined twice keeps its first definition.
+
+    Args:
+        schema: such as ``"mylib::scale(Tensor tokens, Tensor gain) -> Tensor"``.
+        reference: what it means, in plain PyTorch; it runs on every device, and never returns a view of an argument.
+        fake: gives an empty tensor of the result's shape, dtype and strides; sizes may be symbolic.
+        traits: costs, and how it gets along with others.
+        providers: kernels, those to prefer first.
+
+    Returns:
+        The operation; calling it dispatches, and ``.overload`` is what rules are registered for.
+
+    Raises:
+        ConfigError: the name has no namespace, or the compiler's or PyTorch's.
+    """
+    namespace, _, name = schema.partition("(")[0].rpartition("::")
+    if not namespace or namespace in ("fisedit", "aten", "prims"):
+        raise ConfigError(
+            f"An operation needs the namespace of its package, such as mylib::{name}(...); got {schema!r}."
+        )
+    return _define_op(schema, reference, fake, traits=traits, providers=providers)
 
 
 def _register(operation: Any, rules: dict[Any, Any], what: str) -> Callable[[_Rule], _Rule]:
-    if not isinstance(operation, torch._ops.OpOverload):
-        raise ConfigError(
-            f"A {what} is for one operation, such as torch.ops.mylib.scale.default; got {operation!r}"
-            + (" (name its overload: .default)" if isinstance(operation, torch._ops.OpOverloadPacket) else "")
-            + "."
-        )
+    _check_operation(operation, f"A {what}")
 
     def register(rule: _Rule) -> _Rule:
-        known = rules.setdefault(operation, rule)
-        if (known.__module__, known.__qualname__) != (rule.__module__, rule.__qualname__):
-            raise ConfigError(
-                f"{operation} has a {what} already: {known.__module__}.{known.__qualname__}. Register one of them."
-            )
+        _check_same(operation, what, rules.setdefault(operation, rule), rule)
         rules[operation] = rule  # the same rule again: its module was reloaded
         return rule
 
     return register
+
+
+def _check_operation(operation: Any, what: str) -> None:
+    if not isinstance(operation, torch._ops.OpOverload):
+        be = "are" if what.endswith("s") else "is"
+        raise ConfigError(
+            f"{what} {be} for one operation, such as torch.ops.mylib.scale.default; got {operation!r}"
+            + (" (name its overload: .default)" if isinstance(operation, torch._ops.OpOverloadPacket) else "")
+            + "."
+        )
+
+
+def _check_same(operation: Any, what: str, known: Any, rule: Any) -> None:
+    if _name(known) != _name(rule):
+        raise ConfigError(f"{operation} has a {what} already: {_name(known)}. Register one of them.")
+
+
+def _names(traits: OpTraits) -> list[Any]:
+    """Traits with their functions by name, since a module that is reloaded has new functions."""
+    values = (getattr(traits, field.name) for field in fields(traits))
+    return [_name(value) if callable(value) else value for value in values]
+
+
+def _name(function: Any) -> str:
+    return f"{function.__module__}.{getattr(function, '__qualname__', function)}"

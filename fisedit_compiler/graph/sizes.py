@@ -1,4 +1,4 @@
-"""Sizes of a graph: the symbols ``b, h, w, t`` and ``n_s``, and their expressions written as nodes."""
+"""Sizes of a graph: the symbols ``b, h, w, t``, ``n_s`` and ``m_s``, and their expressions written as nodes."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ TEXT = sympy.Symbol("t", positive=True, integer=True)
 def row_symbol(level: Fraction) -> sympy.Symbol:
     """The symbol of ``N_s``, the number of active sites of ``level``."""
     return sympy.Symbol(f"n_{level_name(level)}", nonnegative=True, integer=True)
+
+
+def in_blocks(rows: sympy.Expr) -> sympy.Symbol:
+    """``m_s`` for ``n_s``: the outputs that convolutions compute, the active sites rounded up to whole blocks."""
+    return sympy.Symbol("m_" + str(rows).removeprefix("n_"), nonnegative=True, integer=True)
 
 
 def level_name(level: Fraction) -> str:

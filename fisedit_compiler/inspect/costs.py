@@ -7,32 +7,28 @@ step moves fewer bytes, and the larger of the two is no promise of a time.
 
 Sizes that only a site plan knows are symbols, too: ``n_s``, the active sites of level ``s``; ``m_s``, the outputs that
 its convolutions compute (``n_s`` rounded up to whole blocks); and for every ring and table of taps its number of
-entries. :func:`plan_sizes` gives all of them for a plan. No table and no text is made here.
+entries. :func:`plan_sizes` gives all of them for a plan. What an operation costs is among its traits
+(``kernels/traits.py``); here it is added up. No table and no text is made here.
 """
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import sympy
-import torch
 from torch import fx
 
 from fisedit_compiler.errors import ConfigError
 from fisedit_compiler.geometry.site_plan import SitePlan
 from fisedit_compiler.graph import ir
 from fisedit_compiler.graph.inputs import Sources, TableInput, input_of
-from fisedit_compiler.graph.registered import rule_table
-from fisedit_compiler.graph.sizes import BATCH, HEIGHT, TEXT, WIDTH, row_symbol
-from fisedit_compiler.graph.specs import ValueSpec, has_spec, spec_of
+from fisedit_compiler.graph.sizes import BATCH, HEIGHT, TEXT, WIDTH, in_blocks, row_symbol
+from fisedit_compiler.graph.specs import ValueSpec, has_spec, nbytes, spec_of
+from fisedit_compiler.kernels.traits import Formula, traits_of
 
-aten = torch.ops.aten
-fisedit = torch.ops.fisedit
 Values = Mapping[sympy.Symbol, int]
 Specs = Mapping[str, ValueSpec]
 ZERO = sympy.Integer(0)
@@ -57,167 +53,52 @@ class Cost:
         return evaluate(self.flops, values), evaluate(self.nbytes, values)
 
 
-# -- FLOPs ---------------------------------------------------------------------------------------
-
-Formula = Callable[[list[Any], ValueSpec], sympy.Expr]
-"""FLOPs from an operation's arguments, tensors given as their specs, and the spec of its result."""
-
-
-def _convolution(args: list[Any], out: ValueSpec) -> sympy.Expr:
-    return 2 * elements(out.shape) * elements(args[1].shape[1:])
-
-
-def _transposed_convolution(args: list[Any], out: ValueSpec) -> sympy.Expr:
-    return 2 * elements(args[0].shape) * elements(args[1].shape[1:])
-
-
-def _product(args: list[Any], out: ValueSpec) -> sympy.Expr:
-    return 2 * elements(out.shape) * args[0].shape[-1]
-
-
-def _added_product(args: list[Any], out: ValueSpec) -> sympy.Expr:
-    return _product(args[1:], out)
-
-
-def _attention(args: list[Any], out: ValueSpec) -> sympy.Expr:
-    return _attend(args[0], args[1].shape[-2], out)
-
-
-def _attention_sites(args: list[Any], out: ValueSpec) -> sympy.Expr:
-    return _attend(args[0], args[3].shape[-2], out)
-
-
-def _attend(query: ValueSpec, keys: sympy.Expr, out: ValueSpec) -> sympy.Expr:
-    return 2 * keys * elements(out.shape[:-1]) * (query.shape[-1] + out.shape[-1])
-
-
-def _convolution_sites(args: list[Any], out: ValueSpec) -> sympy.Expr:
-    batch, rows, _ = out.shape
-    computed = rows if list(args[7]) == [1, 1] else _in_blocks(rows)
-    return 2 * batch * computed * elements(args[5].shape)
-
-
-FLOPS: dict[Any, Formula] = {
-    aten.conv1d.default: _convolution,
-    aten.conv2d.default: _convolution,
-    aten.conv3d.default: _convolution,
-    aten.conv_transpose1d.default: _transposed_convolution,
-    aten.conv_transpose2d.input: _transposed_convolution,
-    aten.conv_transpose3d.input: _transposed_convolution,
-    aten.linear.default: _product,
-    aten.matmul.default: _product,
-    aten.mm.default: _product,
-    aten.bmm.default: _product,
-    aten.addmm.default: _added_product,
-    aten.baddbmm.default: _added_product,
-    aten.scaled_dot_product_attention.default: _attention,
-    fisedit.conv2d_sites.default: _convolution_sites,
-    fisedit.attention_sites.default: _attention_sites,
-    fisedit.attention_rows.default: _attention,
-    fisedit.cross_attention.default: _attention,
-}
-"""Operations made of products. What is in neither table, nor pointwise or a view, counts bytes only, and says so."""
-
-CostRule = Callable[[list[Any], Any], Any]
-"""As :data:`Formula`, for operations of other packages: gives FLOPs, or FLOPs and bytes (see ``extend.py``)."""
-
-COSTS: dict[Any, CostRule] = rule_table()
-"""Registered rules by operation."""
-
-NO_PRODUCTS = frozenset(
-    {
-        operator.getitem,
-        aten.amax.default,
-        aten.amin.default,
-        aten.arange.default,
-        aten.arange.start,
-        aten.arange.start_step,
-        aten._softmax.default,
-        aten.cat.default,
-        aten.concat.default,
-        aten.constant_pad_nd.default,
-        aten.contiguous.default,
-        aten.embedding.default,
-        aten.full.default,
-        aten.glu.default,
-        aten.group_norm.default,
-        aten.layer_norm.default,
-        aten.mean.default,
-        aten.mean.dim,
-        aten.ones.default,
-        aten.pad.default,
-        aten.repeat.default,
-        aten.rms_norm.default,
-        aten.softmax.int,
-        aten.stack.default,
-        aten.sum.default,
-        aten.sum.dim_IntList,
-        aten.upsample_nearest2d.default,
-        aten.upsample_nearest2d.vec,
-        aten.zeros.default,
-        fisedit.gather_sites.default,
-        fisedit.group_norm_site_sums.default,
-        fisedit.group_norm_sites.default,
-        fisedit.group_norm_statistics.default,
-        fisedit.pack_conv_weight.default,
-        fisedit.recentre_site_sums.default,
-        fisedit.scatter_sites.default,
-        fisedit.update_statistics.default,
-    }
-)
-"""Operations without products that no tag says so of."""
-
-_MAY_COPY = frozenset({aten.contiguous.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device})
-"""Operations that the schema calls views, and that are in a graph because they copy."""
-
-
-def has_formula(target: Any) -> bool:
-    """Whether the FLOPs of an operation are known (most have none)."""
-    if target in COSTS or target in FLOPS or target in NO_PRODUCTS or target in _MAY_COPY or _is_view(target):
-        return True
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
-
-
 # -- nodes ---------------------------------------------------------------------------------------
 
 
 def node_cost(node: fx.Node, specs: Specs | None = None) -> Cost:
-    """What one call node costs; nothing for sizes and views.
+    """What one call node costs by its operation's traits; nothing for sizes and views.
 
     Args:
         node: of a captured, lowered or hoisted graph.
         specs: of placeholders that carry none, by name (see :func:`placeholder_specs`).
+
+    Raises:
+        ConfigError: a formula of another package gave no cost.
     """
     known = specs or {}
     out = node.meta.get("spec")
     if node.op != "call_function" or "expr" in node.meta or out is None:
         return Cost()
-    if node.target in COSTS:
-        return _by_rule(node, out, known)
-    uncounted = () if has_formula(node.target) else (ir.target_name(node.target),)
-    if node.target is operator.getitem or (_is_view(node.target) and node.target not in _MAY_COPY):
-        return Cost(uncounted=uncounted)
-    formula, flops = FLOPS.get(node.target), ZERO
-    if formula is not None and isinstance(out, ValueSpec):
-        flops = formula(list(fx.map_arg(node.args, lambda argument: _spec(argument, known))), out)
-    results = out if isinstance(out, tuple) else (out,)
-    return Cost(flops, _read(node, known) + sum((nbytes(result) for result in results), ZERO), uncounted)
+    traits = traits_of(node.target)
+    arguments = list(fx.map_arg(node.args, lambda argument: _spec(argument, known)))
+    flops = ZERO if traits.flops is None else traits.flops(arguments, out)
+    moved = None if traits.bytes is None else traits.bytes(arguments, out)
+    if moved is None:
+        moved = _operands(node, known) + sum(map(nbytes, _values(out)), ZERO)
+    uncounted = () if traits.flops is not None else (ir.target_name(node.target),)
+    return Cost(_number(flops, traits.flops, node), _number(moved, traits.bytes, node), uncounted)
 
 
-def _by_rule(node: fx.Node, out: Any, known: Specs) -> Cost:
-    rule = COSTS[node.target]
-    found = rule(list(fx.map_arg(node.args, lambda argument: _spec(argument, known))), out)
-    flops, moved = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
+def _number(found: Any, formula: Formula | None, node: fx.Node) -> sympy.Expr:
     try:
-        if moved is None:
-            results = out if isinstance(out, tuple) else (out,)
-            moved = _read(node, known) + sum((nbytes(result) for result in results), ZERO)
-        return Cost(sympy.sympify(flops, strict=True), sympy.sympify(moved, strict=True))
+        return sympy.sympify(found, strict=True)
     except sympy.SympifyError:
+        name = f"{getattr(formula, '__module__', '')}.{getattr(formula, '__qualname__', formula)}"
         raise ConfigError(
-            f"The cost rule {rule.__module__}.{rule.__qualname__} gave {found!r} for {ir.describe(node)}; it must give "
-            "FLOPs, or FLOPs and bytes, as numbers or sympy expressions in the shapes of its arguments."
+            f"The cost rule {name} gave {found!r} for {ir.describe(node)}; it must give FLOPs, or FLOPs and bytes, as "
+            "numbers or sympy expressions in the shapes of its arguments."
         ) from None
+
+
+def _operands(node: fx.Node, known: Specs) -> sympy.Expr:
+    """Bytes of what a node reads, every operand once."""
+    read = (_spec(argument, known) for argument in node.all_input_nodes)
+    return sum((nbytes(spec) for value in read if value is not None for spec in _values(value)), ZERO)
+
+
+def _values(value: Any) -> tuple[ValueSpec, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def total(costs: Iterable[Cost]) -> Cost:
@@ -242,21 +123,6 @@ def graph_cost(graph: fx.Graph, specs: Specs | None = None) -> Cost:
     return total(node_cost(node, specs) for node in graph.nodes)
 
 
-def elements(shape: Iterable[sympy.Expr]) -> sympy.Expr:
-    """Number of elements of a shape."""
-    return _elements(tuple(shape))
-
-
-@lru_cache(maxsize=4096)
-def _elements(shape: tuple[sympy.Expr, ...]) -> sympy.Expr:
-    return sympy.Mul(*shape)
-
-
-def nbytes(spec: ValueSpec) -> sympy.Expr:
-    """Bytes of a value."""
-    return elements((sympy.Integer(spec.dtype.itemsize), *spec.shape))
-
-
 def _spec(node: fx.Node, known: Specs) -> Any:
     spec = known.get(node.name, node.meta.get("spec")) if node.op == "placeholder" else node.meta.get("spec")
     return _table_spec(node, spec) if spec is not None else None
@@ -264,28 +130,7 @@ def _spec(node: fx.Node, known: Specs) -> Any:
 
 def _table_spec(node: fx.Node, spec: Any) -> Any:
     """The spec of a ring or table of taps, whose sizes differ from one to the next, by the symbol of its entries."""
-    item = input_of(node)
-    if isinstance(item, TableInput) and item.table in ("ring", "taps"):
-        return ValueSpec((_entries(node.name),), spec.dtype)
-    return spec
-
-
-def _read(node: fx.Node, known: Specs) -> sympy.Expr:
-    args = node.args
-    read = {argument: _spec(argument, known) for argument in node.all_input_nodes}
-    if node.target is fisedit.conv2d_sites.default:
-        canvas, ring = read[args[1]], read[args[2]]  # type: ignore[index]
-        read[args[1]] = ValueSpec((canvas.shape[0], *ring.shape, canvas.shape[2]), canvas.dtype)  # type: ignore[index]
-    elif node.target is fisedit.gather_sites.default:
-        read[args[0]] = node.meta["spec"]  # type: ignore[index]
-    values = (value if isinstance(value, tuple) else (value,) for value in read.values() if value is not None)
-    return sum((nbytes(spec) for value in values for spec in value), ZERO)
-
-
-def _is_view(target: Any) -> bool:
-    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
-        return False
-    return any(result.alias_info is not None for result in target._schema.returns)
+    return ValueSpec((_entries(node.name),), spec.dtype) if _varies_in_size(table_of(node)) else spec
 
 
 # -- sizes ---------------------------------------------------------------------------------------
@@ -315,12 +160,22 @@ def plan_sizes(step: fx.Graph, plan: SitePlan) -> dict[sympy.Symbol, int]:
         rows, size = plan.rows(level), plan.block_size(level)
         symbol = row_symbol(level)
         values[symbol] = rows
-        values[_in_blocks(symbol)] = rows if size == 1 else plan.block_count(level, size) * size**2
+        values[in_blocks(symbol)] = rows if size == 1 else plan.block_count(level, size) * size**2
     for node in step.nodes:
-        item = input_of(node)
-        if isinstance(item, TableInput) and item.table in ("ring", "taps"):
-            values[_entries(node.name)] = item.of(Sources(plan=plan)).numel()
+        table = table_of(node)
+        if table is not None and _varies_in_size(table):
+            values[_entries(node.name)] = table.of(Sources(plan=plan)).numel()
     return values
+
+
+def table_of(node: fx.Node) -> TableInput | None:
+    """The site plan's table that an input of a step stands for; ``None`` for any other node."""
+    item = input_of(node)
+    return item if isinstance(item, TableInput) else None
+
+
+def _varies_in_size(table: TableInput | None) -> bool:
+    return table is not None and table.table in ("ring", "taps")
 
 
 def placeholder_specs(captured: fx.Graph, graphs: Iterable[fx.Graph]) -> dict[str, ValueSpec]:
@@ -328,11 +183,6 @@ def placeholder_specs(captured: fx.Graph, graphs: Iterable[fx.Graph]) -> dict[st
     inputs = [node for node in captured.nodes if node.op == "placeholder"]
     computed = [node for graph in graphs for node in graph.nodes if node.op == "call_function"]
     return {node.name: spec_of(node) for node in (*inputs, *computed) if has_spec(node)}
-
-
-def _in_blocks(rows: sympy.Expr) -> sympy.Expr:
-    """``m_s`` for ``n_s``."""
-    return sympy.Symbol("m_" + str(rows).removeprefix("n_"), nonnegative=True, integer=True)
 
 
 def _entries(table: str) -> sympy.Symbol:

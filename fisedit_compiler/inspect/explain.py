@@ -17,19 +17,22 @@ from fisedit_compiler.errors import MaskError, PlanError
 from fisedit_compiler.geometry.site_plan import SitePlan
 from fisedit_compiler.graph import ir
 from fisedit_compiler.graph.inputs import slot_of
-from fisedit_compiler.graph.specs import spec_of
+from fisedit_compiler.graph.sizes import row_symbol
+from fisedit_compiler.graph.specs import nbytes, spec_of
 from fisedit_compiler.inspect import costs
 from fisedit_compiler.inspect.costs import Cost, Values
 from fisedit_compiler.inspect.explanation import Explanation
 from fisedit_compiler.inspect.facts import (
     LevelRows,
     OperationCount,
+    OperationKernel,
     ProgramExplanation,
     Refusal,
     Setting,
     SlotBytes,
     Work,
 )
+from fisedit_compiler.inspect.providers import operation_kernels
 from fisedit_compiler.masks import mask_pixels, to_site_mask
 from fisedit_compiler.runtime.sessions.fallback import dense_reason
 from fisedit_compiler.runtime.sessions.measured import Measured
@@ -107,6 +110,7 @@ def explain_program(
         levels=() if plan is None else _levels(executable, plan, setting),
         slots=_slots(program, values),
         work=_work(program, dense, values, setting, plan, tuple(measured)),
+        kernels=_kernels(executable, values, setting, plan),
     )
 
 
@@ -222,13 +226,13 @@ def _levels(executable: Executable, plan: SitePlan, setting: Setting) -> tuple[L
 
 def _slots(program: CompiledProgram, values: Values) -> tuple[SlotBytes, ...]:
     loaded = [node for node in program.update.nodes if slot_of(node)]
-    nbytes = {slot_of(node): costs.nbytes(spec_of(node)) for node in loaded}
+    stored = {slot_of(node): nbytes(spec_of(node)) for node in loaded}
     kinds: dict[str, list[Slot]] = {}
     for slot in program.slots:
         kinds.setdefault(slot.kind, []).append(slot)
     rows = []
     for kind, slots in kinds.items():
-        formula = costs.total(Cost(nbytes=nbytes[slot.name]) for slot in slots).nbytes
+        formula = costs.total(Cost(nbytes=stored[slot.name]) for slot in slots).nbytes
         rows.append(SlotBytes(kind, len(slots), formula, costs.evaluate(formula, values)))
     return tuple(rows)
 
@@ -242,22 +246,35 @@ def _work(
     measured: Sequence[Measured],
 ) -> tuple[Work, ...]:
     step = costs.graph_cost(program.step)
-    flops, nbytes = dense.at(values)
-    rows = [Work("dense", "every call", dense, flops, nbytes, _comparable(measured, "dense", 1.0, setting))]
+    flops, moved = dense.at(values)
+    rows = [Work("dense", "every call", dense, flops, moved, _comparable(measured, "dense", 1.0, setting))]
     if plan is None:
         rows.append(Work("step", "every call", step, None, None))
     else:
-        flops, nbytes = step.at({**values, **costs.plan_sizes(program.step, plan)})
+        flops, moved = step.at({**values, **costs.plan_sizes(program.step, plan)})
         timed = _comparable(measured, "sparse", plan.area, setting)
-        rows.append(Work("step", "every call", step, flops, nbytes, timed))
+        rows.append(Work("step", "every call", step, flops, moved, timed))
     graphs = [bundle.graph for bundle in program.bundles]
     specs = costs.placeholder_specs(program.captured.graph, graphs)
     for bundle in program.bundles:
         cost = costs.graph_cost(bundle.graph, specs)
         inputs = " or ".join(bundle.ordered) or "a weight"
-        flops, nbytes = cost.at(values)
-        rows.append(Work(f"hoisted: {bundle.name}", f"when {inputs} changes", cost, flops, nbytes))
+        flops, moved = cost.at(values)
+        rows.append(Work(f"hoisted: {bundle.name}", f"when {inputs} changes", cost, flops, moved))
     return tuple(rows)
+
+
+def _kernels(
+    executable: Executable, values: Values, setting: Setting, plan: SitePlan | None
+) -> tuple[OperationKernel, ...]:
+    program = executable.program
+    if plan is not None:
+        sizes = costs.plan_sizes(program.step, plan)
+    else:
+        sites = {level: setting.height / level * setting.width / level for level in program.levels}
+        sizes = {row_symbol(level): int(count) for level, count in sites.items()}
+    lowered = executable.backend.refused is None and executable.config.backend_on(setting.device) == "inductor"
+    return operation_kernels(program.step, plan, {**values, **sizes}, setting.device, lowered=lowered)
 
 
 def _comparable(measured: Iterable[Measured], kind: str, area: float, setting: Setting) -> Measured | None:

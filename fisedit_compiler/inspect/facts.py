@@ -67,6 +67,24 @@ class Refusal:
 
 
 @dataclass(frozen=True)
+class OperationKernel:
+    """What computes one operation of the step, or one that its reference calls.
+
+    Attributes:
+        operation: such as ``fisedit.cross_attention``.
+        calls: how many calls of a step.
+        runs: the provider's name, ``reference`` for the op's own implementation in PyTorch, or ``inductor`` where that
+            is compiled together with what surrounds it.
+        passed_over: why providers that come first do not compute it, by their names.
+    """
+
+    operation: str
+    calls: int
+    runs: str
+    passed_over: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class LevelRows:
     """One level of a site plan.
 
@@ -160,6 +178,7 @@ class ProgramExplanation:
         levels: rows and block sizes, finest level first; none without a mask.
         slots: recorded bytes by kind of slot.
         work: FLOPs and bytes of the dense call, of the step, and of what is hoisted.
+        kernels: what computes the step's operations; without a mask, for all sites in blocks of one.
     """
 
     inputs: tuple[str, ...]
@@ -171,6 +190,7 @@ class ProgramExplanation:
     levels: tuple[LevelRows, ...]
     slots: tuple[SlotBytes, ...]
     work: tuple[Work, ...]
+    kernels: tuple[OperationKernel, ...] = ()
 
     @property
     def recorded_bytes(self) -> int:

@@ -59,6 +59,8 @@ def _program(program: ProgramExplanation) -> Iterator[RenderableType]:
         yield _refusals(program)
     if program.levels:
         yield _levels(program)
+    if program.kernels:
+        yield _kernels(program)
     yield _slots(program)
     yield _work(program)
     uncounted = dict.fromkeys(name for work in program.work for name in work.cost.uncounted)
@@ -95,6 +97,14 @@ def _levels(program: ProgramExplanation) -> Table:
         estimates = (f"{row.estimates[size]:.0f}" if size in row.estimates else "-" for size in BLOCK_SIZES)
         share = _percent(row.active / row.sites)
         table.add_row(str(row.level), str(row.active), str(row.sites), share, size, *estimates)
+    return table
+
+
+def _kernels(program: ProgramExplanation) -> Table:
+    table = _table("kernels of the step", ["operation", "runs", "passed over"], ["calls"])
+    for row in program.kernels:
+        passed_over = "; ".join(f"{name}: {reason}" for name, reason in row.passed_over.items())
+        table.add_row(Text(row.operation), Text(row.runs), Text(passed_over), str(row.calls))
     return table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fisedit_compiler.kernels.aten import ATEN
 from fisedit_compiler.kernels.attention_addressed import attention_addressed
 from fisedit_compiler.kernels.attention_map import attention_map
 from fisedit_compiler.kernels.attention_rows import attention_rows
@@ -24,6 +25,7 @@ from fisedit_compiler.kernels.scatter_sites import scatter_sites
 from fisedit_compiler.kernels.update_statistics import update_statistics
 
 __all__ = [
+    "ATEN",
     "KernelError",
     "Op",
     "attention_addressed",

@@ -6,12 +6,18 @@ copied to one place they are found through a table of addresses, which is what c
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from fisedit_compiler.kernels.addresses import tensor_at
 from fisedit_compiler.kernels.attention_sites import OP as ATTENTION_SITES
-from fisedit_compiler.kernels.registry import define_op, provide
+from fisedit_compiler.kernels.formulas import canvas_attention_flops
+from fisedit_compiler.kernels.providers import Provider
+from fisedit_compiler.kernels.registry import define_op
+from fisedit_compiler.kernels.traits import OpTraits
 
 _NAME = "attention_addressed"
 
@@ -32,21 +38,19 @@ def _fake(
     return ATTENTION_SITES.fake(query, key, value, key_canvas, value_canvas, active, scale, inverse)
 
 
-_OP = define_op(
-    f"{_NAME}(Tensor query, Tensor key, Tensor value, Tensor key_canvas, Tensor value_canvas, Tensor active, "
-    "Tensor inverse, Tensor addresses, int key_entry, int value_entry, float? scale=None) -> Tensor",
-    _reference,
-    _fake,
-)
+@cache
+def _triton() -> Callable[..., Tensor]:
+    """Triton is there only where a GPU is; looked up once, since an import statement takes a microsecond each time."""
+    from fisedit_compiler.kernels.triton.attention_sites import attention_sites
+
+    return attention_sites
 
 
 def _cuda(
     query: Tensor, key: Tensor, value: Tensor, key_canvas: Tensor, value_canvas: Tensor, active: Tensor,
     inverse: Tensor, addresses: Tensor, key_entry: int, value_entry: int, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
-    from fisedit_compiler.kernels.triton.attention_sites import attention_sites as kernel
-
-    return kernel(
+    return _triton()(
         query, key, value, key_canvas, value_canvas, active, inverse, scale,
         addresses=addresses, entries=(key_entry, value_entry),
         # Tensor cores would round float32 to tf32; torch's attention does not.
@@ -54,7 +58,14 @@ def _cuda(
     )  # fmt: skip
 
 
-provide(_NAME, "CUDA", _cuda)
+_OP = define_op(
+    f"{_NAME}(Tensor query, Tensor key, Tensor value, Tensor key_canvas, Tensor value_canvas, Tensor active, "
+    "Tensor inverse, Tensor addresses, int key_entry, int value_entry, float? scale=None) -> Tensor",
+    _reference,
+    _fake,
+    traits=OpTraits(flops=canvas_attention_flops, reads_whole=True),
+    providers=[Provider("triton", "CUDA", _cuda)],
+)
 
 
 def attention_addressed(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fisedit_compiler.kernels.formulas import product_flops
 from fisedit_compiler.kernels.registry import define_op, require
+from fisedit_compiler.kernels.traits import OpTraits
 
 _NAME = "attention_map"
 
@@ -76,6 +78,7 @@ _OP = define_op(
     f"{_NAME}(Tensor query, Tensor key, float? scale=None, Tensor? recorded=None, Tensor? columns=None) -> Tensor",
     _reference,
     _fake,
+    traits=OpTraits(flops=product_flops),
 )
 
 

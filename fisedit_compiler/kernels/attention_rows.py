@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fisedit_compiler.kernels.formulas import attention_flops
 from fisedit_compiler.kernels.padding import counting_rows
-from fisedit_compiler.kernels.registry import define_op, provide, require
+from fisedit_compiler.kernels.providers import Provider, half_precision
+from fisedit_compiler.kernels.registry import define_op, require
+from fisedit_compiler.kernels.traits import OpTraits
 
 _NAME = "attention_rows"
 
@@ -36,23 +42,28 @@ def _fake(query: Tensor, key: Tensor, value: Tensor, active: Tensor, scale: floa
     return query.new_empty(batch, count, heads, value.shape[3]).transpose(1, 2)
 
 
-_OP = define_op(
-    f"{_NAME}(Tensor query, Tensor key, Tensor value, Tensor active, float? scale=None) -> Tensor", _reference, _fake
-)
+@cache
+def _triton() -> Callable[..., Tensor]:
+    """Triton is there only where a GPU is; looked up once, since an import statement takes a microsecond each time."""
+    from fisedit_compiler.kernels.triton.attention_sites import attention_sites
+
+    return attention_sites
 
 
 def _cuda(query: Tensor, key: Tensor, value: Tensor, active: Tensor, scale: float | None = None) -> Tensor:
     _check(query)
-    if query.dtype not in (torch.float16, torch.bfloat16):
-        return _reference(query, key, value, active, scale)  # tensor cores would round fp32 to tf32
-    from fisedit_compiler.kernels.triton.attention_sites import attention_sites as kernel
-
     # The same kernel, on a canvas without sites.
     nothing = (key[:, :, :0], value[:, :, :0])
-    return kernel(query, key, value, *nothing, active, active.new_empty(0, dtype=torch.int32), scale)
+    return _triton()(query, key, value, *nothing, active, active.new_empty(0, dtype=torch.int32), scale)
 
 
-provide(_NAME, "CUDA", _cuda)
+_OP = define_op(
+    f"{_NAME}(Tensor query, Tensor key, Tensor value, Tensor active, float? scale=None) -> Tensor",
+    _reference,
+    _fake,
+    traits=OpTraits(flops=attention_flops, reads_whole=True),
+    providers=[Provider("triton", "CUDA", _cuda, half_precision)],
+)
 
 
 def attention_rows(query: Tensor, key: Tensor, value: Tensor, active: Tensor, scale: float | None = None) -> Tensor:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+from functools import cache
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from fisedit_compiler.geometry.inverse_table import inverse_table
-from fisedit_compiler.kernels.registry import define_op, provide, require
+from fisedit_compiler.kernels.formulas import canvas_attention_flops
+from fisedit_compiler.kernels.providers import Provider, half_precision
+from fisedit_compiler.kernels.registry import define_op, require
+from fisedit_compiler.kernels.traits import OpTraits, Update
 
 _NAME = "attention_sites"
 
@@ -56,12 +61,12 @@ def _fake(
     return query.new_empty(batch, count, heads, value_canvas.shape[3]).transpose(1, 2)
 
 
-OP = define_op(
-    f"{_NAME}(Tensor query, Tensor key, Tensor value, Tensor key_canvas, Tensor value_canvas, Tensor active, "
-    "float? scale=None, Tensor? inverse=None) -> Tensor",
-    _reference,
-    _fake,
-)
+@cache
+def _triton() -> Callable[..., Tensor]:
+    """Triton is there only where a GPU is; looked up once, since an import statement takes a microsecond each time."""
+    from fisedit_compiler.kernels.triton.attention_sites import attention_sites
+
+    return attention_sites
 
 
 def _cuda(
@@ -74,16 +79,23 @@ def _cuda(
     scale: float | None = None,
     inverse: Tensor | None = None,
 ) -> Tensor:
-    if query.dtype not in (torch.float16, torch.bfloat16):
-        return _reference(query, key, value, key_canvas, value_canvas, active, scale)
-    from fisedit_compiler.kernels.triton.attention_sites import attention_sites as kernel
-
     if inverse is None:
         inverse = inverse_table(active, key_canvas.shape[2])
-    return kernel(query, key, value, key_canvas, value_canvas, active, inverse, scale)
+    return _triton()(query, key, value, key_canvas, value_canvas, active, inverse, scale)
 
 
-provide(_NAME, "CUDA", _cuda)
+OP = define_op(
+    f"{_NAME}(Tensor query, Tensor key, Tensor value, Tensor key_canvas, Tensor value_canvas, Tensor active, "
+    "float? scale=None, Tensor? inverse=None) -> Tensor",
+    _reference,
+    _fake,
+    traits=OpTraits(
+        flops=canvas_attention_flops,
+        reads_whole=True,
+        updates=(Update(recorded=3, new=1), Update(recorded=4, new=2)),
+    ),
+    providers=[Provider("triton", "CUDA", _cuda, half_precision)],
+)
 
 
 def attention_sites(

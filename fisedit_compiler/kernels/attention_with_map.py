@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from fisedit_compiler.kernels.attention_map import check_map, mixed_map
+from fisedit_compiler.kernels.formulas import attention_flops
 from fisedit_compiler.kernels.registry import define_op, require
+from fisedit_compiler.kernels.traits import OpTraits
 
 _NAME = "attention_with_map"
 
@@ -36,6 +38,7 @@ _OP = define_op(
     f"{_NAME}(Tensor query, Tensor key, Tensor value, Tensor recorded, Tensor columns, float? scale=None) -> Tensor",
     _reference,
     _fake,
+    traits=OpTraits(flops=attention_flops),
 )
 
 

@@ -8,12 +8,17 @@ nothing of that geometry may appear here.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
 
+from fisedit_compiler.graph.specs import ValueSpec, nbytes
 from fisedit_compiler.kernels.convolve import check_table, check_weight, convolve
+from fisedit_compiler.kernels.formulas import sites_convolution_flops
 from fisedit_compiler.kernels.registry import define_op, require
+from fisedit_compiler.kernels.traits import OpTraits, Update
 
 _NAME = "conv2d_sites"
 
@@ -50,11 +55,23 @@ def _fake(
     return rows.new_empty(rows.shape[0], places.shape[0], weight.shape[0])
 
 
+def _flops(args: list[Any], out: ValueSpec) -> sympy.Expr:
+    return sites_convolution_flops(args[5], args[7], out)
+
+
+def _bytes(args: list[Any], out: ValueSpec) -> sympy.Expr:
+    """Of the canvas only the ring is read."""
+    rows, canvas, ring, *others = args[:7]
+    read = ValueSpec((canvas.shape[0], *ring.shape, canvas.shape[2]), canvas.dtype)
+    return sympy.Add(*(nbytes(spec) for spec in (rows, read, ring, *others, out) if spec is not None))
+
+
 _OP = define_op(
     f"{_NAME}(Tensor rows, Tensor canvas, Tensor ring, Tensor taps, Tensor places, Tensor weight, Tensor? bias, "
     "int[2] kernel, int[2] stride, int[2] dilation) -> Tensor",
     _reference,
     _fake,
+    traits=OpTraits(flops=_flops, bytes=_bytes, inline=_reference, updates=(Update(recorded=1, new=0),)),
 )
 
 

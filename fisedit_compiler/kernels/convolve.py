@@ -8,20 +8,27 @@ instead, where that was measured to be faster (``block_costs.json``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, Literal
 
+import sympy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fisedit_compiler.geometry.block_costs import fits
 from fisedit_compiler.geometry.patches import BLOCK_SIZES, block_size_of, output_taps, patch_shape
+from fisedit_compiler.kernels.formulas import sites_convolution_flops
 from fisedit_compiler.kernels.gather_taps import gather_taps
-from fisedit_compiler.kernels.registry import define_op, provide, require
+from fisedit_compiler.kernels.providers import ROUNDED, Provider
+from fisedit_compiler.kernels.registry import define_op, require
+from fisedit_compiler.kernels.traits import OpTraits
 
 _NAME = "convolve"
 _FEW_OUTPUTS = 16
 """Outputs below which a GPU reads through the table instead of gathering: 8 instead of 12.6 us for a latent's 4."""
+_GATHERED = f"in blocks of this size and for {_FEW_OUTPUTS} outputs or more, gathering was measured to be faster"
 
 
 def check_weight(op: str, weight: Tensor, channels: int, kernel: Sequence[int]) -> None:
@@ -119,32 +126,50 @@ def _fake(
     return values.new_empty(values.shape[0], places.shape[0], weight.shape[0])
 
 
+def _flops(args: list[Any], out: Any) -> sympy.Expr:
+    return sites_convolution_flops(args[3], args[5], out)
+
+
+def _supports(
+    values: Tensor, taps: Tensor, places: Tensor, weight: Tensor, bias: Tensor | None,
+    kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int],
+) -> Literal[True] | str:  # fmt: skip
+    if values.dtype not in (torch.float16, torch.bfloat16):
+        return ROUNDED
+    size = block_size_of(taps.shape[1], kernel, stride, dilation)
+    # A gather of taps for a handful of outputs (a picture's channels) costs more than the convolution.
+    if size == 1 and weight.shape[0] < _FEW_OUTPUTS:
+        return True
+    fitted = fits("cuda").get(size or 0)
+    if fitted is not None and fitted.path == "implicit":
+        return True
+    return _GATHERED
+
+
+@cache
+def _triton() -> Callable[..., Tensor]:
+    """Triton is there only where a GPU is; looked up once, since an import statement takes a microsecond each time."""
+    from fisedit_compiler.kernels.triton.convolve import convolve
+
+    return convolve
+
+
+def _implicit_gemm(
+    values: Tensor, taps: Tensor, places: Tensor, weight: Tensor, bias: Tensor | None,
+    kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int],
+) -> Tensor:  # fmt: skip
+    _check(values, taps, places, weight, kernel)
+    return _triton()(values, taps, places, weight, bias, kernel, stride, dilation)
+
+
 _OP = define_op(
     f"{_NAME}(Tensor values, Tensor taps, Tensor places, Tensor weight, Tensor? bias, "
     "int[2] kernel, int[2] stride, int[2] dilation) -> Tensor",
     _reference,
     _fake,
+    traits=OpTraits(flops=_flops),
+    providers=[Provider("triton", "CUDA", _implicit_gemm, _supports)],
 )
-
-
-def _cuda(
-    values: Tensor, taps: Tensor, places: Tensor, weight: Tensor, bias: Tensor | None,
-    kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int],
-) -> Tensor:  # fmt: skip
-    size = block_size_of(taps.shape[1], kernel, stride, dilation)
-    fitted = fits("cuda").get(size or 0)
-    half = values.dtype in (torch.float16, torch.bfloat16)  # tensor cores would round float32 to tf32
-    # A gather of taps for a handful of outputs (a picture's channels) costs more than the convolution.
-    implicit = (size == 1 and weight.shape[0] < _FEW_OUTPUTS) or (fitted is not None and fitted.path == "implicit")
-    if not half or not implicit:
-        return _reference(values, taps, places, weight, bias, kernel, stride, dilation)
-    _check(values, taps, places, weight, kernel)
-    from fisedit_compiler.kernels.triton.convolve import convolve as implicit_gemm
-
-    return implicit_gemm(values, taps, places, weight, bias, kernel, stride, dilation)
-
-
-provide(_NAME, "CUDA", _cuda)
 
 
 def gathered(

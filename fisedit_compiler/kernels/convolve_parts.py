@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import sympy
 from torch import Tensor
 
 from fisedit_compiler.geometry.patches import block_size_of
 from fisedit_compiler.kernels.convolve import check_lines, check_table, check_weight, convolve
+from fisedit_compiler.kernels.formulas import sites_convolution_flops
 from fisedit_compiler.kernels.gather_taps import gather_taps
 from fisedit_compiler.kernels.matmul_parts import matmul_parts
 from fisedit_compiler.kernels.registry import define_op, require
+from fisedit_compiler.kernels.traits import OpTraits
 
 _NAME = "convolve_parts"
 
@@ -49,11 +53,16 @@ def _fake(
     return values.new_empty(parts, values.shape[0], places.shape[0], weight.shape[0])
 
 
+def _flops(args: list[Any], out: Any) -> sympy.Expr:
+    return sites_convolution_flops(args[3], args[5], out)
+
+
 _OP = define_op(
     f"{_NAME}(Tensor values, Tensor taps, Tensor places, Tensor weight, int parts, "
     "int[2] kernel, int[2] stride, int[2] dilation) -> Tensor",
     _reference,
     _fake,
+    traits=OpTraits(flops=_flops),
 )
 
 

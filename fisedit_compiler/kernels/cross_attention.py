@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fisedit_compiler.kernels.addresses import is_plain
-from fisedit_compiler.kernels.registry import define_op, provide, require
+from fisedit_compiler.kernels.formulas import attention_flops
+from fisedit_compiler.kernels.providers import ROUNDED, Provider
+from fisedit_compiler.kernels.registry import define_op, require
+from fisedit_compiler.kernels.traits import OpTraits
 
 _NAME = "cross_attention"
 FEW_KEYS = 128
 """As many keys as one program of the GPU kernel holds at once."""
+LARGEST_SIZE = 256
+"""Of a head, that the GPU kernel takes."""
+_MANY_KEYS = f"one program holds all keys, 1 to {FEW_KEYS}"
+_OTHER_SIZE = f"queries and values must be of one size, {LARGEST_SIZE} at most"
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -46,22 +57,30 @@ def _fake(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None)
     return query.new_empty(batch, count, heads, value.shape[3]).transpose(1, 2)
 
 
-_OP = define_op(
-    f"{_NAME}(Tensor query, Tensor key, Tensor value, float? scale=None) -> Tensor",
-    _reference,
-    _fake,
-)
-
-
-def _cuda(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+def _supports(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Literal[True] | str:
     _check(query, key, value)
-    half = query.dtype in (torch.float16, torch.bfloat16)  # tensor cores would round float32 to tf32
-    size = query.shape[3]
-    if not half or not 0 < key.shape[2] <= FEW_KEYS or value.shape[3] != size or size > 256:
-        return _reference(_for_torch(query), _for_torch(key), _for_torch(value), scale)
-    from fisedit_compiler.kernels.triton.cross_attention import cross_attention as kernel
+    size, keys = query.shape[3], key.shape[2]
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        return ROUNDED
+    if not 0 < keys <= FEW_KEYS:
+        return _MANY_KEYS
+    return _OTHER_SIZE if value.shape[3] != size or size > LARGEST_SIZE else True
 
-    return kernel(query, key, value, scale)
+
+@cache
+def _triton() -> Callable[..., Tensor]:
+    """Triton is there only where a GPU is; looked up once, since an import statement takes a microsecond each time."""
+    from fisedit_compiler.kernels.triton.cross_attention import cross_attention
+
+    return cross_attention
+
+
+def _few_keys(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+    return _triton()(query, key, value, scale)
+
+
+def _any_strides(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+    return _reference(_for_torch(query), _for_torch(key), _for_torch(value), scale)
 
 
 def _for_torch(tensor: Tensor) -> Tensor:
@@ -74,7 +93,13 @@ def _for_torch(tensor: Tensor) -> Tensor:
     return tensor if is_plain(tensor) and aligned else tensor.clone(memory_format=torch.contiguous_format)
 
 
-provide(_NAME, "CUDA", _cuda)
+_OP = define_op(
+    f"{_NAME}(Tensor query, Tensor key, Tensor value, float? scale=None) -> Tensor",
+    _reference,
+    _fake,
+    traits=OpTraits(flops=attention_flops, reads_whole=True),
+    providers=[Provider("triton", "CUDA", _few_keys, _supports), Provider("torch", "CUDA", _any_strides)],
+)
 
 
 def cross_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:

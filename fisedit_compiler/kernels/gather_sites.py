@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import sympy
 from torch import Tensor
 
+from fisedit_compiler.graph.specs import nbytes
 from fisedit_compiler.kernels.registry import define_op
+from fisedit_compiler.kernels.traits import OpTraits, no_products
 
 
 def _reference(canvas: Tensor, active: Tensor, dim: int) -> Tensor:
@@ -17,7 +22,17 @@ def _fake(canvas: Tensor, active: Tensor, dim: int) -> Tensor:
     return canvas.new_empty(shape)
 
 
-_OP = define_op("gather_sites(Tensor canvas, Tensor active, int dim) -> Tensor", _reference, _fake)
+def _bytes(args: list[Any], out: Any) -> sympy.Expr:
+    """Of the canvas only the active sites are read."""
+    return 2 * nbytes(out) + nbytes(args[1])
+
+
+_OP = define_op(
+    "gather_sites(Tensor canvas, Tensor active, int dim) -> Tensor",
+    _reference,
+    _fake,
+    traits=OpTraits(flops=no_products, bytes=_bytes, inline=_reference),
+)
 
 
 def gather_sites(canvas: Tensor, active: Tensor, dim: int) -> Tensor:

@@ -8,10 +8,15 @@ faster than an implicit GEMM for every shape of a 5 % edit (``benchmarks/NOTES.m
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from torch import Tensor
 
-from fisedit_compiler.kernels.registry import define_op, provide, require
+from fisedit_compiler.kernels.providers import Provider
+from fisedit_compiler.kernels.registry import define_op, require
+from fisedit_compiler.kernels.traits import OpTraits, no_products
 
 _NAME = "gather_taps"
 
@@ -42,17 +47,26 @@ def _fake(values: Tensor, taps: Tensor) -> Tensor:
     return values.new_empty(values.shape[0] * taps.shape[0], taps.shape[1] * values.shape[2])
 
 
-_OP = define_op(f"{_NAME}(Tensor values, Tensor taps) -> Tensor", _reference, _fake)
+@cache
+def _triton() -> Callable[..., Tensor]:
+    """Triton is there only where a GPU is; looked up once, since an import statement takes a microsecond each time."""
+    from fisedit_compiler.kernels.triton.gather_taps import gather_taps
+
+    return gather_taps
 
 
 def _cuda(values: Tensor, taps: Tensor) -> Tensor:
     _check(values, taps)
-    from fisedit_compiler.kernels.triton.gather_taps import gather_taps as kernel
-
-    return kernel(values, taps)
+    return _triton()(values, taps)
 
 
-provide(_NAME, "CUDA", _cuda)
+_OP = define_op(
+    f"{_NAME}(Tensor values, Tensor taps) -> Tensor",
+    _reference,
+    _fake,
+    traits=OpTraits(flops=no_products),
+    providers=[Provider("triton", "CUDA", _cuda)],
+)
 
 
 def gather_taps(values: Tensor, taps: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fisedit_compiler.kernels.registry import define_op, require
+from fisedit_compiler.kernels.traits import OpTraits, no_products
 
 _NAME = "group_norm_sites"
 
@@ -48,6 +49,7 @@ _OP = define_op(
     f"{_NAME}(Tensor rows, Tensor statistics, Tensor? weight, Tensor? bias, int groups, float eps) -> Tensor",
     _reference,
     _fake,
+    traits=OpTraits(flops=no_products, inline=_reference),
 )
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fisedit_compiler.kernels.registry import define_op, require
+from fisedit_compiler.kernels.traits import OpTraits, no_products
 
 _NAME = "group_norm_statistics"
 
@@ -32,7 +33,7 @@ def _fake(x: Tensor, groups: int) -> Tensor:
     return x.new_empty((x.shape[0], groups, 2), dtype=torch.float32)
 
 
-_OP = define_op(f"{_NAME}(Tensor x, int groups) -> Tensor", _reference, _fake)
+_OP = define_op(f"{_NAME}(Tensor x, int groups) -> Tensor", _reference, _fake, traits=OpTraits(flops=no_products))
 
 
 def group_norm_statistics(x: Tensor, groups: int) -> Tensor:

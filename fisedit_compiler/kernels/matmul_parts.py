@@ -7,10 +7,15 @@ adds the parts up does it in a kernel that runs anyway (the next norm or residua
 
 from __future__ import annotations
 
+from typing import Any
+
+import sympy
 import torch
 from torch import Tensor
 
+from fisedit_compiler.graph.specs import elements
 from fisedit_compiler.kernels.registry import define_op, require
+from fisedit_compiler.kernels.traits import OpTraits
 
 _NAME = "matmul_parts"
 _ALIGNED = 64
@@ -61,7 +66,13 @@ def _fake(rows: Tensor, weight: Tensor, parts: int) -> Tensor:
     return rows.new_empty(parts, rows.shape[0], weight.shape[0])
 
 
-_OP = define_op(f"{_NAME}(Tensor rows, Tensor weight, int parts) -> Tensor", _reference, _fake)
+def _flops(args: list[Any], out: Any) -> sympy.Expr:
+    return 2 * elements(args[0].shape) * args[1].shape[0]
+
+
+_OP = define_op(
+    f"{_NAME}(Tensor rows, Tensor weight, int parts) -> Tensor", _reference, _fake, traits=OpTraits(flops=_flops)
+)
 
 
 def matmul_parts(rows: Tensor, weight: Tensor, parts: int) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fisedit_compiler.kernels.registry import define_op, require
+from fisedit_compiler.kernels.traits import OpTraits, no_products
 
 _NAME = "pack_conv_weight"
 
@@ -23,7 +24,7 @@ def _fake(weight: Tensor) -> Tensor:
     return weight.new_empty(out_channels, height * width * channels)
 
 
-_OP = define_op(f"{_NAME}(Tensor weight) -> Tensor", _reference, _fake)
+_OP = define_op(f"{_NAME}(Tensor weight) -> Tensor", _reference, _fake, traits=OpTraits(flops=no_products))
 
 
 def pack_conv_weight(weight: Tensor) -> Tensor:

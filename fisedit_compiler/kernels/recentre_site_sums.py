@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fisedit_compiler.kernels.registry import define_op
+from fisedit_compiler.kernels.traits import OpTraits, no_products
 
 _NAME = "recentre_site_sums"
 
@@ -25,7 +26,12 @@ def _fake(site_sums: Tensor, old: Tensor, new: Tensor, channels: int) -> Tensor:
     return site_sums.new_empty(site_sums.shape)
 
 
-_OP = define_op(f"{_NAME}(Tensor site_sums, Tensor old, Tensor new, SymInt channels) -> Tensor", _reference, _fake)
+_OP = define_op(
+    f"{_NAME}(Tensor site_sums, Tensor old, Tensor new, SymInt channels) -> Tensor",
+    _reference,
+    _fake,
+    traits=OpTraits(flops=no_products),
+)
 
 
 def recentre_site_sums(site_sums: Tensor, old: Tensor, new: Tensor, channels: int) -> Tensor:

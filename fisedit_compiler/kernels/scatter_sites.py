@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fisedit_compiler.kernels.registry import define_op, require
+from fisedit_compiler.kernels.traits import OpTraits, no_products
 
 _NAME = "scatter_sites"
 
@@ -31,7 +32,12 @@ def _fake(rows: Tensor, canvas: Tensor, active: Tensor, dim: int) -> Tensor:
     return canvas.new_empty(canvas.shape)
 
 
-_OP = define_op(f"{_NAME}(Tensor rows, Tensor canvas, Tensor active, int dim) -> Tensor", _reference, _fake)
+_OP = define_op(
+    f"{_NAME}(Tensor rows, Tensor canvas, Tensor active, int dim) -> Tensor",
+    _reference,
+    _fake,
+    traits=OpTraits(flops=no_products, inline=_reference),
+)
 
 
 def scatter_sites(rows: Tensor, canvas: Tensor, active: Tensor, dim: int) -> Tensor:

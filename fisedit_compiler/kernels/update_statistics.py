@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fisedit_compiler.kernels.padding import counting_rows
 from fisedit_compiler.kernels.registry import define_op, require
+from fisedit_compiler.kernels.traits import OpTraits, Update, no_products
 
 _NAME = "update_statistics"
 
@@ -52,7 +53,14 @@ def _fake(rows: Tensor, statistics: Tensor, site_sums: Tensor, active: Tensor) -
 
 
 _OP = define_op(
-    f"{_NAME}(Tensor rows, Tensor statistics, Tensor site_sums, Tensor active) -> Tensor", _reference, _fake
+    f"{_NAME}(Tensor rows, Tensor statistics, Tensor site_sums, Tensor active) -> Tensor",
+    _reference,
+    _fake,
+    traits=OpTraits(
+        flops=no_products,
+        inline=_reference,
+        updates=(Update(recorded=1, new=None, kind="whole"), Update(recorded=2, new=0, kind="sums")),
+    ),
 )
 
 

@@ -12,30 +12,18 @@ one compilation serves every number of rows.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, fx
 
-from fisedit_compiler.graph.views import PERMUTATIONS, VIEWS
 from fisedit_compiler.kernels import conv2d_sites, convolve_parts, matmul_parts
 from fisedit_compiler.kernels.conv2d_sites import readable_values
 from fisedit_compiler.kernels.matmul_parts import choose_parts, sum_parts
+from fisedit_compiler.kernels.traits import traits_of
 
 aten = torch.ops.aten
 fisedit = torch.ops.fisedit
-
-_SEEN_THROUGH = frozenset({*VIEWS, *PERMUTATIONS, aten.split_with_sizes.default, operator.getitem})
-_WHOLE = frozenset(
-    {
-        aten.scaled_dot_product_attention.default,
-        fisedit.attention_addressed.default,
-        fisedit.attention_rows.default,
-        fisedit.attention_sites.default,
-        fisedit.cross_attention.default,
-    }
-)
 
 
 def cut_products(graph: fx.Graph) -> None:
@@ -73,4 +61,5 @@ def convolution(
 
 def _read_whole(node: fx.Node) -> bool:
     """Whether an op that is not fused with others reads the value, or a view of it."""
-    return any(user.target in _WHOLE or (user.target in _SEEN_THROUGH and _read_whole(user)) for user in node.users)
+    readers = ((user, traits_of(user.target)) for user in node.users)
+    return any(traits.reads_whole or (traits.regroups and _read_whole(user)) for user, traits in readers)

@@ -1,9 +1,10 @@
 """How a lowered step (``lowered.py``) becomes GPU code: torch.compile, with Inductor taking the ``fisedit::`` ops apart
 that it can fuse.
 
-Normalisation, gathers and scatters are pointwise or copies to it. A convolution is taken apart into a fused kernel that
-writes everything it reads side by side, and an op that chooses by its table between taps and patches when it runs: so
-one compilation serves every block size. Attention stays whole.
+Which ones is among their traits (``OpTraits.inline``). Normalisation, gathers and scatters are pointwise or copies to
+it. A convolution is taken apart into a fused kernel that writes everything it reads side by side, and an op that
+chooses by its table between taps and patches when it runs: so one compilation serves every block size. Attention stays
+whole.
 """
 
 from __future__ import annotations
@@ -15,9 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fisedit_compiler.kernels.registry import registered_ops
-
-_REFERENCES = ("conv2d_sites", "gather_sites", "scatter_sites", "group_norm_sites", "update_statistics")
+from fisedit_compiler.kernels.traits import inlined
 
 _READ_ONCE = 2048
 """Channels of a norm that one program holds at once."""
@@ -33,10 +32,8 @@ def _inductor(graph: fx.GraphModule, example_inputs: Any) -> Any:
     from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.virtualized import V
 
-    ops = registered_ops()
-    inlined = {ops[name].overload: ops[name].reference for name in _REFERENCES}
     with V.set_choices_handler(_choices()):
-        return compile_fx(graph, example_inputs, decompositions={**select_decomp_table(), **inlined})
+        return compile_fx(graph, example_inputs, decompositions={**select_decomp_table(), **inlined()})
 
 
 @cache

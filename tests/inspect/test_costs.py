@@ -9,15 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from fisedit_compiler import SparseModule
 from fisedit_compiler.inspect import costs
 from fisedit_compiler.inspect.costs import Cost, call_sizes, graph_cost, node_cost, placeholder_specs, plan_sizes
-from fisedit_compiler.kernels import registered_ops
 from tests.support.compiled_zoo import base_inputs, base_run, compiled_model, edit_inputs, make_mask, zoo_model
+from tests.support.flops import counted
 from tests.support.pass_tools import (
     CHANNELS,
     Forward,
@@ -31,25 +28,6 @@ from tests.support.zoo import UNETS
 
 TOKENS = 7
 SIZE = (16, 24)
-
-
-class Unfold(TorchDispatchMode):
-    """Runs the references of ``fisedit::`` operations where other modes see them, nested ones too."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace != "fisedit":
-            return func(*args, **(kwargs or {}))
-        with self:
-            return registered_ops()[func._opname].reference(*args, **(kwargs or {}))
-
-
-def counted(run: Callable[[], Any]) -> int:
-    """FLOPs that torch counts while ``run`` runs."""
-    counter = FlopCounterMode(display=False)
-    # The fused CPU attention is none that torch counts; the plain one is made of products that it does.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter, Unfold():
-        run()
-    return int(counter.get_total_flops())
 
 
 def dense_flops(compiled: SparseModule, batch: int, height: int, width: int) -> int:

@@ -29,7 +29,8 @@ from fisedit_compiler.extend import (
 )
 from fisedit_compiler.graph.layout_rules import LAYOUT_RULES
 from fisedit_compiler.graph.sizes import BATCH, HEIGHT, WIDTH, row_symbol
-from fisedit_compiler.inspect.costs import COSTS, node_cost
+from fisedit_compiler.inspect.costs import node_cost
+from fisedit_compiler.kernels.traits import TRAITS
 from fisedit_compiler.passes.order import REWRITES, ordered
 from fisedit_compiler.passes.rewrites.extensions import RULES
 from tests.support.pass_tools import CHANNELS, Forward, assert_equals_oracle, compile_small, counts, program_of, reasons
@@ -53,7 +54,7 @@ OPERATION = torch.ops.fisedit_tests.halve.default
 @pytest.fixture(autouse=True)
 def registries() -> Iterator[None]:
     """Rules registered by a test are forgotten after it."""
-    known = [(rules, dict(rules)) for rules in (RULES, LAYOUT_RULES, COSTS)]
+    known = [(rules, dict(rules)) for rules in (RULES, LAYOUT_RULES, TRAITS)]
     yield
     for rules, before in known:
         rules.clear()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fisedit_compiler.geometry.site_plan import SitePlan
 from fisedit_compiler.graph.inputs import slot_of
-from fisedit_compiler.graph.specs import spec_of
+from fisedit_compiler.graph.specs import nbytes, spec_of
 from fisedit_compiler.inspect import costs
 from fisedit_compiler.inspect.explain import TEXT_TOKENS, explain_module
 from fisedit_compiler.inspect.page.drawing import KINDS, draw_program, node_facts
@@ -116,5 +116,5 @@ def _kinds_of(diff: str) -> list[tuple[str, str]]:
 def _slots(program: CompiledProgram, batch: int, height: int, width: int) -> list[SlotRow]:
     values = costs.call_sizes(program.multiple, height, width, batch, TEXT_TOKENS)
     loaded = [node for node in program.update.nodes if slot_of(node)]
-    nbytes = {slot_of(node): costs.evaluate(costs.nbytes(spec_of(node)), values) for node in loaded}
-    return [SlotRow(slot.name, slot.kind, str(slot.layout), nbytes[slot.name]) for slot in program.slots]
+    stored = {slot_of(node): costs.evaluate(nbytes(spec_of(node)), values) for node in loaded}
+    return [SlotRow(slot.name, slot.kind, str(slot.layout), stored[slot.name]) for slot in program.slots]

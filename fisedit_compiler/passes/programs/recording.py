@@ -20,6 +20,7 @@ from fisedit_compiler.graph import ir
 from fisedit_compiler.graph.inputs import slot_of
 from fisedit_compiler.graph.layout import SITES
 from fisedit_compiler.graph.specs import spec_of
+from fisedit_compiler.kernels.traits import traits_of
 from fisedit_compiler.passes.base import Program, Slot
 
 aten = torch.ops.aten
@@ -121,22 +122,19 @@ def _updates_of(node: fx.Node, slots: Mapping[str, Slot]) -> list[tuple[SlotUpda
     """Which slots a node of the lowered graph brings up to date, and from which node their update is made."""
     if "updates" in node.meta:
         return [_dense_update(node)]
-    positions: dict[Any, list[tuple[int, int]]] = {
-        fisedit.conv2d_sites.default: [(1, 0)],
-        fisedit.attention_sites.default: [(3, 1), (4, 2)],
-    }
     found: list[tuple[SlotUpdate, fx.Node]] = []
-    for canvas, position in positions.get(node.target, []):
-        name, rows = slot_of(node.args[canvas]), node.args[position]
-        if name in slots:
-            assert isinstance(rows, fx.Node)
-            found.append((SlotUpdate(name, "rows", slots[name].layout.site_dim()), rows))
-    if node.target is fisedit.update_statistics.default:
-        rows = node.args[0]
-        assert isinstance(rows, fx.Node)
-        channels = int(spec_of(rows).shape[2])
-        found.append((SlotUpdate(slot_of(node.args[1]), "whole"), node))
-        found.append((SlotUpdate(slot_of(node.args[2]), "sums", 1, channels), node))
+    for update in traits_of(node.target).updates:
+        name = slot_of(node.args[update.recorded])
+        new = node if update.new is None else node.args[update.new]
+        assert isinstance(new, fx.Node)
+        if name not in slots:
+            continue
+        if update.kind == "rows":
+            found.append((SlotUpdate(name, "rows", slots[name].layout.site_dim()), new))
+        elif update.kind == "whole":
+            found.append((SlotUpdate(name, "whole"), new))
+        else:
+            found.append((SlotUpdate(name, "sums", 1, int(spec_of(new).shape[2])), node))
     return found
 
 
