@@ -22,12 +22,12 @@ from torch import nn
 
 from fisedit_compiler import Recording, SparseModule, SparsifyConfig, dynamo, module, sparsify
 from fisedit_compiler.errors import FiseditError
-from fisedit_compiler.runtime.sessions import blocks, modes
+from fisedit_compiler.runtime.sessions import modes, scopes
 
 SAMPLE = torch.linspace(-1, 1, 2 * 3 * 8 * 8).view(2, 3, 8, 8)
 MASK = torch.zeros(8, 8, dtype=torch.bool)
 MASK[2:5, 3:6] = True
-FILES = frozenset({blocks.__file__, modes.__file__, module.__file__, dynamo.__file__, contextlib.__file__, __file__})
+FILES = frozenset({modes.__file__, scopes.__file__, module.__file__, dynamo.__file__, contextlib.__file__, __file__})
 """Where interrupts strike."""
 
 HANDLING = frozenset(dis.opmap[name] for name in ("PUSH_EXC_INFO", "POP_EXCEPT", "RERAISE") if name in dis.opmap)
