@@ -79,7 +79,7 @@ def _passes(stages: Stages) -> str:
     for stage in stages:
         removed, added = (", ".join(f"{n} {op}" for op, n in of.items()) for of in (stage.removed, stage.added))
         what = f"removed {removed or 'nothing'}; added {added or 'nothing'}" if stage.name != "capture" else "the model"
-        changes = stages.changes(stage.name, context=1) if stage.name not in ("recording", "update") else ""
+        changes = stages.changes(stage.name, context=1) if stage.name != "recording" else ""
         shown = f"<pre>{_coloured(changes)}</pre>" if changes else ""
         parts.append(
             f"<details><summary><b>{escape(stage.name)}</b> {stage.seconds * 1e3:.1f} ms, "
