@@ -29,10 +29,11 @@ class Stage:
     """A graph as one pass left it.
 
     Attributes:
-        name: the pass; ``capture``, ``lower``, ``recording``, ``update`` and ``step`` are the compiler's own stages.
-            What torch.compile gets of the last two on a GPU are ``step_staged`` and then ``step_cut``, likewise of
-            ``update``. ``recording_maps``, ``reuse`` and ``reuse_recording`` are there once cross-attention maps were
-            asked for.
+        name: the pass; ``capture``, ``lower``, ``recording``, ``stores``, ``update`` and ``step`` are the compiler's
+            own stages. ``capture`` is without what computes nothing, as captures are kept on disk; ``stores`` also
+            returns what an edit writes, and ``update`` is what hoisting leaves of it. On a GPU torch.compile gets
+            ``step_cut``, which is made from ``step_staged``; likewise of ``update``. ``recording_maps``, ``reuse`` and
+            ``reuse_recording`` are there once cross-attention maps were asked for.
         seconds: what the pass took.
         removed: call nodes it removed, by operation.
         added: call nodes it added, by operation.

@@ -167,7 +167,8 @@ def compile_program(
     if captured is None or compiled is None:
         with compiling("capture", lowered):
             captured = capture(module, arguments, signature, multiple)
-            simplify(captured)
+            with Instruments().watch("simplify", captured.graph):
+                simplify(captured)
         if entry:
             cache.save(entry, captured)
         captured_at = time.perf_counter()
@@ -203,7 +204,8 @@ def compile_captured(
     Args:
         captured: the dense graph.
         config: how to rewrite it.
-        observe: sees the captured graph, the graph after every pass, and the recording, update and step graph.
+        observe: sees the captured graph, the graph after every pass, the recording graph, the step with its stores, and
+            the update and step graph.
         capture_seconds: what capturing (or reading the capture from disk) took, for the reports.
 
     Raises:
@@ -219,9 +221,11 @@ def _assemble(captured: CapturedGraph, program: Program, instruments: Instrument
     spatial = captured.signature.spatial_names
     with instruments.made("recording", captured.graph, "capture") as made:
         made.graph = recording = recording_graph(program)
-    with instruments.made("update", program.graph, "lower") as made:
-        graph, updates = with_updates(program)
-        update, update_bundles = hoist(graph, spatial)
+    with instruments.made("stores", program.graph, "lower") as made:
+        with_stores, updates = with_updates(program)
+        made.graph = with_stores
+    with instruments.made("update", with_stores, "stores") as made:
+        update, update_bundles = hoist(with_stores, spatial)
         made.graph = update
     with instruments.made("step", program.graph, "lower") as made:
         step, bundles = hoist(program.graph, spatial)

@@ -30,6 +30,7 @@ from fisedit_compiler.graph.inputs import (
     slot_of,
 )
 from fisedit_compiler.graph.listing import code_of
+from fisedit_compiler.lowering.stage import stage
 from fisedit_compiler.passes import Instruments
 from fisedit_compiler.passes.programs.maps import map_graphs
 from tests.support.compiled_zoo import compiled_model
@@ -86,7 +87,13 @@ def test_a_captured_graph_is_called_with_the_tensors_of_the_call() -> None:
 def test_every_placeholder_of_a_program_says_what_it_stands_for() -> None:
     (program,) = compiled_model("sd15").programs
     maps = map_graphs(program.captured, program.recording, Instruments())
-    graphs = [program.step, program.update, maps.reuse, maps.reuse_recording, program.lowered("update")]
+    graphs = [
+        program.step,
+        program.update,
+        maps.reuse,
+        maps.reuse_recording,
+        stage(program.update, [slot.name for slot in program.slots]),
+    ]
     for graph in (*graphs, *(bundle.graph for bundle in program.bundles)):
         found = [node.meta["input"] for node in graph.nodes if node.op == "placeholder"]
         assert all(isinstance(item, Input) for item in found)

@@ -28,7 +28,7 @@ def stages() -> Stages:
 def test_there_is_a_stage_for_the_capture_for_every_pass_and_for_each_graph_that_runs(stages: Stages) -> None:
     passes = [rewrite.name for rewrite in REWRITES]
     lowered = ["step_staged", "step_cut", "update_staged", "update_cut"]
-    assert stages.names == ["capture", *passes, "lower", "recording", "update", "step", *lowered]
+    assert stages.names == ["capture", *passes, "lower", "recording", "stores", "update", "step", *lowered]
     assert all(stage.seconds >= 0.0 for stage in stages)
     assert stages["capture"].seconds == compiled_model("sd15").programs[0].seconds["capture"] > 0.0
 
@@ -52,6 +52,7 @@ def test_what_torch_compile_gets_is_a_stage(name: str, stages: Stages, monkeypat
     assert listing(given[0].graph) == stages[f"{name}_cut"].lines
     assert given[0].graph is program.lowered(name)
     assert [report.name for report in program.reports].count(f"{name}_cut") == 1, "lowered once"
+    assert stages[name].source == ("stores" if name == "update" else "lower")
     assert (stages[f"{name}_staged"].source, stages[f"{name}_cut"].source) == (name, f"{name}_staged")
     staged, cut = (operations(stages[f"{name}_{of}"].graph) for of in ("staged", "cut"))
     assert staged["fisedit.attention_addressed"] == operations(stages[name].graph)["fisedit.attention_sites"] > 0

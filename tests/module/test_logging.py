@@ -53,7 +53,8 @@ def test_graphs_are_artifacts_for_tlparse(tmp_path: Path) -> None:
         if start >= 0 and '"artifact"' in line:
             found.append(json.loads(line[start:])["artifact"]["name"])
     names = [name.split("_", 2)[2] for name in found if name.startswith("fisedit_")]
-    assert names == ["capture", *(rewrite.name for rewrite in REWRITES), "lower", "recording", "update", "step"]
+    made = ("lower", "recording", "stores", "update", "step")
+    assert names == ["simplify", "capture", *(rewrite.name for rewrite in REWRITES), *made]
 
 
 def test_every_pass_is_timed(caplog: pytest.LogCaptureFixture) -> None:

@@ -49,10 +49,9 @@ INPUT_KINDS: dict[str, str] = {"AddressInput": "addresses"}
 SLOT_INPUTS = frozenset({"slot", "addressed", "ring_rows"})
 """Kinds of input whose first value is the name of a slot."""
 
-STAGES_OF_LOWERING: frozenset[str] = frozenset(
-    f"{graph}_{stage}" for graph in ("step", "update") for stage in ("staged", "cut")
-)
-"""Stages of ``compiled.stages()`` that :func:`lowered_graphs` writes already; earlier commits do not have them."""
+NEW_STAGES = frozenset({"stores", "step_staged", "step_cut", "update_staged", "update_cut"})
+"""Stages of ``compiled.stages()`` that earlier commits do not show: :func:`lowered_graphs` writes the last ones of
+lowering for all, and what an edit stores is in ``update`` as well."""
 
 
 # -- where things are ----------------------------------------------------------------------------
@@ -120,7 +119,7 @@ def stage_graphs(compiled: Any, program: int) -> Iterator[NamedGraph]:
     """The graph after every pass."""
     hoisted = _hoisted(programs_of(compiled)[program])
     for stage in compiled.stages(program):
-        if stage.name not in STAGES_OF_LOWERING:
+        if stage.name not in NEW_STAGES:
             yield NamedGraph(stage.name, stage.graph, hoisted)
 
 

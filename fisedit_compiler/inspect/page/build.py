@@ -99,7 +99,7 @@ def _passes(stages: Stages) -> list[Pass]:
     for stage in stages:
         removed, added = (", ".join(f"{n} {op}" for op, n in of.items()) for of in (stage.removed, stage.added))
         what = f"removed {removed or 'nothing'}; added {added or 'nothing'}" if stage.name != "capture" else "the model"
-        changes = stages.changes(stage.name, context=1) if stage.name not in ("recording", "update") else ""
+        changes = stages.changes(stage.name, context=1) if stage.name != "recording" else ""
         passes.append(Pass(stage.name, stage.seconds * 1e3, len(stage.graph.nodes), what, _kinds_of(changes)))
     return passes
 
