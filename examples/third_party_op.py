@@ -1,12 +1,12 @@
 """Teach the compiler an operation that it has never seen, from outside the package.
 
 ``mylib::gate`` scales every token by a learned gate: an operation of some other package. Without a rule it runs densely
-(right, but slow, and ``explain()`` says so); the rules below make it sparse, and tell ``explain()`` what it
-costs. Run it with
-``python examples/third_party_op.py``.
+(right, but slow, and ``explain()`` says so); the rules below make it sparse. Its traits tell the compiler what it costs
+and how it gets along with others, and a provider computes it where that is faster: ``explain()`` says where, and why
+not elsewhere. Run it with ``python examples/third_party_op.py``.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,12 @@ import fisedit_compiler
 from fisedit_compiler import SparsifyConfig
 from fisedit_compiler.extend import (
     Layout,
+    OpTraits,
+    Provider,
     Rewriter,
     ValueSpec,
     copy_on_rows,
-    cost_rule,
+    define_op,
     elements,
     layout_rule,
     opaque,
@@ -27,15 +29,40 @@ from fisedit_compiler.extend import (
 from fisedit_compiler.masks import ellipse_mask
 
 
-@torch.library.custom_op("mylib::gate", mutates_args=())
 def gate(tokens: Tensor, weight: Tensor) -> Tensor:
-    """``tokens [B, S, C] * sigmoid(tokens @ weight [C])``, one gate a token."""
+    """``tokens [B, S, C] * sigmoid(tokens @ weight [C])``, one gate a token: what the operation means."""
     return tokens * torch.sigmoid(tokens @ weight)[..., None]
 
 
-@gate.register_fake
-def _(tokens: Tensor, weight: Tensor) -> Tensor:
+def empty_gate(tokens: Tensor, weight: Tensor) -> Tensor:
+    """Shape, dtype and strides of the result."""
     return torch.empty_like(tokens)
+
+
+def gate_costs(arguments: list[Any], result: ValueSpec) -> Any:
+    """FLOPs: a product with the weight, and a multiplication by the gate, for every element."""
+    return 3 * elements(result.shape)
+
+
+def takes_one_matrix(tokens: Tensor, weight: Tensor) -> Literal[True] | str:
+    """Asked before every call: whether the kernel below serves these operands, or why not."""
+    return tokens.is_contiguous() or "the tokens are not contiguous, so they are not one matrix"
+
+
+def gate_one_matrix(tokens: Tensor, weight: Tensor) -> Tensor:
+    """All samples' tokens as one matrix, without a temporary of their size."""
+    gates = torch.mv(tokens.view(-1, tokens.shape[-1]), weight).sigmoid_()
+    return tokens * gates.view(*tokens.shape[:-1], 1)
+
+
+define_op(
+    "mylib::gate(Tensor tokens, Tensor weight) -> Tensor",
+    gate,
+    empty_gate,
+    # Inductor may take the operation apart into its reference; a linear layer before it need not stay whole.
+    traits=OpTraits(flops=gate_costs, inline=gate),
+    providers=[Provider("one_matrix", "CPU", gate_one_matrix, supports=takes_one_matrix)],
+)
 
 
 @layout_rule(torch.ops.mylib.gate.default)
@@ -52,12 +79,6 @@ def gate_rows(node: torch.fx.Node, rewriter: Rewriter) -> str | None:
         return "the gate's weight differs from site to site"
     copy_on_rows(node, {tokens: rewriter.rows(tokens)}, rewriter)
     return None
-
-
-@cost_rule(torch.ops.mylib.gate.default)
-def gate_costs(arguments: list[Any], result: ValueSpec) -> Any:
-    """FLOPs: a product with the weight, and a multiplication by the gate, for every element."""
-    return 3 * elements(result.shape)
 
 
 class GatedConv(nn.Module):

@@ -13,12 +13,15 @@ from PIL import Image
 from rich.console import Console
 from torch import nn
 
-from fisedit_compiler import SparsifyConfig, sparsify
+from fisedit_compiler import SparseModule, SparsifyConfig, sparsify
 from fisedit_compiler.errors import MaskError, PlanError
 from fisedit_compiler.geometry.block_costs import fits
-from fisedit_compiler.inspect.explain import fates
+from fisedit_compiler.geometry.site_plan import SitePlan
+from fisedit_compiler.graph import ir
+from fisedit_compiler.inspect.explain import explain_program, fates
 from fisedit_compiler.inspect.explanation import Explanation
-from fisedit_compiler.inspect.facts import ProgramExplanation, Work
+from fisedit_compiler.inspect.facts import OperationKernel, ProgramExplanation, Setting, Work
+from fisedit_compiler.kernels.providers import ROUNDED
 from tests.support.compiled import HEIGHT, WIDTH, box, model_and_compiled
 from tests.support.pass_tools import Forward, compile_small
 
@@ -150,6 +153,55 @@ def test_wrong_masks_and_sizes_are_refused() -> None:
         compiled.explain(size=(18, 24))
     with pytest.raises(PlanError, match="multiple of 4"):
         compiled.explain(torch.ones(18, 24, dtype=torch.bool))
+
+
+# -- kernels -------------------------------------------------------------------------------------
+
+
+def kernels_of(compiled: SparseModule, device: str, mask: torch.Tensor | None = None) -> dict[str, OperationKernel]:
+    """What would compute the step on a device, by operation."""
+    (executable,) = compiled._programs.executables()
+    plan = None
+    if mask is not None:
+        plan = SitePlan.build(mask, executable.program.levels, executable.program.convs)
+        plan = plan.blocked(dict.fromkeys(executable.block_sizes.levels, 4))
+    program = explain_program(executable, Setting(HEIGHT, WIDTH, 2, 7, 4, device), plan)
+    assert len({row.operation for row in program.kernels}) == len(program.kernels)
+    return {row.operation: row for row in program.kernels}
+
+
+def test_on_a_cpu_references_run_and_kernels_say_what_they_are_for() -> None:
+    _, compiled = model_and_compiled()
+    explanation = compiled.explain(MASK)
+    rows = {row.operation: row for row in only_program(explanation).kernels}
+    step = compiled.programs[0].step
+    called = {ir.target_name(node.target) for node in step.nodes if node.op == "call_function"}
+    assert {name for name in called if name.startswith("fisedit.")} <= rows.keys()
+    assert {row.runs for row in rows.values()} == {"reference"}
+    attention = rows["fisedit.attention_sites"]
+    assert attention.passed_over == {"triton": "it is for CUDA, calls run on cpu"}
+    assert rows["fisedit.convolve"].calls == rows["fisedit.conv2d_sites"].calls > 0, "what a reference calls counts"
+    assert "triton: it is for CUDA, calls run on cpu" in str(explanation) and "kernels of the step" in str(explanation)
+
+
+@pytest.mark.parametrize("mask", [None, MASK], ids=["all sites", "mask"])
+def test_on_a_gpu_float32_is_told_why_it_runs_no_tensor_cores(mask: torch.Tensor | None) -> None:
+    model, _ = model_and_compiled()
+    eager = sparsify(model.module, SparsifyConfig(multiple=model.multiple, backend="eager"))
+    rows = kernels_of(eager, "cuda", mask)
+    assert rows["fisedit.gather_taps"].runs == "triton"
+    for name, runs in (("attention_sites", "reference"), ("cross_attention", "torch"), ("convolve", "reference")):
+        assert rows[f"fisedit.{name}"].runs == runs
+        assert rows[f"fisedit.{name}"].passed_over == {"triton": ROUNDED}
+
+
+def test_what_inductor_takes_apart_is_said_to_be_its() -> None:
+    _, compiled = model_and_compiled()
+    rows = kernels_of(compiled, "cuda", MASK)
+    found = {operation for operation, row in rows.items() if row.runs == "inductor"}
+    taken_apart = ("conv2d_sites", "gather_sites", "group_norm_sites", "scatter_sites")
+    assert found == {f"fisedit.{name}" for name in taken_apart}
+    assert rows["fisedit.convolve"].calls == rows["fisedit.conv2d_sites"].calls
 
 
 # -- bytes, FLOPs, times -------------------------------------------------------------------------

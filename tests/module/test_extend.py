@@ -12,25 +12,33 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fisedit_compiler import SparsifyConfig
 from fisedit_compiler.errors import ConfigError, LayoutError, VerificationError
 from fisedit_compiler.extend import (
     GraphPass,
     Layout,
+    OpTraits,
     Pass,
     Program,
+    Provider,
     Rewriter,
+    copy_on_rows,
     cost_rule,
+    define_op,
     elements,
     layout_rule,
+    no_products,
+    op_traits,
     opaque,
     rewrite_rule,
 )
 from fisedit_compiler.graph.layout_rules import LAYOUT_RULES
 from fisedit_compiler.graph.sizes import BATCH, HEIGHT, WIDTH, row_symbol
-from fisedit_compiler.inspect.costs import node_cost
-from fisedit_compiler.kernels.traits import TRAITS
+from fisedit_compiler.inspect.costs import graph_cost, node_cost
+from fisedit_compiler.kernels.traits import TRAITS, inlined, traits_of
+from fisedit_compiler.lowering.cut_products import cut_products, linear
 from fisedit_compiler.passes.order import REWRITES, ordered
 from fisedit_compiler.passes.rewrites.extensions import RULES
 from tests.support.pass_tools import CHANNELS, Forward, assert_equals_oracle, compile_small, counts, program_of, reasons
@@ -266,6 +274,8 @@ def test_the_example_adds_an_operation_from_outside(capsys: pytest.CaptureFixtur
     printed = capsys.readouterr().out
     assert "outside the mask the same bits: True" in printed
     assert "mylib.gate(" in printed and "no rule" not in printed
+    (row,) = (line for line in printed.splitlines() if "mylib.gate" in line and "one_matrix" in line)
+    assert "uncounted" not in printed and "for want of a formula" not in printed and row
 
 
 # -- costs -----------------------------------------------------------------------------------------------
@@ -317,3 +327,85 @@ def test_a_cost_rule_that_gives_no_cost_is_named() -> None:
     cost_rule(OPERATION)(lambda arguments, result: "many")
     with pytest.raises(ConfigError, match=r"The cost rule .*lambda.* gave 'many' for halve.*must give FLOPs"):
         costs_of_halving()
+
+
+def test_a_cost_rule_says_nothing_about_the_other_traits() -> None:
+    attention = torch.ops.aten.scaled_dot_product_attention.default
+    cost_rule(attention)(lambda arguments, result: 0)
+    assert traits_of(attention).reads_whole
+    op_traits(OPERATION, OpTraits(reads_whole=True))
+    cost_rule(OPERATION)(lambda arguments, result: 3)
+    assert traits_of(OPERATION).reads_whole and [cost.flops for cost in costs_of_halving()] == [3, 3]
+
+
+# -- traits and providers --------------------------------------------------------------------------------
+
+
+def seven(arguments: list[Any], result: Any) -> int:
+    return 7
+
+
+def test_traits_are_what_costs_and_lowering_go_by() -> None:
+    def cut_layers() -> int:
+        """How many linear layers that the operation reads are cut into parts."""
+        graph = fx.Graph()
+        rows, weight = graph.placeholder("rows"), graph.placeholder("weight")
+        product = graph.call_function(torch.ops.aten.linear.default, (rows, weight))
+        graph.output(graph.call_function(OPERATION, (product,)))
+        cut_products(graph)
+        return sum(node.target is linear for node in graph.nodes)
+
+    assert cut_layers() == 1 and OPERATION not in inlined()
+    op_traits(OPERATION, OpTraits(flops=seven, reads_whole=True, inline=lambda tokens: tokens / 2))
+    assert cut_layers() == 0
+    assert [cost.flops for cost in costs_of_halving()] == [7, 7]
+    traced = make_fx(OPERATION, decomposition_table=inlined())(torch.ones(3))
+    assert {node.target for node in traced.graph.nodes if node.op == "call_function"} == {torch.ops.aten.div.Tensor}
+
+
+def test_an_operation_has_traits_once() -> None:
+    op_traits(OPERATION, OpTraits(flops=seven))
+    op_traits(OPERATION, OpTraits(flops=seven))  # the same again, as a reloaded module does
+    with pytest.raises(ConfigError, match=r"halve.* has traits already: OpTraits\(.*Register one of them"):
+        op_traits(OPERATION, OpTraits(flops=no_products))
+    with pytest.raises(ConfigError, match=r"has a cost rule already: .*seven"):
+        cost_rule(OPERATION)(lambda arguments, result: 8)
+    with pytest.raises(ConfigError, match=r"Traits are for one operation, .* \(name its overload: .default\)"):
+        op_traits(torch.ops.fisedit_tests.halve, OpTraits())
+
+
+DOUBLE = define_op(
+    "fisedit_tests::double(Tensor tokens) -> Tensor",
+    lambda tokens: tokens * 2,
+    torch.empty_like,
+    traits=OpTraits(flops=no_products),
+    providers=[
+        Provider("tiny", "CPU", lambda tokens: tokens + tokens, supports=lambda tokens: "it is never tiny enough"),
+        Provider("added", "CPU", lambda tokens: tokens + tokens),
+        Provider("elsewhere", "CUDA", lambda tokens: tokens),
+    ],
+)
+
+
+def test_a_defined_operation_is_computed_by_its_provider_and_explain_says_why() -> None:
+    @rewrite_rule(DOUBLE.overload)
+    def doubled_rows(node: fx.Node, rewriter: Rewriter) -> str | None:
+        (tokens,) = node.all_input_nodes
+        copy_on_rows(node, {tokens: rewriter.rows(tokens)}, rewriter)
+        return None
+
+    compiled = compile_small(Forward(lambda self, x: self.conv(DOUBLE(x)), conv=nn.Conv2d(CHANNELS, CHANNELS, 1)))
+    assert not program_of(compiled).refusals and not graph_cost(program_of(compiled).step).uncounted
+    explanation = compiled.explain(torch.ones(12, 20, dtype=torch.bool))
+    (row,) = (row for row in explanation.programs[0].kernels if row.operation == "fisedit_tests.double")
+    assert (row.runs, row.calls, row.passed_over) == ("added", 1, {"tiny": "it is never tiny enough"})
+    assert "tiny: it is never tiny enough" in str(explanation)
+    (told,) = (row for row in explanation.to_dict()["programs"][0]["kernels"] if row["runs"] == "added")
+    assert told["passed_over"] == {"tiny": "it is never tiny enough"}
+    assert_equals_oracle(compiled)
+
+
+@pytest.mark.parametrize("name", ["scale", "fisedit::scale", "aten::scale", "::scale"])
+def test_an_operation_needs_the_namespace_of_its_package(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"needs the namespace of its package, such as mylib::scale\("):
+        define_op(f"{name}(Tensor x) -> Tensor", torch.relu, torch.empty_like, traits=OpTraits())
