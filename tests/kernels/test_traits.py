@@ -88,7 +88,7 @@ def test_what_an_op_updates_are_tensors_it_reads(name: str) -> None:
         (aten.cumsum.default, None, None),
         (torch.sym_max, None, None),
     ],
-    ids=str,
+    ids=lambda value: str(getattr(value, "__name__", value)),
 )
 def test_what_nobody_describes_is_told_by_its_schema_and_tags(operation: Any, flops: Any, bytes: Any) -> None:
     assert operation not in ATEN
