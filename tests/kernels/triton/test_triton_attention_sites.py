@@ -73,7 +73,7 @@ def test_on_a_gpu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 def test_in_the_interpreter() -> None:
-    run_in_the_interpreter("tests.kernels.test_triton_attention_sites")
+    run_in_the_interpreter("tests.kernels.triton.test_triton_attention_sites")
 
 
 if __name__ == "__main__":

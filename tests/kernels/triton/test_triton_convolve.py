@@ -83,7 +83,7 @@ def check(
 
 
 def test_large_tables_are_read_whole() -> None:
-    run_in_the_interpreter("tests.kernels.test_triton_convolve", "large")
+    run_in_the_interpreter("tests.kernels.triton.test_triton_convolve", "large")
 
 
 def check_many_sites(device: str, dtype: torch.dtype) -> None:
@@ -112,7 +112,7 @@ def test_large_tables_on_a_gpu() -> None:
 
 
 def test_in_the_interpreter() -> None:
-    run_in_the_interpreter("tests.kernels.test_triton_convolve")
+    run_in_the_interpreter("tests.kernels.triton.test_triton_convolve")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def test_on_a_gpu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 def test_in_the_interpreter() -> None:
-    run_in_the_interpreter("tests.kernels.test_triton_gather_taps")
+    run_in_the_interpreter("tests.kernels.triton.test_triton_gather_taps")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def test_on_a_gpu() -> None:
 
 
 def test_in_the_interpreter() -> None:
-    run_in_the_interpreter("tests.kernels.test_triton_stage_copies")
+    run_in_the_interpreter("tests.kernels.triton.test_triton_stage_copies")
 
 
 if __name__ == "__main__":

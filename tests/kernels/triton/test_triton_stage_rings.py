@@ -53,7 +53,7 @@ def test_on_a_gpu(dtype: torch.dtype, batch: int) -> None:
 
 
 def test_in_the_interpreter() -> None:
-    run_in_the_interpreter("tests.kernels.test_triton_stage_rings")
+    run_in_the_interpreter("tests.kernels.triton.test_triton_stage_rings")
 
 
 if __name__ == "__main__":
