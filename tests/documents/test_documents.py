@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = (
     "README.md",
+    "CONTRIBUTING.md",
     "benchmarks/NOTES.md",
     *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))),
 )
