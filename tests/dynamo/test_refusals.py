@@ -38,9 +38,7 @@ def test_modes_of_inductor_are_refused():
 
 def test_a_graph_break_is_refused_with_its_line():
     compiled: Any = torch.compile(Broken().eval(), backend="fisedit")
-    with pytest.raises(
-        BackendCompilerFailed, match=r"forward\(\) \(dynamo_models.py:\d+: .*graph_break"
-    ) as raised:
+    with pytest.raises(BackendCompilerFailed, match=r"forward\(\) \(dynamo_models.py:\d+: .*graph_break") as raised:
         compiled(SAMPLE)
     assert isinstance(raised.value.inner_exception, CaptureError)
     assert "fullgraph=True" in str(raised.value) and "sparsify(module)" in str(raised.value)
