@@ -140,7 +140,7 @@ def test_options_are_the_fields_of_the_configuration():
 
 
 def test_a_pipeline_takes_it():
-    from tests.pipelines.conftest import make_tiny_pipeline
+    from tests.support.tiny_pipeline import make_tiny_pipeline
 
     pipe = make_tiny_pipeline()
     original = pipe.unet

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluation_tools import PAIRS, STEPS, tiny_pipelines
+from evaluation_tools import PAIRS, STEPS
 
 from fisedit_compiler.evaluation.measures.judge import Judge
 from fisedit_compiler.evaluation.methods.bench import Bench
 from fisedit_compiler.evaluation.runner import Evaluation, Runner
 from fisedit_compiler.models import load_clip
+from tests.support.tiny_pipeline import PinnedUNet, make_tiny_pipeline
 
 
 @pytest.fixture(scope="session")
@@ -23,13 +24,13 @@ def judge() -> Judge:
 
 @pytest.fixture
 def tiny_pipe() -> Any:
-    return tiny_pipelines.make_tiny_pipeline()
+    return make_tiny_pipeline()
 
 
 @pytest.fixture
 def bench(tiny_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> Bench:
     """A bench whose compiled UNets are stand-ins."""
-    monkeypatch.setattr("fisedit_compiler.api.sparsify", lambda unet, config=None: tiny_pipelines.PinnedUNet(unet))
+    monkeypatch.setattr("fisedit_compiler.api.sparsify", lambda unet, config=None: PinnedUNet(unet))
     return Bench(tiny_pipe)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from evaluation_tools import STEPS, tiny_pipelines
+from evaluation_tools import STEPS
 
 from fisedit_compiler.errors import ConfigError
 from fisedit_compiler.evaluation.methods.bench import Bench, Case, KeepOutside, NotApplicable, Outcome
@@ -15,6 +15,7 @@ from fisedit_compiler.evaluation.methods.methods import drawn_mask, local_mask
 from fisedit_compiler.evaluation.methods.registry import choose_methods, method, method_names
 from fisedit_compiler.evaluation.pairs.objects import GroundTruth
 from fisedit_compiler.evaluation.pairs.pairs import EditPair
+from tests.support.tiny_pipeline import PinnedSession, PinnedUNet, make_tiny_pipeline
 
 PAIR = EditPair("a cat", "dog", "a dog", region=(0.0, 0.0, 1.0, 0.5), kind="object")
 
@@ -139,15 +140,15 @@ def test_what_has_no_mask_of_its_own_says_so(bench: Bench) -> None:
 
 def test_attention_is_replaced_in_the_first_calls(bench: Bench, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
-    plain = tiny_pipelines.PinnedUNet.record
+    plain = PinnedUNet.record
 
     def record(self: Any, maps: int = 0) -> Any:
         seen["maps"] = maps
         return plain(self)
 
-    monkeypatch.setattr(tiny_pipelines.PinnedUNet, "record", record)
+    monkeypatch.setattr(PinnedUNet, "record", record)
     monkeypatch.setattr(
-        tiny_pipelines.PinnedSession,
+        PinnedSession,
         "reuse_maps",
         lambda self, columns: seen.update(columns=columns, recording=self.base),
         raising=False,
@@ -164,7 +165,7 @@ def test_attention_is_replaced_in_the_first_calls(bench: Bench, case: Case, monk
 
 def test_variants_differ_by_their_approximation_only() -> None:
     """The real compiler: packing and block size change nothing, other statistics do."""
-    bench = Bench(tiny_pipelines.make_tiny_pipeline())
+    bench = Bench(make_tiny_pipeline())
     case = make_case(bench)
     default = run("default", bench, case)
     assert default.count("sparse") == STEPS

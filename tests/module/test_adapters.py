@@ -138,8 +138,8 @@ def test_another_process_takes_no_others_graph_from_disk(tmp_path: Path) -> None
 
 
 def test_a_pipeline_whose_lora_is_switched_off_loaded_and_unloaded() -> None:
-    from tests.pipelines.conftest import make_tiny_pipeline
     from tests.support.compiled import run_pipeline
+    from tests.support.tiny_pipeline import make_tiny_pipeline
 
     pipe = make_tiny_pipeline()
     unet = pipe.unet

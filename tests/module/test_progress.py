@@ -14,7 +14,7 @@ from diffusers.utils import logging as diffusers_logging
 
 from fisedit_compiler import Editor, SparsifyConfig, progress, sparsify
 from fisedit_compiler.progress import STAGES, compiling, shown
-from tests.pipelines.conftest import make_tiny_pipeline
+from tests.support.tiny_pipeline import make_tiny_pipeline
 from tests.support.zoo import ZOO
 
 

@@ -15,7 +15,7 @@ from fisedit_compiler import SparseModule, SparsifyConfig, api
 from fisedit_compiler.errors import ConfigError, ModeError
 from fisedit_compiler.pipelines import Editor, LatentDifference
 from fisedit_compiler.pipelines.parts import PARTS, entered, register_part
-from tests.pipelines.conftest import PinnedUNet, make_tiny_pipeline
+from tests.support.tiny_pipeline import PinnedUNet, make_tiny_pipeline
 
 DECODER = "vae.decoder"
 MASK = torch.zeros(16, 16, dtype=torch.bool)

@@ -179,7 +179,7 @@ def test_other_numbers_of_runs_in_a_block_are_named(pipe: Any, recorded: int, pr
 
 
 def test_the_pipelines_dtype_may_change():
-    from tests.pipelines.conftest import make_tiny_pipeline
+    from tests.support.tiny_pipeline import make_tiny_pipeline
 
     pipe = make_tiny_pipeline()
     pipe.unet = type(compiled_pipeline().unet)(pipe.unet, compiled_pipeline().unet.sparsify_config)

@@ -12,7 +12,7 @@ from PIL import Image
 from fisedit_compiler import Editor, masks
 from fisedit_compiler.errors import ConfigError, RecordingError
 from fisedit_compiler.pipelines.detectors import LatentDifference
-from tests.pipelines.conftest import make_tiny_pipeline
+from tests.support.tiny_pipeline import make_tiny_pipeline
 
 STEPS = 4
 BASE, EDIT = "a cat on a desk", "a dog on a desk"

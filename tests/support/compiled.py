@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fisedit_compiler import Recording, SparseModule, SparsifyConfig, sparsify
-from tests.pipelines.conftest import make_tiny_pipeline
+from tests.support.tiny_pipeline import make_tiny_pipeline
 from tests.support.zoo import ZOO, Inputs, ZooModel
 
 HEIGHT, WIDTH = 16, 24

@@ -18,9 +18,9 @@ from fisedit_compiler.geometry.site_plan import SitePlan
 from fisedit_compiler.kernels.tolerances import assert_close
 from fisedit_compiler.pipelines import DetectedMask, Edit, Editor, Generation, LatentDifference
 from fisedit_compiler.pipelines.editing.batch import EVERYWHERE
-from tests.pipelines.conftest import make_tiny_pipeline
 from tests.pipelines.editing.test_following import Sampled
 from tests.reference.pinned import PinnedRun
+from tests.support.tiny_pipeline import make_tiny_pipeline
 
 STEPS = 5
 PROMPTS = ("a dog", "a fox", "a cat under fireworks")

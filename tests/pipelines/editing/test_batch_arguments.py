@@ -27,8 +27,8 @@ from fisedit_compiler.pipelines import (
 from fisedit_compiler.pipelines.editing import refusals, region
 from fisedit_compiler.runtime.sessions import edit_masks
 from fisedit_compiler.runtime.sessions.edit_session import EditSession
-from tests.pipelines.conftest import make_tiny_pipeline
 from tests.pipelines.editing.test_batch import unet_batches
+from tests.support.tiny_pipeline import make_tiny_pipeline
 
 STEPS = 5
 PROMPTS = ("a dog", "a fox", "a cat under fireworks")

@@ -17,7 +17,7 @@ from fisedit_compiler.errors import ConfigError, PictureError, PromptError, Reco
 from fisedit_compiler.pipelines import DdimInversion, Edit, Editor, LatentDifference, Loaded
 from fisedit_compiler.pipelines.inversion import load as inversion
 from fisedit_compiler.pipelines.inversion.pictures import encoded
-from tests.pipelines.conftest import make_tiny_pipeline
+from tests.support.tiny_pipeline import make_tiny_pipeline
 
 STEPS = 6
 METHODS = ("ddim", "edit-friendly")

@@ -13,8 +13,8 @@ from torch import Tensor
 from fisedit_compiler import Editor, SparseModule, SparsifyConfig, dynamo, sparsify
 from fisedit_compiler.compiling import COMPILING, made_once
 from fisedit_compiler.lowering import program
-from tests.pipelines.conftest import make_tiny_pipeline
 from tests.support.compiled import HEIGHT, WIDTH, box, model_and_compiled
+from tests.support.tiny_pipeline import make_tiny_pipeline
 from tests.support.zoo import ZOO
 
 MASK = box(4, 6, 11, 15)

@@ -16,8 +16,8 @@ from fisedit_compiler.kernels.tolerances import assert_close
 from fisedit_compiler.runtime.calls.binding import Binder
 from fisedit_compiler.runtime.execution.executable import Executable
 from fisedit_compiler.runtime.sessions.fallback import dense_reason
-from tests.pipelines.conftest import make_tiny_pipeline
 from tests.support.compiled import HEIGHT, STEPS, WIDTH, box, denoise, model_and_compiled, other_text
+from tests.support.tiny_pipeline import make_tiny_pipeline
 from tests.support.zoo import ZOO, Inputs
 
 SMALL = box(4, 6, 12, 16)
