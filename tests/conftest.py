@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -47,3 +49,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _seeded() -> None:
     """Every test starts from the same random state, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _shared_modules_are_left_alone() -> Iterator[None]:
+    """A compiled module that tests share is after each of them as it was, so that any order of tests will do."""
+    yield
+    if (zoo := sys.modules.get("tests.support.compiled_zoo")) is not None:
+        zoo.check_shared_modules()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
+from fisedit_compiler import SparseModule, SparsifyConfig, sparsify
 from fisedit_compiler.kernels.tolerances import max_error
 from fisedit_compiler.runtime.calls.binding import Binder
 from fisedit_compiler.runtime.execution.executable import Executable
@@ -131,12 +133,18 @@ STYLES = ["keywords", "positions", "mixed", "tuple", "object"]
 TIMESTEPS: list[Any] = [481, 481.0, torch.tensor(481), torch.tensor([481]), torch.tensor([481, 481])]
 
 
+@cache
+def called_in_every_way() -> SparseModule:
+    """A module of its own: a timestep for each sample is another signature, and makes another program."""
+    return sparsify(zoo_model("sd15").module, SparsifyConfig(dense_above=1.0))
+
+
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("timestep", TIMESTEPS, ids=["int", "float", "0-d", "1-d", "per sample"])
 def test_every_way_to_call_records_and_edits(style: str, timestep: Any) -> None:
     """The wrapper takes calls as the original does and returns the same type."""
     size = (8, 24)
-    compiled = compiled_model("sd15")
+    compiled = called_in_every_way()
     inputs = base_inputs("sd15", 2, size)
 
     def call(module: Any) -> Any:

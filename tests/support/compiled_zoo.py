@@ -74,7 +74,20 @@ def compiled_model(
         multiple=None if name in UNETS else model.multiple,
     )
     example = None if name in UNETS else base_inputs(name, 2, (8, 16), dtype)
-    return sparsify(model.module, config, example_inputs=example)
+    compiled = sparsify(model.module, config, example_inputs=example)
+    _SHARED.append(compiled)
+    return compiled
+
+
+_SHARED: list[SparseModule] = []
+
+
+def check_shared_modules() -> None:
+    """Every shared module still has one program: calls of another signature belong to a module of the test's own."""
+    changed = [compiled for compiled in _SHARED if len(compiled.programs) > 1]
+    for compiled in changed:
+        _SHARED.remove(compiled)
+    assert not changed, f"the test made calls of another signature with shared modules: {changed}"
 
 
 @lru_cache(maxsize=64)
