@@ -2,15 +2,16 @@
 # Only python3 (3.11 or newer) and a package index are needed. `make PYTHON=python3.12 test` picks another Python.
 
 PYTHON ?= python3
-VENV   ?= .venv
-PIP    := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+VENV ?= .venv
+WORKERS ?= 2
+PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 SOURCES := fisedit_compiler benchmarks tests docs .ci $(wildcard examples)
 
 .PHONY: help demo test replay lint types format docs hooks wheel matrix bench clean
 
 help:
 	@echo "make demo    generate an image and edit it with the embedded model, into demo-output/"
-	@echo "make test    run the tests"
+	@echo "make test    run the tests, in two processes; 'make WORKERS=8 test' in eight"
 	@echo "make replay BASE=<commit>   compare what this tree compiles and computes with that commit, into replay-output/"
 	@echo "make lint    ruff, and which room imports from which; 'make format' mends what it can"
 	@echo "make types   mypy over the package"
@@ -47,8 +48,9 @@ $(VENV)/.dev-installed: $(VENV)/.runtime-installed
 demo: $(VENV)/.runtime-installed
 	$(VENV)/bin/fisedit demo --output demo-output
 
+# A file of tests stays in one process, so that what it compiles is compiled once.
 test: $(VENV)/.test-installed
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 # For a refactoring: graphs, slots, plans and results of every model of the zoo, here and at BASE.
 replay: $(VENV)/.test-installed
