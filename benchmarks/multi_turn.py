@@ -41,8 +41,8 @@ def kept_bytes(recordings: list[Any]) -> int:
     storages = {}
     for recording in recordings:
         for call in recording:
-            tensors = getattr(call.slots, "tensors", call.slots.values)()
-            storages.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors})
+            held = [tensor.untyped_storage() for tensor in call.slots.tensors()]
+            storages.update({storage.data_ptr(): storage.nbytes() for storage in held})
     return sum(storages.values())
 
 

@@ -31,7 +31,8 @@ from fisedit_compiler.inspect.lowered import NOT_COMPILATION, judge_lowered_node
 from fisedit_compiler.inspect.pinned import PinnedInterpreter, PinnedValue, inputs_of
 from fisedit_compiler.inspect.subject import Subject
 from fisedit_compiler.lowering.program import CompiledProgram
-from fisedit_compiler.recordings.edited_slots import Turn
+from fisedit_compiler.recordings.stores import SlotStore, hold
+from fisedit_compiler.recordings.stores.turn import Turn
 from fisedit_compiler.recordings.turns import after_sparse_call
 from fisedit_compiler.runtime.execution.hoisting import HoistCache
 
@@ -131,7 +132,7 @@ def check_subject(subject: Subject, hoisted: HoistCache) -> CheckReport:
     return CheckReport(judge.sorted(), judge.compared, str(subject))
 
 
-def _judge_slots(subject: Subject, judge: Judge, expected: Expectations) -> dict[str, Tensor]:
+def _judge_slots(subject: Subject, judge: Judge, expected: Expectations) -> SlotStore:
     """The right recording, after noting what a given or a fresh one has wrong."""
     executable = subject.executable
     recorded = subject.recorded
@@ -151,7 +152,7 @@ def _judge_slots(subject: Subject, judge: Judge, expected: Expectations) -> dict
         right[slot.name] = value if agrees and value is not None else wanted
     # Outside the mask an output must be the recorded one to the last bit, so the judge has to know that very tensor.
     expected.slots.update(right)
-    return right
+    return hold(right)
 
 
 def _judge_hoisted(subject: Subject, judge: Judge, expected: Expectations, hoisted: HoistCache) -> dict[str, Tensor]:
@@ -199,7 +200,7 @@ def _judge_lowered(
     subject: Subject,
     judge: Judge,
     arguments: list[Any],
-    slots: Mapping[str, Tensor],
+    slots: SlotStore,
     hoisted: HoistCache,
     outputs: tuple[PinnedValue, ...],
 ) -> None:
@@ -232,7 +233,7 @@ def _judge_edited_slots(
 
 
 def _run(
-    subject: Subject, slots: Mapping[str, Tensor], hoisted: HoistCache, *, update: bool = False, strict: bool = False
+    subject: Subject, slots: SlotStore, hoisted: HoistCache, *, update: bool = False, strict: bool = False
 ) -> tuple[list[Any], Mapping[str, Tensor]]:
     """The step as an edit runs it: its outputs, and with ``update`` every slot after the edit."""
     executable = subject.executable

@@ -1,6 +1,6 @@
-"""What a run leaves behind: per call, every slot the sparse program loads. Held in memory.
+"""What a run leaves behind: per call, every slot the sparse program loads, in a store (``stores/store.py``).
 
-A base run holds tensors. An edit holds what it wrote and shares the rest with the recording it was made from.
+That of an edit holds what the edit wrote and shares the rest with the recording it was made from.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from fisedit_compiler.capture.ambient import PLAIN, Ambient
 from fisedit_compiler.errors import RecordingError
 from fisedit_compiler.graph.signatures import CallSignature
-from fisedit_compiler.recordings.edited_slots import EditedSlots
+from fisedit_compiler.recordings.stores import SlotStore
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class CallRecord:
         height: rows of the spatial input.
         width: columns of the spatial input.
         timestep: the timestep as a float, ``None`` for models without one (or with one per sample).
-        slots: recorded tensors by slot name; of an edited call a view that puts them together when they are read.
+        slots: holds the recorded tensors, by slot name; of an edited call a view that puts them together when they are
+            read.
         inputs: copies of the call's inputs without sites by placeholder name (``recorded_inputs.py``); calls with equal
             inputs share them.
         structure: key of the module's structure at this call, which a pipeline may change within its own run.
@@ -40,7 +41,7 @@ class CallRecord:
     height: int
     width: int
     timestep: float | None
-    slots: Mapping[str, Tensor]
+    slots: SlotStore
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     maps: tuple[str, ...] = ()
     structure: str = ""
@@ -49,13 +50,12 @@ class CallRecord:
     @property
     def nbytes(self) -> int:
         """Bytes that the call keeps in memory, those it shares with other recordings included."""
-        tensors = self.slots.tensors() if isinstance(self.slots, EditedSlots) else self.slots.values()
-        return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
+        return self.slots.nbytes
 
     @property
     def own_nbytes(self) -> int:
         """Bytes that this call added: of an edited call what the edit wrote, of a base call all of it."""
-        return self.slots.own_nbytes if isinstance(self.slots, EditedSlots) else self.nbytes
+        return self.slots.own_nbytes
 
 
 @dataclass
@@ -138,7 +138,7 @@ class Recording:
         """
         if not 0 <= call < len(self.calls) or name not in self.calls[call].slots:
             raise RecordingError(f"The recording has no slot {name!r} at call {call}; it has {len(self.calls)} calls.")
-        return self.calls[call].slots[name]
+        return self.calls[call].slots.read(name)
 
     def __iter__(self) -> Iterator[CallRecord]:
         return iter(self.calls)

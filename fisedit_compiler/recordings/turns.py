@@ -10,16 +10,11 @@ from torch import Tensor
 from fisedit_compiler.lowering.program import CompiledProgram
 from fisedit_compiler.passes.base import Slot
 from fisedit_compiler.passes.programs.recording import SlotUpdate
-from fisedit_compiler.recordings.edited_slots import (
-    EditedSlots,
-    Entry,
-    Patch,
-    RowForm,
-    Turn,
-    Written,
-    WrittenSums,
-    entries_of,
-)
+from fisedit_compiler.recordings.row_form import RowForm
+from fisedit_compiler.recordings.stores import SlotStore
+from fisedit_compiler.recordings.stores.edited import Change, EditedSlots, written_in
+from fisedit_compiler.recordings.stores.turn import Turn
+from fisedit_compiler.recordings.stores.written import Written, WrittenRows, WrittenSums
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -33,8 +28,8 @@ def row_form(slot: Slot, update: SlotUpdate) -> RowForm:
 
 
 def after_sparse_call(
-    program: CompiledProgram, base: Mapping[str, Tensor], turn: Turn, updates: Mapping[str, Tensor]
-) -> EditedSlots:
+    program: CompiledProgram, base: SlotStore, turn: Turn, updates: Mapping[str, Tensor]
+) -> SlotStore:
     """The slots of a sparse call.
 
     Args:
@@ -43,25 +38,22 @@ def after_sparse_call(
         turn: the sites that rows belong to.
         updates: what the update graph returned, by slot; kept as they are.
     """
-    slots, known = {slot.name: slot for slot in program.slots}, entries_of(base)
-    changes: dict[str, Entry] = {}
+    slots, known = {slot.name: slot for slot in program.slots}, written_in(base)
+    changes: dict[str, Change] = {}
     for update in program.updates:
         slot, value = slots[update.slot], updates[update.slot]
-        entry = known[update.slot]
+        before = known.get(update.slot)
         if update.kind == "whole":
             changes[update.slot] = value
         elif update.kind == "rows":
-            patch = Patch(turn, value)
-            fresh = entry if isinstance(entry, Written) else Written(entry, row_form(slot, update), ())
-            changes[update.slot] = fresh.after(patch)
+            before = before or Written(row_form(slot, update), ())
+            changes[update.slot] = before.after(WrittenRows(turn, value))
         else:
             centre = base[slot.of]
-            patch = Patch(turn, value, centre)
-            if not isinstance(entry, WrittenSums):
-                assert isinstance(entry, Tensor), "rows of site sums are never written without their centre"
-                entry = WrittenSums(entry, row_form(slot, update), (), centre, centre, update.channels)
-            changes[update.slot] = entry.centred_on(updates[slot.of]).after(patch)
-    return EditedSlots(base, changes, updates.values(), slots)
+            before = before or WrittenSums(row_form(slot, update), (), centre, centre, update.channels)
+            assert isinstance(before, WrittenSums), "rows of site sums are never written without their centre"
+            changes[update.slot] = before.centred_on(updates[slot.of]).after(WrittenRows(turn, value, centre))
+    return EditedSlots(base, changes, slots)
 
 
 def pinned_updates(program: CompiledProgram, turn: Turn, outputs: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -76,9 +68,7 @@ def pinned_updates(program: CompiledProgram, turn: Turn, outputs: Sequence[Tenso
     return rows
 
 
-def after_dense_call(
-    program: CompiledProgram, base: Mapping[str, Tensor], recorded: Mapping[str, Tensor]
-) -> EditedSlots:
+def after_dense_call(program: CompiledProgram, base: SlotStore, recorded: Mapping[str, Tensor]) -> SlotStore:
     """The slots of a dense call inside an edit: whole tensors, except for those whose bits are the base's.
 
     Args:
@@ -94,13 +84,15 @@ def after_dense_call(
         if slot.kind == "site_sums":
             # What the base's are centred on is only right together with the base's statistics.
             same[slot.name] = same.get(slot.name, True) and same.get(slot.of, True)
-    changes = {name: value for name, value in recorded.items() if name not in base or not same.get(name, True)}
-    return EditedSlots(base, changes, changes.values(), recorded)
+    changes: dict[str, Change] = {
+        name: value for name, value in recorded.items() if name not in base or not same.get(name, True)
+    }
+    return EditedSlots(base, changes, recorded)
 
 
-def unchanged(base: Mapping[str, Tensor], names: Sequence[str] | None = None) -> EditedSlots:
+def unchanged(base: SlotStore, names: Sequence[str] | None = None) -> SlotStore:
     """The slots of a call that an edit answered from its recording: all of them (or those named) the base's."""
-    return EditedSlots(base, {}, (), names)
+    return EditedSlots(base, {}, names)
 
 
 def _same_bits(first: Tensor, second: Tensor) -> Tensor:

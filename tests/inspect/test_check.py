@@ -22,6 +22,7 @@ from fisedit_compiler.passes.order import REQUIRED, REWRITES
 from fisedit_compiler.passes.programs import recording as recording_pass
 from fisedit_compiler.passes.rewrites.extensions import RULES
 from fisedit_compiler.passes.rewrites.outputs import Outputs
+from fisedit_compiler.recordings.stores import hold
 from fisedit_compiler.runtime.execution.hoisting import HoistCache
 from tests.support.compiled_zoo import (
     SEMANTICS,
@@ -227,7 +228,7 @@ def test_a_recording_without_a_slot() -> None:
     recording = copy.copy(record_run(compiled, call()).recording)
     (record,) = recording.calls
     slots = {name: value for name, value in record.slots.items() if name != "conv_in.input"}
-    recording.calls = [replace(record, slots=slots)]
+    recording.calls = [replace(record, slots=hold(slots))]
     (difference,) = compiled.check(MASK, inputs=call(), recording=recording).differences
     assert difference.path == "conv_in" and difference.problem.startswith("it is missing where float32 [2, 384, 4]")
 

@@ -227,7 +227,7 @@ BUGS = (
     Bug("capture/ambient.py", "    autocast: tuple[tuple[str, torch.dtype], ...] = ()\n",
         "    autocast: tuple[tuple[str, torch.dtype], ...] = field(default=(), compare=False)\n",
         "a run under autocast uses the plain program", ("tests/capture/test_ambient.py", "-k", "one_state_after")),
-    Bug("recordings/edited_slots.py", "answer = others.shape[0] <= mine.shape[0] and bool(",
+    Bug("recordings/stores/turn.py", "answer = others.shape[0] <= mine.shape[0] and bool(",
         "answer = others.shape[0] <= mine.shape[0] or bool(",
         "an edit of an edit forgets what the first one changed",
         ("tests/recordings/test_turns.py", "tests/runtime/sessions/test_edit_of_edit.py")),

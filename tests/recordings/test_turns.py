@@ -15,7 +15,10 @@ from torch import Tensor
 from fisedit_compiler import Recording, SparseModule
 from fisedit_compiler.kernels.tolerances import assert_close
 from fisedit_compiler.lowering.program import CompiledProgram
-from fisedit_compiler.recordings.edited_slots import EditedSlots, RowForm, Turn, Written
+from fisedit_compiler.recordings.row_form import RowForm
+from fisedit_compiler.recordings.stores.edited import EditedSlots, written_in
+from fisedit_compiler.recordings.stores.turn import Turn
+from fisedit_compiler.recordings.stores.written import Written
 from fisedit_compiler.runtime.execution.executable import Executable
 from fisedit_compiler.runtime.sessions.edit_session import EditSession
 from tests.reference.pinned import PinnedRun
@@ -119,10 +122,10 @@ def test_slots_after_a_chain_are_those_written_one_after_the_other(norm: Any) ->
     for step in steps:
         slots = step.recording.calls[0].slots
         assert isinstance(slots, EditedSlots) and list(slots) == list(before)
-        for name, entry in slots.entries.items():
-            if isinstance(entry, Written) and kinds[name].kind != "site_sums":
-                patch = entry.patches[-1]
-                expected = entry.form.write(before[name], patch.turn.sites[entry.form.level], patch.rows)
+        for name, written in slots.written.items():
+            if kinds[name].kind != "site_sums":
+                last = written.by_turn[-1]
+                expected = written.form.write(before[name], last.turn.sites[written.form.level], last.rows)
                 assert torch.equal(slots[name], expected), name
         before = slots
 
@@ -189,9 +192,7 @@ def test_ten_turns_cost_their_active_rows(norm: Any) -> None:
     # Nothing is held but the base and the rows: every storage that the eleven recordings keep alive, each once.
     held = {id(tensor): tensor for tensor in base.values()}
     for step in steps:
-        slots = step.recording.calls[0].slots
-        assert isinstance(slots, EditedSlots)
-        held |= {id(tensor): tensor for tensor in slots.tensors()}
+        held |= {id(tensor): tensor for tensor in step.recording.calls[0].slots.tensors()}
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held.values()}
     turns = sum(step.recording.own_nbytes for step in steps)
     assert sum(storages.values()) == recording.nbytes + turns
@@ -204,14 +205,12 @@ def test_what_an_edit_leaves_alone_is_shared_with_its_base() -> None:
     recording, steps = chain(compiled, "sd15", TURNS[:2])
     for step in steps:
         slots = step.recording.calls[0].slots
-        assert isinstance(slots, EditedSlots)
         changed = {update.slot for update in program_of(compiled).updates}
+        assert set(written_in(slots)) == changed
+        held = {id(tensor) for tensor in slots.tensors()}
         for name, value in recording.calls[0].slots.items():
-            entry = slots.entries[name]
-            if name in changed:
-                assert isinstance(entry, Written) and entry.root is value
-            else:
-                assert slots[name].data_ptr() == value.data_ptr(), f"{name} was copied"
+            assert id(value) in held, f"{name} was copied"
+            assert name in changed or slots[name] is value
     statistics = [slot.name for slot in program_of(compiled).slots if slot.kind == "statistics"]
     assert statistics and not set(statistics) & {update.slot for update in program_of(compiled).updates}
 
@@ -237,8 +236,7 @@ def test_a_dense_call_shares_the_slots_whose_bits_are_the_bases() -> None:
     other = model.edit_inputs(inputs, torch.zeros(HEIGHT, WIDTH, dtype=torch.bool), seed=3)
     dense = turn(compiled, recording, other, None)
     slots, base = dense.recording.calls[0].slots, recording.calls[0].slots
-    assert isinstance(slots, EditedSlots)
-    shared = {name for name in base if slots.entries[name] is base[name]}
+    shared = {name for name in base if slots[name] is base[name]}
     assert "conv_in.input" in shared and output_slot(compiled) not in shared
     assert dense.recording.own_nbytes == sum(value.nbytes for name, value in slots.items() if name not in shared)
     with compiled.record() as fresh:
@@ -259,11 +257,7 @@ def test_rows_that_a_later_turn_covers_are_not_kept_by_it() -> None:
     _, steps = chain(compiled, "sd15", (TURNS[2], TURNS[0], TURNS[0], TURNS[3]))
     depths = []
     for step in steps:
-        slots = step.recording.calls[0].slots
-        assert isinstance(slots, EditedSlots)
-        entry = slots.entries["conv_in.input"]
-        assert isinstance(entry, Written)
-        depths.append(len(entry.patches))
+        depths.append(len(written_in(step.recording.calls[0].slots)["conv_in.input"].by_turn))
     assert depths == [1, 1, 1, 2]
 
 
@@ -298,14 +292,14 @@ def test_reading_a_slot_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = model_and_compiled()[1]
     _, steps = chain(compiled, "sd15", TURNS[:2])
     read: list[weakref.ref[Tensor]] = []
-    original = Written.read
+    original = Written.over
 
-    def remember(entry: Written) -> Tensor:
-        value = original(entry)
+    def remember(written: Written, root: Tensor) -> Tensor:
+        value = original(written, root)
         read.append(weakref.ref(value))
         return value
 
-    monkeypatch.setattr(Written, "read", remember)
+    monkeypatch.setattr(Written, "over", remember)
     step = turn(compiled, steps[1].recording, steps[1].inputs, TURNS[2])
     assert read and step.recording.own_nbytes
     gc.collect()

@@ -10,6 +10,7 @@ from fisedit_compiler.inspect.example_inputs import edited_inputs, sample_inputs
 from fisedit_compiler.inspect.explain import TEXT_TOKENS
 from fisedit_compiler.inspect.page.timeline import Event, profile_call
 from fisedit_compiler.inspect.stages import choose_program
+from fisedit_compiler.recordings.stores import hold
 
 
 @torch.no_grad()
@@ -28,7 +29,7 @@ def profile_edit(compiled: CompiledModule, mask: Tensor) -> list[Event]:
     sample = base[program.spatial[0]]
     plan = executable.plan(mask, compiled.sparsify_config.dilation, sample)
     edited = edited_inputs(program, base, plan, generator)
-    slots, scalars = executable.record(base)[1], scalars_of(program, base)
+    slots, scalars = hold(executable.record(base)[1]), scalars_of(program, base)
 
     def call() -> None:
         executable.step(edited, slots, plan, update=False, scalars=scalars)

@@ -15,7 +15,7 @@ from torch import Tensor
 from fisedit_compiler.capture.ambient import PLAIN, Ambient
 from fisedit_compiler.graph.signatures import CallSignature
 from fisedit_compiler.recordings.recording import CallRecord
-from fisedit_compiler.recordings.slot_table import SlotTable
+from fisedit_compiler.recordings.stores import hold
 from fisedit_compiler.runtime.execution.executable import Executable
 
 CallKind = Literal["dense", "sparse", "skipped"]
@@ -79,7 +79,7 @@ class Call:
         """A record of the call, with the slots of a dense run."""
         batch, _, height, width = self.sample.shape
         maps = () if len(slots) == len(self.executable.slot_names) else self.executable.map_names
-        table = SlotTable.of(slots)
+        held = hold(slots)
         return CallRecord(
-            self.signature, batch, height, width, timestep, table, inputs, maps, self.structure, self.ambient
+            self.signature, batch, height, width, timestep, held, inputs, maps, self.structure, self.ambient
         )

@@ -39,7 +39,8 @@ from fisedit_compiler.kernels.addresses import is_plain
 from fisedit_compiler.lowering.errors import lowering_error
 from fisedit_compiler.lowering.inductor import compile_step
 from fisedit_compiler.progress import compiling
-from fisedit_compiler.recordings.slot_table import SlotLayout, SlotTable, slot_layout
+from fisedit_compiler.recordings.stores import SlotStore
+from fisedit_compiler.recordings.stores.addresses import SlotAddresses, SlotLayout
 from fisedit_compiler.runtime.execution.graph_capture import capturing
 from fisedit_compiler.runtime.execution.hoisting import Hoisted, HoistedGroup
 
@@ -158,7 +159,7 @@ class GraphPool:
         counts = {level: table.shape[0] for level, table in plan.active.items()}
         return PaddedPlan(number, padded, tables, counts)
 
-    def run(self, prepared: PaddedPlan, tensors: Values, slots: SlotTable, hoisted: Hoisted) -> list[Tensor]:
+    def run(self, prepared: PaddedPlan, tensors: Values, slots: SlotStore, hoisted: Hoisted) -> list[Tensor]:
         """Replay (or first capture) the step; returned tensors are the caller's own.
 
         Raises:
@@ -175,7 +176,8 @@ class GraphPool:
         self._graphs.move_to_end(key)
         for name, buffer in graph.calls:
             buffer.copy_(tensors[name])
-        _fill(graph, prepared, slots, hoisted)
+        addresses = slots.addresses(graph.layout, graph.table.device)  # kept until the replay is launched
+        _fill(graph, prepared, addresses, hoisted)
         graph.graph.replay()
         return [self._owned(position, output, prepared) for position, output in enumerate(graph.outputs)]
 
@@ -187,24 +189,32 @@ class GraphPool:
         return output.narrow(axis, 0, prepared.counts[level]).clone(memory_format=torch.contiguous_format)
 
     @one_at_a_time
-    def _capture(self, prepared: PaddedPlan, tensors: Values, slots: SlotTable, hoisted: Hoisted) -> _Graph:
+    def _capture(self, prepared: PaddedPlan, tensors: Values, slots: SlotStore, hoisted: Hoisted) -> _Graph:
         device = tensors[self._calls[0]].device
-        layout = self._layouts.setdefault(
-            tuple(slots[name].shape for name in self.slot_names), slot_layout(slots, self.slot_names)
-        )
+        layout = self._layout_of(slots)
+        addresses = slots.addresses(layout, device)
         builder = _Inputs(self, prepared, device, layout)
-        arguments = [builder.add(item, tensors, slots, hoisted) for item in self.inputs]
+        arguments = [builder.add(item, tensors, addresses.tensors, hoisted) for item in self.inputs]
         try:
             graph = builder.graph(hoisted)
             for name, buffer in graph.calls:
                 buffer.copy_(tensors[name])
-            _fill(graph, prepared, slots, hoisted)
+            _fill(graph, prepared, addresses, hoisted)
             if self._compiled is None:
                 self._compiled = compile_step(self.step)
             self._capture_into(graph, self._compiled, arguments)
         except Exception as error:
             raise lowering_error(error, self.step, arguments, compile_step, self.strict) from error
         return graph
+
+    def _layout_of(self, slots: SlotStore) -> SlotLayout:
+        """The strides that all recordings of one shape are read with: those of the first of them."""
+        shapes, layout = [], {}
+        for name in self.slot_names:
+            value = slots[name]
+            shapes.append(value.shape)
+            layout[name] = value.stride()
+        return self._layouts.setdefault(tuple(shapes), layout)
 
     def _capture_into(self, graph: _Graph, compiled: Callable[..., Any], arguments: Sequence[Tensor]) -> None:
         def body() -> list[Tensor]:
@@ -224,7 +234,7 @@ class GraphPool:
             graph.outputs.extend(body())
 
 
-def _fill(graph: _Graph, prepared: PaddedPlan, slots: SlotTable, hoisted: Hoisted) -> None:
+def _fill(graph: _Graph, prepared: PaddedPlan, addresses: SlotAddresses, hoisted: Hoisted) -> None:
     """Bring what changed since the last replay: the host's part of it is on every call's critical path."""
     if graph.plan is not prepared or graph.filled_slots is None:
         for item, table in graph.tables.items():
@@ -232,12 +242,11 @@ def _fill(graph: _Graph, prepared: PaddedPlan, slots: SlotTable, hoisted: Hoiste
         for key, ring in graph.rings.items():
             ring.copy_(prepared.plan.ring[key])
         graph.plan = prepared
-    addresses = slots.addresses(graph.layout, graph.table.device)
-    if addresses is not graph.filled_slots:
-        graph.slots.copy_(addresses)
+    if addresses.table is not graph.filled_slots:
+        graph.slots.copy_(addresses.table)
         for name, buffer in graph.unstaged:
-            buffer.copy_(slots[name])
-        graph.filled_slots = addresses
+            buffer.copy_(addresses.tensors[name])
+        graph.filled_slots = addresses.table
     for position, (group, inputs) in enumerate(zip(hoisted.groups, graph.groups, strict=True)):
         if graph.filled_groups[position]() is group:
             continue
@@ -273,13 +282,13 @@ class _Inputs:
         self.copies: list[tuple[Tensor, int]] = []
         self.ring_jobs: list[tuple[Tensor, int, ConvKey, int]] = []
 
-    def add(self, item: Input, tensors: Values, slots: SlotTable, hoisted: Hoisted) -> Tensor:
+    def add(self, item: Input, tensors: Values, slots: Values, hoisted: Hoisted) -> Tensor:
         """The tensor the compiled step gets for one placeholder."""
         match item:
             case AddressInput():
                 return self.table
             case AddressedInput(slot):
-                return slots.laid_out(self.layout, slot)  # only its shape and strides are read
+                return slots[slot]  # only its shape and strides are read
             case TableInput() | IotaInput():
                 return self._table(item)
             case RingRowsInput(slot, key):

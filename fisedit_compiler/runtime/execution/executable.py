@@ -25,7 +25,7 @@ from fisedit_compiler.geometry.site_plan import SitePlan
 from fisedit_compiler.graph.inputs import Input, Sources, graph_inputs, resolve
 from fisedit_compiler.lowering.program import CompiledProgram
 from fisedit_compiler.passes.programs.hoist import Bundle
-from fisedit_compiler.recordings.slot_table import SlotTable
+from fisedit_compiler.recordings.stores import SlotStore
 from fisedit_compiler.runtime.execution.backend import ProgramBackend
 from fisedit_compiler.runtime.execution.cuda_graphs import GraphPool, HoistedNames, PaddedPlan
 from fisedit_compiler.runtime.execution.dense_module import DenseModule
@@ -145,7 +145,7 @@ class Executable:
     def step(
         self,
         tensors: Mapping[str, Tensor],
-        slots: Mapping[str, Tensor],
+        slots: SlotStore,
         plan: SitePlan,
         *,
         update: bool,
@@ -176,7 +176,7 @@ class Executable:
     def _step(
         self,
         tensors: Mapping[str, Tensor],
-        slots: Mapping[str, Tensor],
+        slots: SlotStore,
         plan: SitePlan,
         update: bool,
         scalars: Mapping[str, float],
@@ -192,7 +192,7 @@ class Executable:
         if lowered and not plan.is_empty:
             pool, prepared = self._graph_pool(update), self._prepare(plan, update)
             pool.strict = strict
-            return self._divide(pool.run(prepared, tensors, SlotTable.of(slots), hoisted), names)
+            return self._divide(pool.run(prepared, tensors, slots, hoisted), names)
         flat, _ = self._run("update" if update else "step", Sources(tensors, slots, hoisted, plan))
         outputs, stored = self._divide(flat, names)
         if any(output.slot is None for output in self.program.outputs):

@@ -9,7 +9,7 @@ from fisedit_compiler.graph.batch_axes import Mixed, samples_of
 from fisedit_compiler.graph.specs import spec_of
 from fisedit_compiler.lowering.program import CompiledProgram
 from fisedit_compiler.passes.base import Slot
-from fisedit_compiler.recordings.edited_slots import flat_axes
+from fisedit_compiler.recordings.row_form import flat_axes
 
 BatchAxes = Mapping[str, int | None]
 """By slot the axis that counts samples, in its value or in its rows; ``None`` for what all samples share."""

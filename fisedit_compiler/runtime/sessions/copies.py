@@ -6,7 +6,7 @@ Copies lie as diffusers lays out guidance: every recorded sample is repeated ``c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from fisedit_compiler.geometry.site_plan import SitePlan
 from fisedit_compiler.graph.layout import Layout
 from fisedit_compiler.lowering.program import CompiledProgram
 from fisedit_compiler.recordings.recording import CallRecord
-from fisedit_compiler.recordings.slot_table import LazySlots, SlotTable
+from fisedit_compiler.recordings.stores.repeated import RepeatedSlots, repeat_samples
 from fisedit_compiler.runtime.calls.call import Call
 from fisedit_compiler.runtime.execution.sample_axes import BatchAxes
 
@@ -44,50 +44,18 @@ class OwnSites:
         return self._selectors[layout]
 
 
-class RepeatedSlots(LazySlots):
-    """The slots of a recorded call with every sample repeated; a slot is repeated when it is read."""
-
-    def __init__(
-        self, base: Mapping[str, Tensor], samples: int, copies: int, axes: Callable[[], tuple[BatchAxes, BatchAxes]]
-    ) -> None:
-        """``samples`` is the recorded batch; ``axes`` gives what :func:`batch_axes` does, when it is needed."""
-        self.base, self.samples, self.copies, self._axes = base, samples, copies, axes
-
-    def __getitem__(self, name: str) -> Tensor:
-        # Cross-attention maps are no slots of the program; their batch comes first.
-        value, axis = self.base[name], self._axes()[0].get(name, 0)
-        return value if axis is None else _repeat(value, axis, self.samples, self.copies)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.base
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.base)
-
-    def __len__(self) -> int:
-        return len(self.base)
-
-    def table(self) -> SlotTable:
-        """All slots, repeated, at once."""
-        return SlotTable(self)
-
-
 def repeated(call: Call, recorded: CallRecord, copies: int) -> CallRecord:
     """A recorded call as the calls of several edits see it: every sample, and every input of one, repeated."""
     if copies == 1:
         return recorded
     samples = recorded.batch
-    slots = RepeatedSlots(recorded.slots, samples, copies, lambda: call.executable.batch_axes)
+    slots = RepeatedSlots(recorded.slots, samples, copies, lambda: call.executable.batch_axes[0])
     batched = {spec.identifier() for spec in call.signature.tensors if spec.axes and spec.axes[0] == "b"}
     inputs = {
-        name: _repeat(value, 0, samples, copies) if name in batched else value
+        name: repeat_samples(value, 0, samples, copies) if name in batched else value
         for name, value in recorded.inputs.items()
     }
     return replace(recorded, batch=samples * copies, slots=slots, inputs=inputs)
-
-
-def _repeat(value: Tensor, axis: int, samples: int, copies: int) -> Tensor:
-    return value.unflatten(axis, (samples, -1)).repeat_interleave(copies, axis).flatten(axis, axis + 1)
 
 
 def take_copies(value: Tensor, samples: int, copies: int) -> list[Tensor]:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fisedit_compiler.recordings.edited_slots import EditedSlots, Turn
 from fisedit_compiler.recordings.recorded_inputs import InputCopies
 from fisedit_compiler.recordings.recording import CallRecord, Recording
+from fisedit_compiler.recordings.stores import SlotStore
+from fisedit_compiler.recordings.stores.turn import Turn
 from fisedit_compiler.recordings.turns import after_dense_call, after_sparse_call, pinned_updates, unchanged
 from fisedit_compiler.runtime.sessions.copies import OwnSites, take_copies, take_copy
 from fisedit_compiler.tensors.contents import Later
@@ -102,7 +103,7 @@ class EditRecorder:
         for copy in range(self.copies):
             yield take_copy(values, axes, samples, self.copies, copy)
 
-    def _store(self, call: Call, slots: list[EditedSlots], maps: tuple[str, ...]) -> None:
+    def _store(self, call: Call, slots: list[SlotStore], maps: tuple[str, ...]) -> None:
         recorded = self._recorded
         inputs = self._inputs_of(call, recorded)
         for copy, (result, own) in enumerate(zip(self.results, slots, strict=True)):

@@ -20,8 +20,8 @@ from fisedit_compiler import masks
 from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.errors import ConfigError
 from fisedit_compiler.geometry.site_plan import SitePlan
-from fisedit_compiler.recordings.edited_slots import Turn
 from fisedit_compiler.recordings.recording import CallRecord, Recording
+from fisedit_compiler.recordings.stores.turn import Turn
 from fisedit_compiler.runtime.calls.call import Call, CallKind
 from fisedit_compiler.runtime.calls.programs import ProgramStore
 from fisedit_compiler.runtime.execution.executable import Executable

@@ -14,8 +14,8 @@ from fisedit_compiler import Recording, SparseModule, SparsifyConfig, sparsify
 from fisedit_compiler.errors import ConfigError, FiseditError, MaskError, RecordingError
 from fisedit_compiler.kernels.tolerances import assert_close
 from fisedit_compiler.masks import grown
-from fisedit_compiler.recordings.edited_slots import EditedSlots, Written
-from fisedit_compiler.runtime.sessions.copies import RepeatedSlots
+from fisedit_compiler.recordings.stores.edited import EditedSlots
+from fisedit_compiler.recordings.stores.repeated import RepeatedSlots
 from fisedit_compiler.runtime.sessions.edit_masks import EditMasks
 from fisedit_compiler.runtime.sessions.edit_session import EditSession
 from tests.reference.pinned import PinnedRun
@@ -106,9 +106,8 @@ def test_every_copy_can_be_edited_further(norm: Any) -> None:
         assert kept.calls[0].batch == BATCH
         slots = kept.calls[0].slots
         assert isinstance(slots, EditedSlots)
-        for name, entry in slots.entries.items():
-            if isinstance(entry, Written):
-                assert entry.root is recording.calls[0].slots[name]
+        held = {id(tensor) for tensor in slots.tensors()}
+        assert all(id(recording.calls[0].slots[name]) in held for name in slots.written)
         for tensor in slots.own:
             assert tensor.untyped_storage().nbytes() == tensor.nbytes, "a copy's rows keep the other copies' alive"
         (again,), _ = run(compiled, kept, edit, mask, copies=1)
@@ -137,7 +136,7 @@ def test_slots_are_repeated_when_they_are_read() -> None:
     compiled, _, _, recording = base("incremental")
     (executable,) = compiled._programs.executables()
     slots = recording.calls[0].slots
-    repeated = RepeatedSlots(slots, BATCH, COPIES, lambda: executable.batch_axes)
+    repeated = RepeatedSlots(slots, BATCH, COPIES, lambda: executable.batch_axes[0])
     assert list(repeated) == list(slots) and len(repeated) == len(slots)
     for name, value in slots.items():
         assert torch.equal(repeated[name], value.repeat_interleave(COPIES, 0))

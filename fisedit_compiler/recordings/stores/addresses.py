@@ -1,0 +1,40 @@
+"""Where slots lie in memory: the table of their addresses that CUDA graphs read them through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fisedit_compiler.kernels.addresses import address_table, is_plain
+
+SlotLayout = Mapping[str, tuple[int, ...]]
+"""Strides by slot name."""
+
+
+@dataclass(frozen=True, eq=False)
+class SlotAddresses:
+    """A table of addresses, and what it points to.
+
+    Attributes:
+        table: int64 ``[slots]`` on the device that reads it: where each slot begins, in the order of the layout.
+        tensors: the slots, or the copies of them, whose addresses are in the table. The table is good for as long as
+            they are held.
+    """
+
+    table: Tensor
+    tensors: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, read: Callable[[str], Tensor], layout: SlotLayout, device: torch.device) -> SlotAddresses:
+        """The addresses of slots that ``read`` gives. One of other strides, or that is not aligned, is copied."""
+        tensors = {name: _as_laid_out(read(name), strides) for name, strides in layout.items()}
+        return cls(address_table(list(tensors.values()), device), tensors)
+
+
+def _as_laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    if tensor.stride() == strides and (is_plain(tensor) or not tensor.numel()):
+        return tensor
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
