@@ -22,6 +22,7 @@ from fisedit_compiler.errors import ConfigError
 from fisedit_compiler.geometry.site_plan import SitePlan
 from fisedit_compiler.recordings.recording import CallRecord, Recording
 from fisedit_compiler.recordings.stores.turn import Turn
+from fisedit_compiler.recordings.upcoming import Upcoming
 from fisedit_compiler.runtime.calls.call import Call, CallKind
 from fisedit_compiler.runtime.calls.programs import ProgramStore
 from fisedit_compiler.runtime.execution.executable import Executable
@@ -88,6 +89,7 @@ class EditSession:
         self._own_sites: OwnSites | None = None
         if mask is not None:
             self.set_mask(mask)
+        self._upcoming = Upcoming(recording)
 
     @property
     def mask(self) -> Tensor | None:
@@ -161,6 +163,7 @@ class EditSession:
             self._agreement.weights(self.programs.glance().weights, self.call)
 
     def handle(self, call: Call) -> Any:
+        self._upcoming.begin(self.call)
         base = self._agreement.before(call, self.call)
         self._later = self._recorder.later = self._agreement.later(call, self.call)
         start = time.perf_counter()
