@@ -244,15 +244,8 @@ class SitePlan:
 
     def selector(self, layout: Layout) -> Tensor:
         """The active sites as a bool tensor that broadcasts against a dense map or tokens of ``layout``."""
-        assert layout.is_rows and layout.level is not None, layout
-        active = self.active_mask(layout.level)
-        shape = [1] * layout.rank
-        if layout.kind == "tokens":
-            shape[layout.axes[0]] = active.numel()
-            return active.reshape(shape)
-        height_axis, width_axis = layout.axes
-        shape[height_axis], shape[width_axis] = active.shape
-        return (active if height_axis < width_axis else active.T).reshape(shape)
+        assert layout.level is not None, layout
+        return layout.spread(self.active_mask(layout.level))
 
     @property
     def area(self) -> float:

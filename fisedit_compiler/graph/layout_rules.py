@@ -8,13 +8,14 @@ cuts an axis into windows, a token axis merged with heads) is settled by the rul
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
 from torch import fx
 
 from fisedit_compiler.errors import LayoutError
+from fisedit_compiler.graph.axis_roles import Batch, Channel, Joined, Role, Sites
 from fisedit_compiler.graph.ir import describe
 from fisedit_compiler.graph.layout import Layout, opaque
 from fisedit_compiler.graph.registered import rule_table
@@ -60,9 +61,10 @@ class LayoutRules:
             else:
                 return opaque(rank, f"axis {axis} of size {size} is not a whole multiple of height or width")
         if not (height_axes or width_axes or token_axes or sums):
-            return Layout("plain", rank)
+            return Layout(_roles(spec, {}))
         if len(sums) == 1 and not (height_axes or width_axes or token_axes):
-            return Layout("concat", rank, axes=(sums[0],), reason=f"axis {sums[0]} puts other tokens beside sites")
+            joined = {sums[0]: Joined(frozenset(spec.shape[sums[0]].args))}
+            return Layout(_roles(spec, joined), f"axis {sums[0]} puts other tokens beside sites")
         if len(token_axes) == 1 and not (height_axes or width_axes or sums):
             return self._tokens(spec, token_axes[0])
         if len(height_axes) == len(width_axes) == 1 and not (token_axes or sums):
@@ -74,14 +76,14 @@ class LayoutRules:
         if height != width:
             return opaque(spec.rank, f"height is scaled by {height} but width by {width}")
         level = Fraction(self.multiple) / Fraction(int(height.p), int(height.q))
-        return Layout("map", spec.rank, level, (height_axis, width_axis))
+        return Layout(_roles(spec, {height_axis: Sites(level, "height"), width_axis: Sites(level, "width")}))
 
     def _tokens(self, spec: ValueSpec, axis: int) -> Layout:
         count = spec.shape[axis] / (HEIGHT * WIDTH)
         root = Fraction(math.isqrt(int(count.p)), math.isqrt(int(count.q)))
         if root * root != Fraction(int(count.p), int(count.q)):
             return opaque(spec.rank, f"axis {axis} has {spec.shape[axis]} entries, which is no level of the model")
-        return Layout("tokens", spec.rank, Fraction(self.multiple) / root, (axis,))
+        return Layout(_roles(spec, {axis: Sites(Fraction(self.multiple) / root)}))
 
     def _refine(self, node: fx.Node, layout: Layout) -> Layout:
         """Correct what shapes alone cannot know: views that cut or merge spatial axes."""
@@ -95,6 +97,12 @@ class LayoutRules:
             return opaque(layout.rank, "a view whose axes cannot be matched with its input's")
         reason = spatial_view_problem(groups, source.meta["layout"], layout)  # type: ignore[union-attr]
         return opaque(layout.rank, reason) if reason else layout
+
+
+def _roles(spec: ValueSpec, spatial: Mapping[int, Role]) -> tuple[Role, ...]:
+    """Roles of all axes: the spatial ones as given, the others by whether the batch is in their size."""
+    others = (Batch() if BATCH in size.free_symbols else Channel() for size in spec.shape)
+    return tuple(spatial.get(axis, role) for axis, role in enumerate(others))
 
 
 LayoutRule = Callable[[fx.Node, Layout], Layout]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fisedit_compiler.geometry.site_plan import SitePlan
-from fisedit_compiler.graph.layout import Layout
+from fisedit_compiler.graph.layout import image
 from fisedit_compiler.graph.signatures import TensorSpec
 from fisedit_compiler.lowering.program import CompiledProgram
 
@@ -16,7 +16,6 @@ BATCH = 2
 FEW_TOKENS = 7
 """Text tokens of a call that is only compared: fewer than a prompt's, so that it is cheap."""
 TIMESTEP = 481
-MAP_AXES = (2, 3)
 
 
 def sample_inputs(
@@ -42,7 +41,7 @@ def edited_inputs(
             continue
         other = _noise(tuple(value.shape), value.dtype, str(value.device), generator)
         if spec.is_spatial:
-            other = torch.where(plan.selector(Layout("map", 4, spec.level, MAP_AXES)), value + other, value)
+            other = torch.where(plan.selector(image(spec.level)), value + other, value)
         edited[spec.identifier()] = other
     return edited
 

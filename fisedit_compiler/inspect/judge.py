@@ -21,9 +21,7 @@ from fisedit_compiler.graph.layout import Layout
 from fisedit_compiler.inspect.pinned import (
     PinnedValue,
     attribute,
-    canvas_of,
     pin,
-    rows_of,
     site_sums_of,
     statistics_of,
 )
@@ -97,7 +95,9 @@ class Expectations:
     def observe(self, node: fx.Node, value: PinnedValue) -> None:
         """Keep what is asked for of one node of the captured graph."""
         if node.name in self._rows:
-            self.rows[node.name] = rows_of(value.pinned, node.meta["layout"], self.plan)
+            layout: Layout = node.meta["layout"]
+            assert layout.level is not None
+            self.rows[node.name] = layout.packed.gather(value.pinned, self.plan.active[layout.level])
         if node.name in self._dense:
             self.dense[node.name] = value.dense
         if node.name in self._pinned:
@@ -111,7 +111,7 @@ class Expectations:
 
 def _slot_value(slot: Slot, base: Tensor) -> Tensor:
     if slot.kind == "canvas":
-        return canvas_of(base, slot.layout)
+        return slot.layout.packed.from_dense(base)
     if slot.kind == "statistics":
         return statistics_of(base, slot.groups)
     if slot.kind == "site_sums":
@@ -217,7 +217,7 @@ class Judge:
     def _sites(self, wrong: Tensor, layout: Layout | None, rows: bool) -> str:
         if layout is None or not layout.is_rows or layout.level is None:
             return ""
-        by_site = wrong if rows else canvas_of(wrong, layout)
+        by_site = wrong if rows else layout.packed.from_dense(wrong)
         others = [axis for axis in range(by_site.dim()) if axis != layout.site_dim()]
         found = (by_site.any(dim=others) if others else by_site).nonzero().flatten()
         sites = self.plan.active[layout.level][found] if rows else found

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from fisedit_compiler.geometry.site_plan import SitePlan
 from fisedit_compiler.graph.inputs import key_of
-from fisedit_compiler.graph.layout import SITES, Layout
+from fisedit_compiler.graph.layout import Layout
 from fisedit_compiler.lowering.program import CompiledProgram
 
 aten = torch.ops.aten
@@ -140,21 +140,6 @@ def pin(raw: Any, base: Any, layout: Any, plan: SitePlan) -> Any:
     if not isinstance(raw, Tensor) or not isinstance(layout, Layout) or not layout.is_rows:
         return raw
     return torch.where(plan.selector(layout), raw, base)
-
-
-def canvas_of(value: Tensor, layout: Layout) -> Tensor:
-    """A dense value with its sites on one axis, in the order of the packed form: ``[B, C, H, W]`` to ``[B, S, C]``."""
-    if layout.kind == "tokens":
-        return value
-    site = layout.site_dim()
-    inner = [axis for axis in layout.packed_axes() if axis != SITES]
-    return value.permute(*inner[:site], *layout.axes, *inner[site:]).flatten(site, site + 1)
-
-
-def rows_of(value: Tensor, layout: Layout, plan: SitePlan) -> Tensor:
-    """Rows of the active sites of a dense value."""
-    assert layout.level is not None
-    return canvas_of(value, layout).index_select(layout.site_dim(), plan.active[layout.level])
 
 
 def statistics_of(value: Tensor, groups: int) -> Tensor:

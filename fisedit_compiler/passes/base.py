@@ -21,7 +21,8 @@ from torch import fx
 from fisedit_compiler.capture.captured import CapturedGraph
 from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.graph import ir
-from fisedit_compiler.graph.layout import Layout, packed_spec
+from fisedit_compiler.graph.layout import Layout
+from fisedit_compiler.graph.site_order import is_identity
 from fisedit_compiler.graph.sizes import HEIGHT, WIDTH, SizeBuilder, row_symbol
 from fisedit_compiler.graph.specs import ValueSpec, spec_of
 
@@ -151,8 +152,7 @@ class Rewriter:
             if user.target is ir.pack:
                 return user
         with self.graph.inserting_after(_last_placeholder(value)):
-            spec = packed_spec(spec_of(value), layout, row_symbol(layout.level))
-            node = ir.call(self.graph, ir.pack, (value,), spec=spec, source=value)
+            node = ir.call(self.graph, ir.pack, (value,), spec=layout.row_spec(spec_of(value)), source=value)
         node.meta["varies"] = True
         return node
 
@@ -178,7 +178,7 @@ class Rewriter:
         layout: Layout = value.meta["layout"]
         assert layout.level is not None
         slot = Slot(name, value.meta["origin"], "canvas", layout)
-        return self.load(slot, packed_spec(spec_of(value), layout, self.site_count(layout.level)), before)
+        return self.load(slot, layout.packed.spec(spec_of(value), self.site_count(layout.level)), before)
 
     def table(self, kind: str, key: Any, spec: ValueSpec, before: fx.Node) -> fx.Node:
         """An index table of the site plan; one node per table and program."""
@@ -216,6 +216,14 @@ class Rewriter:
         node.meta["varies"] = source.meta.get("varies", False)
         return node
 
+    def permuted(self, value: fx.Node, order: Sequence[int], source: fx.Node) -> fx.Node:
+        """``value`` with its axes in another order; nothing is written for the identity."""
+        if is_identity(order):
+            return value
+        spec = spec_of(value)
+        permuted = ValueSpec(tuple(spec.shape[axis] for axis in order), spec.dtype)
+        return self.call(torch.ops.aten.permute.default, (value, list(order)), permuted, source)
+
     def constant(self, target: Any, args: Sequence[Any], spec: ValueSpec, source: fx.Node) -> fx.Node:
         """A call that depends on weights or other non-spatial values only; it will be hoisted."""
         node = self.call(target, args, spec, source)
@@ -225,8 +233,7 @@ class Rewriter:
     def row_spec(self, node: fx.Node) -> ValueSpec:
         """Spec of the rows of a dense node."""
         layout: Layout = node.meta["layout"]
-        assert layout.level is not None
-        return packed_spec(spec_of(node), layout, row_symbol(layout.level))
+        return layout.row_spec(spec_of(node))
 
     def replace(self, node: fx.Node, rows: fx.Node) -> None:
         """Let ``rows`` stand for the dense ``node``; dense readers, if any, get an ``unpack``."""

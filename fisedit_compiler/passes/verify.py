@@ -10,8 +10,7 @@ from torch import fx
 
 from fisedit_compiler.errors import VerificationError
 from fisedit_compiler.graph import ir
-from fisedit_compiler.graph.layout import SITES, Layout, packed_spec
-from fisedit_compiler.graph.sizes import row_symbol
+from fisedit_compiler.graph.layout import Layout
 from fisedit_compiler.graph.specs import ValueSpec, has_spec, spec_of
 from fisedit_compiler.passes.base import Program
 
@@ -80,17 +79,16 @@ def _check_load(node: fx.Node, program: Program, origins: set[str], after: str) 
         raise _broken(after, node, f"slot {slot.name} comes from {slot.origin}, which the dense graph does not have")
     if slot.kind == "canvas":
         origin = next(n for n in program.captured.graph.nodes if n.name == slot.origin)
-        stored = tuple(spec_of(origin).shape[axis] for axis in slot.layout.packed_axes() if axis != SITES)
         site = slot.layout.site_dim()
-        loaded = spec_of(node).shape[:site] + spec_of(node).shape[site + 1 :]
+        canvas = slot.layout.packed.spec(spec_of(origin))
+        stored, loaded = (spec.shape[:site] + spec.shape[site + 1 :] for spec in (canvas, spec_of(node)))
         if stored != loaded:
             raise _broken(after, node, f"loads {loaded} from slot {slot.name}, which stores {stored}")
 
 
 def _packed(value: fx.Node) -> ValueSpec:
     layout: Layout = value.meta["layout"]
-    assert layout.level is not None
-    return packed_spec(spec_of(value), layout, row_symbol(layout.level))
+    return layout.row_spec(spec_of(value))
 
 
 def _expect(after: str, node: fx.Node, actual: ValueSpec, expected: ValueSpec) -> None:

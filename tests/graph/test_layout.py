@@ -10,8 +10,9 @@ import torch
 from torch import fx
 
 from fisedit_compiler.graph import ir
-from fisedit_compiler.graph.layout import SITES, Layout, opaque, packed_spec
+from fisedit_compiler.graph.layout import Layout, opaque
 from fisedit_compiler.graph.layout_rules import LayoutRules, spatial_view_problem
+from fisedit_compiler.graph.site_order import SITES
 from fisedit_compiler.graph.sizes import BATCH, HEIGHT, TEXT, WIDTH, row_symbol
 from fisedit_compiler.graph.specs import ValueSpec
 from fisedit_compiler.graph.views import view_groups
@@ -175,7 +176,7 @@ def test_packed_forms() -> None:
         assert {dim: layout.packed_dim(dim) for dim in dims} == dims
     spec = ValueSpec((b, sympy.Integer(4), 8 * h, 8 * w), torch.float16)
     rows = row_symbol(Fraction(1))
-    assert packed_spec(spec, cases[0][0], rows) == ValueSpec((b, rows, sympy.Integer(4)), torch.float16)
+    assert cases[0][0].row_spec(spec) == ValueSpec((b, rows, sympy.Integer(4)), torch.float16)
 
 
 def test_layouts_say_what_they_are() -> None:

@@ -155,13 +155,15 @@ def test_rows_lie_where_the_layout_says(kind: str) -> None:
     """Values that are not packed: maps with their sites anywhere, and tokens."""
     from fractions import Fraction
 
+    from fisedit_compiler.graph.axis_roles import Batch, Channel, Sites
     from fisedit_compiler.graph.layout import Layout
 
-    level = Fraction(1)
+    batch, channel, level = Batch(), Channel(), Fraction(1)
+    height, width = Sites(level, "height"), Sites(level, "width")
     shape, layout = {
-        "map": ((2, 3, 4, 5), Layout("map", 4, level, (2, 3))),
-        "transposed": ((2, 5, 3, 4), Layout("map", 4, level, (3, 1))),
-        "tokens": ((2, 20, 3), Layout("tokens", 3, level, (1,))),
+        "map": ((2, 3, 4, 5), Layout((batch, channel, height, width))),
+        "transposed": ((2, 5, 3, 4), Layout((batch, width, channel, height))),
+        "tokens": ((2, 20, 3), Layout((batch, Sites(level), channel))),
     }[kind]
     base, new = torch.randn(shape), torch.randn(shape)
     sites = torch.tensor([1, 6, 7, 19])

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from typing import Any, cast
 
-import sympy
 import torch
 from torch import fx
 
@@ -18,7 +17,8 @@ from fisedit_compiler.errors import LayoutError
 from fisedit_compiler.geometry.conv_tables import ConvKey
 from fisedit_compiler.graph import ir
 from fisedit_compiler.graph.inputs import Input, SlotInput, TableInput
-from fisedit_compiler.graph.layout import SITES, Layout
+from fisedit_compiler.graph.layout import Layout
+from fisedit_compiler.graph.site_order import SiteOrder
 from fisedit_compiler.graph.sizes import level_name, row_symbol
 from fisedit_compiler.graph.specs import ValueSpec, spec_of
 from fisedit_compiler.passes.base import Program, Rewriter
@@ -77,15 +77,12 @@ def _lower_pack(node: fx.Node, rewriter: Rewriter) -> None:
     assert isinstance(value, fx.Node)
     layout: Layout = value.meta["layout"]
     assert layout.level is not None
-    flat, axes = _flatten_sites(value, layout, node, rewriter)
+    order = layout.flat
+    flat = _in_order(value, order, node, rewriter)
     active = rewriter.active(layout.level, node)
-    dim = axes.index(SITES)
-    shape = tuple(row_symbol(layout.level) if a == SITES else spec_of(value).shape[a] for a in axes)
-    spec = ValueSpec(shape, spec_of(value).dtype)
-    rows = rewriter.call(fisedit.gather_sites.default, (flat, active, dim), spec, node)
-    order = [axes.index(axis) for axis in layout.packed_axes()]
-    if order != sorted(order):
-        rows = rewriter.call(aten.permute.default, (rows, order), spec_of(node), node)
+    spec = order.spec(spec_of(value), row_symbol(layout.level))
+    rows = rewriter.call(fisedit.gather_sites.default, (flat, active, order.site_dim), spec, node)
+    rows = rewriter.permuted(rows, order.order_to(layout.packed), node)
     ir.stand_for(rows, node)
     node.replace_all_uses_with(rows)
     rewriter.graph.erase_node(node)
@@ -96,47 +93,31 @@ def _lower_unpack(node: fx.Node, rewriter: Rewriter) -> None:
     assert isinstance(rows, fx.Node) and isinstance(base, fx.Node)
     layout: Layout = node.meta["layout"]
     assert layout.level is not None
-    flat, axes = _flatten_sites(base, layout, node, rewriter)
-    order = [layout.packed_axes().index(axis) for axis in axes]
-    if order != sorted(order):
-        spec = ValueSpec(tuple(spec_of(rows).shape[axis] for axis in order), spec_of(rows).dtype)
-        rows = rewriter.call(aten.permute.default, (rows, order), spec, node)
+    order, dense = layout.flat, spec_of(node)
+    flat = _in_order(base, order, node, rewriter)
+    rows = rewriter.permuted(rows, layout.packed.order_to(order), node)
     active = rewriter.active(layout.level, node)
-    args = (rows, flat, active, axes.index(SITES))
+    args = (rows, flat, active, order.site_dim)
     result = rewriter.call(fisedit.scatter_sites.default, args, spec_of(flat), node)
-    if layout.kind == "map":
-        ordered = [axis for axis in range(layout.rank) if axis not in layout.axes]
-        position = axes.index(SITES)
-        dense = [*ordered[:position], *layout.axes, *ordered[position:]]
-        shape = [rewriter.sizes()(spec_of(node).shape[axis]) for axis in dense]
-        spec = ValueSpec(tuple(spec_of(node).shape[axis] for axis in dense), spec_of(node).dtype)
-        result = rewriter.call(aten.reshape.default, (result, shape), spec, node)
-        order = [dense.index(axis) for axis in range(layout.rank)]
-        if order != sorted(order):
-            result = rewriter.call(aten.permute.default, (result, order), spec_of(node), node)
+    if order.sides == 2:
+        spec = ValueSpec(tuple(dense.shape[axis] for axis in order.permutation), dense.dtype)
+        sizes = [rewriter.sizes()(size) for size in spec.shape]
+        result = rewriter.call(aten.reshape.default, (result, sizes), spec, node)
+        result = rewriter.permuted(result, order.inverse, node)
     assert base.target is ir.load
     result.meta["updates"] = base.args[0]
     node.replace_all_uses_with(result)
     rewriter.graph.erase_node(node)
 
 
-def _flatten_sites(value: fx.Node, layout: Layout, node: fx.Node, rewriter: Rewriter) -> tuple[fx.Node, list[int]]:
-    """``value`` with one site axis, and the dense axis behind each of its axes (SITES for that one)."""
-    if layout.kind == "tokens":
-        return value, [SITES if axis == layout.axes[0] else axis for axis in range(layout.rank)]
-    height_axis, width_axis = layout.axes
-    axes = list(range(layout.rank))
-    spec = spec_of(value)
-    if width_axis != height_axis + 1:
-        inner = [axis for axis in axes if axis not in layout.axes]
-        axes = [*inner, height_axis, width_axis]
-        spec = ValueSpec(tuple(spec.shape[axis] for axis in axes), spec.dtype)
-        value = rewriter.call(aten.permute.default, (value, axes), spec, node)
-    start = axes.index(height_axis)
-    merged = spec.shape[start] * spec.shape[start + 1]
-    spec = ValueSpec((*spec.shape[:start], sympy.sympify(merged), *spec.shape[start + 2 :]), spec.dtype)
-    flat = rewriter.call(aten.flatten.using_ints, (value, start, start + 1), spec, node)
-    return flat, [*axes[:start], SITES, *axes[start + 2 :]]
+def _in_order(value: fx.Node, order: SiteOrder, node: fx.Node, rewriter: Rewriter) -> fx.Node:
+    """What ``order.from_dense`` computes, as nodes."""
+    spec = order.spec(spec_of(value))
+    value = rewriter.permuted(value, order.permutation, node)
+    if order.sides == 1:
+        return value
+    site = order.site_dim
+    return rewriter.call(aten.flatten.using_ints, (value, site, site + 1), spec, node)
 
 
 def _inputs(graph: fx.Graph) -> None:

@@ -18,7 +18,6 @@ from torch import fx
 
 from fisedit_compiler.graph import ir
 from fisedit_compiler.graph.inputs import slot_of
-from fisedit_compiler.graph.layout import SITES
 from fisedit_compiler.graph.specs import spec_of
 from fisedit_compiler.kernels.traits import traits_of
 from fisedit_compiler.passes.base import Program, Slot
@@ -64,16 +63,14 @@ def _store(
         centre = slots[slot.of]
         stored[slot.of] = _store(graph, by_origin[centre.origin], centre, stored, slots, by_origin)
         return ir.call(graph, fisedit.group_norm_site_sums.default, (value, stored[slot.of], slot.groups))
-    if slot.layout.kind == "tokens":
+    order = slot.layout.packed
+    if order.sides == 1:
         return value
     # [B, C, H, W] -> [B, H, W, C] -> [B, S, C], always a copy: the value may be the caller's own tensor.
-    axes = [axis for axis in slot.layout.packed_axes() if axis != SITES]
-    site = slot.layout.site_dim()
-    order = [*axes[:site], *slot.layout.axes, *axes[site:]]
-    moved = ir.call(graph, aten.permute.default, (value, order))
+    moved = ir.call(graph, aten.permute.default, (value, list(order.permutation)))
     copied = ir.call(graph, aten.clone.default, (moved,))
     copied.kwargs = {"memory_format": torch.contiguous_format}
-    return ir.call(graph, aten.flatten.using_ints, (copied, site, site + 1))
+    return ir.call(graph, aten.flatten.using_ints, (copied, order.site_dim, order.site_dim + 1))
 
 
 @dataclass(frozen=True)

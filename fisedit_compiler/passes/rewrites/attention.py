@@ -86,7 +86,7 @@ class SelfAttention(Pass):
         if call.problem():
             return call.problem()
         layouts: list[Layout] = [value.meta["layout"] for value in (call.query, call.key, call.value)]
-        if any(layout != layouts[0] for layout in layouts) or layouts[0].rank != 4 or call.grouped:
+        if not all(layout.has_sites_of(layouts[0]) for layout in layouts) or layouts[0].rank != 4 or call.grouped:
             return "queries, keys and values are not [batch, heads, tokens, channels] of one level"
         if len({spec_of(operand).shape[:2] for operand in (call.query, call.key, call.value)}) > 1:
             return "queries, keys and values have not the same batch and heads"

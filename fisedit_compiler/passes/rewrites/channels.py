@@ -13,12 +13,11 @@ import torch
 from torch import fx
 
 from fisedit_compiler.graph import ir
-from fisedit_compiler.graph.layout import SITES, Layout, packed_spec
-from fisedit_compiler.graph.sizes import row_symbol
+from fisedit_compiler.graph.layout import Layout
+from fisedit_compiler.graph.site_order import SITES
 from fisedit_compiler.graph.specs import ValueSpec, spec_of
 from fisedit_compiler.passes.base import Pass, Rewriter
 from fisedit_compiler.passes.rewrites.rowwise import copy_on_rows
-from fisedit_compiler.passes.rewrites.views import permute_rows
 
 aten = torch.ops.aten
 
@@ -56,7 +55,7 @@ class Concatenation(Pass):
         if packed is None:
             return "values are put side by side along a site axis"
         for value in values:
-            if value.meta["layout"] != layout:
+            if not layout.has_sites_of(value.meta["layout"]):
                 return f"operand {value.name} is {value.meta['layout']} but the result is {layout}"
         copy_on_rows(node, {}, rewriter, ([rewriter.rows(value) for value in values], packed))
         return None
@@ -100,7 +99,7 @@ class ChannelAxis(Pass):
         spec = ValueSpec(tuple(by_axis[axis] for axis in kept), spec_of(node).dtype)
         rows = rewriter.call(node.target, args, spec, node)
         rows.kwargs = dict(node.kwargs)
-        rewriter.replace(node, permute_rows(rows, order, node, rewriter))
+        rewriter.replace(node, rewriter.permuted(rows, order, node))
 
 
 def _kept_axes(node: fx.Node, layout: Layout, axes: list[int]) -> list[int]:
@@ -134,9 +133,7 @@ class Split(Pass):
         if any(user.target is not operator.getitem for user in node.users):
             return "the parts are used as a list"
         args[0], args[position] = rewriter.rows(x), packed
-        assert layout.level is not None
-        rows_symbol = row_symbol(layout.level)
-        specs = tuple(packed_spec(spec, layout, rows_symbol) for spec in node.meta["spec"])
+        specs = tuple(layout.row_spec(spec) for spec in node.meta["spec"])
         parts = rewriter.call(node.target, args, specs, node)
         for reader in list(node.users):
             index: Any = reader.args[1]

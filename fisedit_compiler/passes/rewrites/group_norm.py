@@ -17,13 +17,16 @@ import sympy
 import torch
 from torch import fx
 
-from fisedit_compiler.graph.layout import SITES, Layout
+from fisedit_compiler.graph.layout import Layout
+from fisedit_compiler.graph.site_order import SITES
 from fisedit_compiler.graph.sizes import row_symbol
 from fisedit_compiler.graph.specs import ValueSpec, spec_of
 from fisedit_compiler.passes.base import Pass, Rewriter, slot_name
 
 aten = torch.ops.aten
 fisedit = torch.ops.fisedit
+CHANNELS_LAST = (0, SITES, 1)
+"""Axes of the rows that the operation takes, as those of the value."""
 
 
 class GroupNorm(Pass):
@@ -44,7 +47,8 @@ class GroupNorm(Pass):
             return "width comes before height"
         assert layout.level is not None
         batch, channels = spec_of(x).shape[0], spec_of(x).shape[1]
-        rows = _channels_last(rewriter, rewriter.rows(x), layout, node)
+        packed = layout.packed_axes()  # of a map (0, SITES, 1) already, of tokens (0, 1, SITES)
+        rows = rewriter.permuted(rewriter.rows(x), [packed.index(axis) for axis in CHANNELS_LAST], node)
         pair = (sympy.Integer(groups), sympy.Integer(2))
         statistics_slot = rewriter.slot(slot_name(node, "statistics"), x, "statistics", groups)
         statistics = rewriter.load(statistics_slot, ValueSpec((batch, *pair), torch.float32), node)
@@ -59,20 +63,5 @@ class GroupNorm(Pass):
         spec = ValueSpec((batch, row_symbol(layout.level), channels), spec_of(node).dtype)
         args = (rows, statistics, weight, bias, groups, eps)
         result = rewriter.call(fisedit.group_norm_sites.default, args, spec, node)
-        rewriter.replace(node, _dense_order(rewriter, result, layout, node))
+        rewriter.replace(node, rewriter.permuted(result, [CHANNELS_LAST.index(axis) for axis in packed], node))
         return None
-
-
-def _channels_last(rewriter: Rewriter, rows: fx.Node, layout: Layout, node: fx.Node) -> fx.Node:
-    """``[B, N, C]`` rows of a ``[B, C, tokens]`` value (a map's rows already are)."""
-    if layout.packed_axes() == (0, SITES, 1):
-        return rows
-    spec = spec_of(rows)
-    swapped = ValueSpec((spec.shape[0], spec.shape[2], spec.shape[1]), spec.dtype)
-    return rewriter.call(aten.permute.default, (rows, [0, 2, 1]), swapped, node)
-
-
-def _dense_order(rewriter: Rewriter, rows: fx.Node, layout: Layout, node: fx.Node) -> fx.Node:
-    if layout.packed_axes() == (0, SITES, 1):
-        return rows
-    return rewriter.call(aten.permute.default, (rows, [0, 2, 1]), rewriter.row_spec(node), node)

@@ -15,7 +15,8 @@ import torch
 from torch import fx
 
 from fisedit_compiler.graph import ir
-from fisedit_compiler.graph.layout import SITES, Layout
+from fisedit_compiler.graph.layout import Layout
+from fisedit_compiler.graph.site_order import SITES
 from fisedit_compiler.graph.specs import ValueSpec, has_spec, spec_of
 from fisedit_compiler.passes.base import Pass, Rewriter
 
@@ -89,13 +90,11 @@ def broadcast_operand(operand: fx.Node, layout: Layout, node: fx.Node, rewriter:
     while spec.rank < layout.rank:
         spec = ValueSpec((sympy.Integer(1), *spec.shape), spec.dtype)
         value = rewriter.constant(aten.unsqueeze.default, (value, 0), spec, node)
-    height_axis, width_axis = sorted(layout.axes)
+    dropped, kept = sorted(layout.axes)
     # Both site axes have size 1 here: drop one and let the other stand for the site axis.
-    spec = ValueSpec(spec.shape[:height_axis] + spec.shape[height_axis + 1 :], spec.dtype)
-    value = rewriter.constant(aten.select.int, (value, height_axis, 0), spec, node)
-    order = [
-        (width_axis if axis == SITES else axis) - ((width_axis if axis == SITES else axis) > height_axis)
-        for axis in layout.packed_axes()
-    ]
+    spec = ValueSpec(spec.shape[:dropped] + spec.shape[dropped + 1 :], spec.dtype)
+    value = rewriter.constant(aten.select.int, (value, dropped, 0), spec, node)
+    left = [axis for axis in range(layout.rank) if axis != dropped]
+    order = [left.index(kept if axis == SITES else axis) for axis in layout.packed_axes()]
     spec = ValueSpec(tuple(spec.shape[axis] for axis in order), spec.dtype)
     return rewriter.constant(aten.permute.default, (value, order), spec, node)

@@ -13,22 +13,14 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from fisedit_compiler.graph.layout import SITES, Layout
+from fisedit_compiler.graph.layout import Layout
+from fisedit_compiler.graph.site_order import SITES
 from fisedit_compiler.graph.specs import ValueSpec, spec_of
 from fisedit_compiler.graph.views import PERMUTATIONS, VIEWS, Group, order_of, view_groups
 from fisedit_compiler.passes.base import Pass, Rewriter
 
 aten = torch.ops.aten
 RANK_CHANGES = frozenset({aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims})
-
-
-def permute_rows(rows: fx.Node, order: list[int], node: fx.Node, rewriter: Rewriter) -> fx.Node:
-    """Reorder packed axes; nothing is written for the identity."""
-    if order == sorted(order):
-        return rows
-    spec = spec_of(rows)
-    permuted = ValueSpec(tuple(spec.shape[axis] for axis in order), spec.dtype)
-    return rewriter.call(aten.permute.default, (rows, order), permuted, node)
 
 
 class Permute(Pass):
@@ -47,7 +39,7 @@ class Permute(Pass):
         order = order_of(node, before.rank)
         sources = [SITES if axis == SITES else order[axis] for axis in after.packed_axes()]
         packed = [before.packed_axes().index(axis) for axis in sources]
-        rewriter.replace(node, permute_rows(rewriter.rows(x), packed, node, rewriter))
+        rewriter.replace(node, rewriter.permuted(rewriter.rows(x), packed, node))
         return None
 
 
@@ -72,14 +64,14 @@ class View(Pass):
         if sorted(axis for axis in new_axes if axis != SITES) != sorted(set(range(after.rank)) - set(after.axes)):
             return "its axes are regrouped across the packed order"
         packed = before.packed_axes()
-        rows = permute_rows(rewriter.rows(x), [packed.index(axis) for axis in old_axes], node, rewriter)
+        rows = rewriter.permuted(rewriter.rows(x), [packed.index(axis) for axis in old_axes], node)
         row_shape = rewriter.row_spec(node).shape
         by_axis = dict(zip(after.packed_axes(), row_shape, strict=True))
         spec = ValueSpec(tuple(by_axis[axis] for axis in new_axes), spec_of(rows).dtype)
         if spec.shape != spec_of(rows).shape:
             sizes: list[Any] = [-1 if axis == SITES else rewriter.sizes()(by_axis[axis]) for axis in new_axes]
             rows = rewriter.call(aten.reshape.default, (rows, sizes), spec, node)
-        rows = permute_rows(rows, [new_axes.index(axis) for axis in after.packed_axes()], node, rewriter)
+        rows = rewriter.permuted(rows, [new_axes.index(axis) for axis in after.packed_axes()], node)
         rewriter.replace(node, rows)
         return None
 
@@ -142,6 +134,6 @@ class RankChange(Pass):
             spec_axes = dict(zip(after.packed_axes(), rewriter.row_spec(node).shape, strict=True))
             spec = ValueSpec(tuple(spec_axes[axis] for axis in new_axes), spec_of(node).dtype)
             rows = rewriter.call(aten.squeeze.dims, (rewriter.rows(x), packed), spec, node)
-        rows = permute_rows(rows, [new_axes.index(axis) for axis in after.packed_axes()], node, rewriter)
+        rows = rewriter.permuted(rows, [new_axes.index(axis) for axis in after.packed_axes()], node)
         rewriter.replace(node, rows)
         return None

@@ -9,7 +9,6 @@ from fisedit_compiler.graph.batch_axes import Mixed, samples_of
 from fisedit_compiler.graph.specs import spec_of
 from fisedit_compiler.lowering.program import CompiledProgram
 from fisedit_compiler.passes.base import Slot
-from fisedit_compiler.recordings.row_form import flat_axes
 
 BatchAxes = Mapping[str, int | None]
 """By slot the axis that counts samples, in its value or in its rows; ``None`` for what all samples share."""
@@ -47,4 +46,4 @@ def _axes_of(slot: Slot, axis: int) -> tuple[int | None, int | None]:
     if slot.kind == "canvas":
         packed = slot.layout.packed_dim(axis)
         return packed, packed
-    return axis, flat_axes(slot.layout).index(axis)
+    return axis, slot.layout.flat.axes.index(axis)
