@@ -39,6 +39,7 @@ from typing import Any, TypeVar
 import torch
 
 from fisedit_compiler.errors import ConfigError
+from fisedit_compiler.graph.axis_roles import Batch, Channel, Joined, Sites
 from fisedit_compiler.graph.layout import Layout, opaque
 from fisedit_compiler.graph.layout_rules import LAYOUT_RULES, LayoutRule
 from fisedit_compiler.graph.specs import ValueSpec, elements, has_spec, nbytes, spec_of
@@ -51,13 +52,17 @@ from fisedit_compiler.passes.rewrites.extensions import RULES, RewriteRule
 from fisedit_compiler.passes.rewrites.rowwise import copy_on_rows
 
 __all__ = [
+    "Batch",
+    "Channel",
     "GraphPass",
+    "Joined",
     "Layout",
     "OpTraits",
     "Pass",
     "Program",
     "Provider",
     "Rewriter",
+    "Sites",
     "Slot",
     "Update",
     "ValueSpec",
@@ -84,7 +89,8 @@ def layout_rule(operation: Any) -> Callable[[LayoutRule], LayoutRule]:
     """Register what the layout of an operation's result is, where its shape does not tell.
 
     The rule gets the node and the layout inferred from its shape (a :class:`Layout`), and returns a layout of the same
-    rank. A result of ``opaque(rank, reason)`` keeps the operation, and what reads it, dense for that reason.
+    rank: that one, or one of other roles, such as ``Layout((Batch(), Sites(level), Channel()))`` for tokens. A result
+    of ``opaque(rank, reason)`` keeps the operation, and what reads it, dense for that reason.
 
     Args:
         operation: ``torch.ops.<namespace>.<name>.<overload>``.

@@ -2,7 +2,8 @@
 
 An axis is spatial because its expression says so: ``4*h`` next to ``4*w`` is a map at level ``k/4``; ``16*h*w`` is
 the flattened token axis of that level; neither symbol: not spatial. What the expression cannot know (a view that
-cuts an axis into windows, a token axis merged with heads) is settled by the rules for shape-changing operations.
+cuts an axis into windows, a token axis merged with heads) is settled by the rules for shape-changing operations, and
+what comes behind such a view by its parts (``site_parts.py``).
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ from fisedit_compiler.graph.axis_roles import Batch, Channel, Joined, Role, Site
 from fisedit_compiler.graph.ir import describe
 from fisedit_compiler.graph.layout import Layout, opaque
 from fisedit_compiler.graph.registered import rule_table
+from fisedit_compiler.graph.site_parts import Parts, parts_of
 from fisedit_compiler.graph.sizes import BATCH, HEIGHT, WIDTH
 from fisedit_compiler.graph.specs import ValueSpec, has_spec, spec_of
-from fisedit_compiler.graph.views import VIEWS, Group, view_groups
+from fisedit_compiler.graph.views import PERMUTATIONS, RANK_CHANGES, VIEWS, Group, order_of, view_groups
+
+MOVES = VIEWS | PERMUTATIONS | RANK_CHANGES
 
 
 class LayoutRules:
@@ -29,17 +33,19 @@ class LayoutRules:
 
     def __init__(self, multiple: int) -> None:
         self.multiple = multiple
+        self._cut: dict[fx.Node, tuple[Parts, ValueSpec]] = {}
 
     def annotate(self, graph: fx.Graph) -> None:
         """Set ``meta["layout"]`` on every tensor node (a tuple of layouts on multi-output nodes)."""
         for node in graph.nodes:
             spec = node.meta.get("spec")
             if isinstance(spec, ValueSpec):
-                node.meta["layout"] = self._refine(node, self.from_spec(spec))
+                layout = self._refine(node, self.from_spec(spec))
+                node.meta["layout"] = self._behind_cuts(node, spec, layout)
                 if node.op == "call_function" and node.target in LAYOUT_RULES:
                     node.meta["layout"] = _by_rule(node)
             elif isinstance(spec, tuple):
-                node.meta["layout"] = tuple(self.from_spec(item) for item in spec)
+                node.meta["layout"] = tuple(self._behind_cuts(node, item, self.from_spec(item)) for item in spec)
 
     def from_spec(self, spec: ValueSpec) -> Layout:
         """Layout of a value by its shape expressions alone."""
@@ -97,6 +103,50 @@ class LayoutRules:
             return opaque(layout.rank, "a view whose axes cannot be matched with its input's")
         reason = spatial_view_problem(groups, source.meta["layout"], layout)  # type: ignore[union-attr]
         return opaque(layout.rank, reason) if reason else layout
+
+    def _behind_cuts(self, node: fx.Node, spec: ValueSpec, layout: Layout) -> Layout:
+        """Follow the sites from a view that cuts or merges them to where they are a level's again.
+
+        Behind such a view shapes are believed only where the parts agree: an axis may be as long as a level's and hold
+        other sites.
+        """
+        if node.target in MOVES and has_spec(node.args[0]):
+            parts = self._moved(node, spec, layout)
+            agrees = parts is None or not layout.is_rows or parts.are_sites_of(layout, self.multiple)
+        else:
+            operands = [operand for operand in node.all_input_nodes if operand in self._cut]
+            scattered = [operand for operand in operands if not self._holds_sites(operand)]
+            if not operands or layout.kind == "plain":
+                return layout
+            source = (scattered or operands)[0]
+            before, shape = self._cut[source]
+            parts = before.carried(shape, spec)
+            agrees = not (scattered and layout.is_rows)
+            if not scattered and layout.is_rows and not parts.are_sites_of(layout, self.multiple):
+                parts = None  # sites that were computed anew
+        if parts is not None:
+            self._cut[node] = (parts, spec)
+        return layout if agrees else opaque(layout.rank, f"{layout} by its shape, but its axes hold sites of elsewhere")
+
+    def _moved(self, node: fx.Node, spec: ValueSpec, layout: Layout) -> Parts | None:
+        """Parts behind a view or permutation, ``None`` where none were cut."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        if source in self._cut:
+            before = self._cut[source][0]
+        elif source.meta["layout"].is_rows and layout.kind == "opaque":
+            before = parts_of(source.meta["layout"], spec_of(source), self.multiple)
+        else:
+            return None
+        if node.target in PERMUTATIONS:
+            return before.permuted(order_of(node, spec.rank))
+        return before.viewed(spec)
+
+    def _holds_sites(self, node: fx.Node) -> bool:
+        """Whether the sites of a value behind a cut are where its shape says, if that says anything."""
+        parts, spec = self._cut[node]
+        layout = self.from_spec(spec)
+        return parts.are_sites_of(layout, self.multiple) if layout.is_rows else parts.axes is not None
 
 
 def _roles(spec: ValueSpec, spatial: Mapping[int, Role]) -> tuple[Role, ...]:

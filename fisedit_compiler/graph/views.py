@@ -18,6 +18,9 @@ VIEWS = frozenset(
 )
 """Operations that regroup axes without moving data between them."""
 
+RANK_CHANGES = frozenset({aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims})
+"""Operations that add or drop axes of one entry."""
+
 Group = tuple[tuple[int, ...], tuple[int, ...]]
 
 

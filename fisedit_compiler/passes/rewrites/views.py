@@ -16,11 +16,10 @@ from torch import fx
 from fisedit_compiler.graph.layout import Layout
 from fisedit_compiler.graph.site_order import SITES
 from fisedit_compiler.graph.specs import ValueSpec, spec_of
-from fisedit_compiler.graph.views import PERMUTATIONS, VIEWS, Group, order_of, view_groups
+from fisedit_compiler.graph.views import PERMUTATIONS, RANK_CHANGES, VIEWS, Group, order_of, view_groups
 from fisedit_compiler.passes.base import Pass, Rewriter
 
 aten = torch.ops.aten
-RANK_CHANGES = frozenset({aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims})
 
 
 class Permute(Pass):

@@ -7,6 +7,7 @@ two is recorded already.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import sympy
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from fisedit_compiler.graph.batch_axes import mixed
+from fisedit_compiler.graph.layout import image
 from fisedit_compiler.graph.signatures import CallSignature
 from fisedit_compiler.graph.sizes import BATCH
 from fisedit_compiler.graph.specs import ValueSpec
@@ -105,7 +107,7 @@ def compare(signature: CallSignature, tensors: Mapping[str, Tensor], base: CallR
         value, name = tensors[spec.identifier()], spec.identifier()
         recorded = base.inputs.get(name)
         if spec.name == signature.primary and slot is not None:
-            value, recorded = value.flatten(2).transpose(1, 2), base.slots[slot]
+            value, recorded = image(Fraction(1)).packed.from_dense(value), base.slots[slot]
         if recorded is None or recorded.shape != value.shape:
             same = torch.zeros((), dtype=torch.bool, device=device)
         elif spec.axes and spec.axes[0] == "b":

@@ -6,6 +6,7 @@ outcome is known (``deferred.py``).
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.errors import RecordingError
+from fisedit_compiler.graph.layout import image
 from fisedit_compiler.graph.signatures import CallSignature
 from fisedit_compiler.recordings.finite import any_not_finite, edit_overflowed
 from fisedit_compiler.recordings.recording import CallRecord, Recording
@@ -225,7 +227,7 @@ class Agreement:
         if slot is not None:
             recorded = base.slots[slot]
             outside = self._outside_masks(number, recorded.device)
-            wrong = differs(call.sample.flatten(2).transpose(1, 2), recorded) & outside
+            wrong = differs(image(Fraction(1)).packed.from_dense(call.sample), recorded) & outside
 
             def other_input() -> RecordingError:
                 if bool(any_not_finite(call.sample)):

@@ -124,6 +124,29 @@ def test_cuts_and_merges_of_sites_stay_dense_with_reasons(function: Function) ->
     )
 
 
+def grid_of_strides(m: Any, x: Tensor) -> Tensor:
+    """As in MaxViT: axes as long as half a map's, which hold every second half of it."""
+    batch, channels, height, width = x.shape
+    grid = x.view(batch, channels, 2, height // 2, 2, width // 2).permute(0, 2, 4, 3, 5, 1).contiguous()
+    return (grid.tanh() + grid.sin()).permute(0, 5, 1, 3, 2, 4).reshape(x.shape)
+
+
+def samples_between_sites(m: Any, x: Tensor) -> Tensor:
+    """Tokens whose axis holds other tokens' samples, and back."""
+    batch, channels = x.shape[:2]
+    tokens = x.flatten(2).permute(2, 0, 1).reshape(-1, channels).reshape(batch, -1, channels)
+    return (tokens.tanh() + tokens.sin()).reshape(-1, batch, channels).permute(1, 2, 0).reshape(x.shape)
+
+
+@pytest.mark.parametrize("function", [grid_of_strides, samples_between_sites])
+def test_sites_of_elsewhere_are_not_taken_for_a_levels(function: Function) -> None:
+    compiled = compile_small(module_of(function), multiple=2)
+    assert any("hold sites of elsewhere" in reason for *_, reason in program_of(compiled).refusals)
+    assert counts(program_of(compiled).step)["fisedit.conv2d_sites"] == 2, "behind the way back they are a map again"
+    assert_equals_oracle(compiled)
+    assert_full_mask_is_dense(compiled)
+
+
 def test_squeezing_an_axis_of_several_entries_changes_nothing() -> None:
     compiled = compile_small(module_of(lambda m, x: F.relu(x).squeeze(1)))
     assert not program_of(compiled).refusals
