@@ -48,6 +48,12 @@ def test_no_file_is_too_long() -> None:
     assert not {path: count for path, count in lines.items() if count > LONGEST_FILE}
 
 
+def test_every_room_is_a_package() -> None:
+    """Else the wheel lacks it, and neither ``lint-imports`` nor the test of circles sees what it imports."""
+    rooms = {ROOT / path.parent for path in sources() if path.parts[0] == "fisedit_compiler"}
+    assert not {str(room.relative_to(ROOT)) for room in rooms if not (room / "__init__.py").is_file()}
+
+
 def test_no_room_is_crowded() -> None:
     rooms = Counter(str(path.parent) for path in sources())
     with_rooms = {str(Path(room).parent) for room in rooms}

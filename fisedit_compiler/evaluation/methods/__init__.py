@@ -1,0 +1,1 @@
+"""The ways to edit that are compared."""

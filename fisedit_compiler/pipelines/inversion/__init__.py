@@ -1,0 +1,1 @@
+"""An editable generation of a picture that no model made."""
