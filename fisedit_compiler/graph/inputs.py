@@ -191,6 +191,11 @@ def slot_of(node: Any) -> str:
     return item.slot if isinstance(item, SlotInput) else ""
 
 
+def loaded_slot(node: Any) -> str:
+    """The slot whose value a node is as its readers get it: what is stored, or what was made of that; else empty."""
+    return str(node.meta.get("loads", "")) or slot_of(node) if isinstance(node, fx.Node) else ""
+
+
 def key_of(node: Any) -> Any:
     """The key of the index table that a node stands for.
 

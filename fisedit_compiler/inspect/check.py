@@ -32,9 +32,9 @@ from fisedit_compiler.inspect.pinned import PinnedInterpreter, PinnedValue, inpu
 from fisedit_compiler.inspect.subject import Subject
 from fisedit_compiler.lowering.program import CompiledProgram
 from fisedit_compiler.recordings.stores import SlotStore, hold
-from fisedit_compiler.recordings.stores.turn import Turn
 from fisedit_compiler.recordings.turns import after_sparse_call
 from fisedit_compiler.runtime.execution.hoisting import HoistCache
+from fisedit_compiler.slots.turn import Turn
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -146,10 +146,8 @@ def _judge_slots(subject: Subject, judge: Judge, expected: Expectations) -> Slot
     right = {}
     for slot in executable.program.slots:
         origin = readers.get(SlotInput(slot.name), slot.origin)
-        wanted, value = expected.slots[slot.name], recorded.get(slot.name)
-        layout = slot.layout if slot.kind == "dense" else None
-        agrees = judge.close(origin, f"slot {slot.name}", value, wanted, layout)
-        right[slot.name] = value if agrees and value is not None else wanted
+        agrees = judge.close_slot(origin, f"slot {slot.name}", slot, recorded, expected.slots)
+        right[slot.name] = (recorded if agrees else expected.slots)[slot.name]
     # Outside the mask an output must be the recorded one to the last bit, so the judge has to know that very tensor.
     expected.slots.update(right)
     return hold(right)
@@ -227,9 +225,7 @@ def _judge_edited_slots(
     readers = origins_of_inputs(program.step)
     for slot in program.slots:
         origin = readers.get(SlotInput(slot.name), slot.origin)
-        layout = slot.layout if slot.kind == "dense" else None
-        what = f"slot {slot.name} after the edit"
-        judge.close(origin, what, after.get(slot.name), expected.edited_slots[slot.name], layout)
+        judge.close_slot(origin, f"slot {slot.name} after the edit", slot, after, expected.edited_slots)
 
 
 def _run(

@@ -40,8 +40,8 @@ from fisedit_compiler.runtime.sessions.measured import Measured
 if TYPE_CHECKING:
     from fisedit_compiler.inspect.compiled import CompiledModule
     from fisedit_compiler.lowering.program import CompiledProgram
-    from fisedit_compiler.passes.base import Slot
     from fisedit_compiler.runtime.execution.executable import Executable
+    from fisedit_compiler.slots.base import Slot
 
 Fate = Literal["rewritten", "hoisted", "fused", "kept", "refused"]
 TEXT_TOKENS = 77
@@ -229,7 +229,7 @@ def _slots(program: CompiledProgram, values: Values) -> tuple[SlotBytes, ...]:
     stored = {slot_of(node): nbytes(spec_of(node)) for node in loaded}
     kinds: dict[str, list[Slot]] = {}
     for slot in program.slots:
-        kinds.setdefault(slot.kind, []).append(slot)
+        kinds.setdefault(slot.kind.name, []).append(slot)
     rows = []
     for kind, slots in kinds.items():
         formula = costs.total(Cost(nbytes=stored[slot.name]) for slot in slots).nbytes

@@ -108,7 +108,7 @@ class SlotBytes:
     """The recorded values of one kind.
 
     Attributes:
-        kind: see :class:`fisedit_compiler.passes.base.Slot`.
+        kind: its name, such as ``canvas`` (``fisedit_compiler/slots/``).
         slots: how many.
         formula: bytes a call.
         nbytes: the same, evaluated.

@@ -18,16 +18,10 @@ from fisedit_compiler.geometry.site_plan import SitePlan
 from fisedit_compiler.graph import ir
 from fisedit_compiler.graph.inputs import Input, graph_inputs
 from fisedit_compiler.graph.layout import Layout
-from fisedit_compiler.inspect.pinned import (
-    PinnedValue,
-    attribute,
-    pin,
-    site_sums_of,
-    statistics_of,
-)
+from fisedit_compiler.inspect.pinned import PinnedValue, attribute, pin
 from fisedit_compiler.kernels.tolerances import TOLERANCES
 from fisedit_compiler.lowering.program import CompiledProgram
-from fisedit_compiler.passes.base import Slot
+from fisedit_compiler.slots.base import Slot
 
 SITES_SHOWN = 4
 
@@ -83,14 +77,13 @@ class Expectations:
         self.pinned: dict[str, Tensor] = {}
         self.slots: dict[str, Tensor] = {}
         self.edited_slots: dict[str, Tensor] = {}
-        self._norm = program.config.norm
         self._slots: dict[str, list[Slot]] = {}
         for slot in program.slots:
             self._slots.setdefault(slot.origin, []).append(slot)
         lowered = [node for graph in (program.step, *(b.graph for b in program.bundles)) for node in graph.nodes]
         self._rows = {origin for node in lowered for origin in node.meta.get("stands_for", ())}
         self._dense = {node.meta["origin"] for node in lowered if is_dense(node)}
-        self._pinned = {slot.origin for slot in program.slots if slot.kind == "dense"}
+        self._pinned = {slot.origin for slot in program.slots if slot.kind.holds == "value"}
 
     def observe(self, node: fx.Node, value: PinnedValue) -> None:
         """Keep what is asked for of one node of the captured graph."""
@@ -103,20 +96,8 @@ class Expectations:
         if node.name in self._pinned:
             self.pinned[node.name] = value.pinned
         for slot in self._slots.get(node.name, ()):
-            self.slots[slot.name] = _slot_value(slot, value.base)
-            # With recorded statistics an edit of the edit goes on normalising by the base run's.
-            kept = slot.kind == "statistics" and self._norm == "recorded"
-            self.edited_slots[slot.name] = self.slots[slot.name] if kept else _slot_value(slot, value.pinned)
-
-
-def _slot_value(slot: Slot, base: Tensor) -> Tensor:
-    if slot.kind == "canvas":
-        return slot.layout.packed.from_dense(base)
-    if slot.kind == "statistics":
-        return statistics_of(base, slot.groups)
-    if slot.kind == "site_sums":
-        return site_sums_of(base, slot.groups)
-    return base
+            self.slots[slot.name] = slot.kind.recorded(slot, value.base)
+            self.edited_slots[slot.name] = slot.kind.edited(slot, value.base, value.pinned)
 
 
 def is_dense(node: fx.Node) -> bool:
@@ -140,7 +121,14 @@ class Judge:
         self._nodes = {node.name: node for node in program.captured.graph.nodes}
 
     def close(
-        self, origin: str, what: str, actual: Any, expected: Any, layout: Layout | None = None, rows: bool = False
+        self,
+        origin: str,
+        what: str,
+        actual: Any,
+        expected: Any,
+        layout: Layout | None = None,
+        rows: bool = False,
+        rounding: float = 0.0,
     ) -> bool:
         """Whether two values agree; notes it if they do not.
 
@@ -151,6 +139,7 @@ class Judge:
             expected: the pinned program's.
             layout: where the sites of the dense value are, if it has any.
             rows: whether the values are in packed form.
+            rounding: relative error, of the largest element, that is no fault.
         """
         self.compared += 1
         if not isinstance(actual, Tensor) or actual.shape != expected.shape or actual.dtype != expected.dtype:
@@ -158,22 +147,46 @@ class Judge:
             return False
         if not expected.numel():
             return True
-        error, allowed = self.measure(actual, expected)
+        error, allowed = self.measure(actual, expected, rounding)
         if error <= allowed:
             return True
         difference = (actual.double() - expected.double()).abs()
         self.note(origin, what, error=error, allowed=allowed, sites=self._sites(~(difference <= allowed), layout, rows))
         return False
 
-    def measure(self, actual: Tensor, expected: Tensor) -> tuple[float, float]:
+    def measure(self, actual: Tensor, expected: Tensor, rounding: float = 0.0) -> tuple[float, float]:
         """The largest absolute difference of two values of one shape (infinite for NaN), and what is allowed."""
         if not expected.numel():
             return 0.0, 0.0
         right = expected.double()
         relative, absolute = TOLERANCES.get(expected.dtype, (0.0, 0.0))
-        relative = relative if self.tolerance is None else self.tolerance
+        relative = max(relative if self.tolerance is None else self.tolerance, rounding)
         error = float((actual.double() - right).abs().max())
         return math.inf if math.isnan(error) else error, absolute + relative * float(right.abs().max())
+
+    def close_slot(
+        self,
+        origin: str,
+        what: str,
+        slot: Slot,
+        actual: Mapping[str, Tensor],
+        expected: Mapping[str, Tensor],
+    ) -> bool:
+        """Whether readers of a slot get the same of what is stored; notes it if they do not.
+
+        Args:
+            origin: captured node that reads the slot.
+            what: which value of it.
+            slot: the slot.
+            actual: what is stored of all slots.
+            expected: what must be.
+        """
+        found, right = actual.get(slot.name), expected[slot.name]
+        if isinstance(found, Tensor) and (found.shape, found.dtype) == (right.shape, right.dtype):
+            found = slot.kind.read(slot, found, {**expected, **actual})
+            right = slot.kind.read(slot, right, expected)
+        layout = slot.layout if slot.kind.holds == "value" else None
+        return self.close(origin, what, found, right, layout, rounding=slot.kind.rounding)
 
     def same(self, origin: str, what: str, actual: Tensor, expected: Tensor, layout: Layout) -> bool:
         """Whether two dense values agree bit for bit."""

@@ -9,7 +9,7 @@ the packed program is ``check.py``'s business.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from fisedit_compiler.geometry.site_plan import SitePlan
-from fisedit_compiler.graph.inputs import key_of
+from fisedit_compiler.graph.inputs import key_of, loaded_slot
 from fisedit_compiler.graph.layout import Layout
 from fisedit_compiler.lowering.program import CompiledProgram
+from fisedit_compiler.slots.base import Slot
+from fisedit_compiler.slots.statistics import statistics_of
 
 aten = torch.ops.aten
 
@@ -59,7 +61,8 @@ class PinnedInterpreter(fx.Interpreter):
         self._refused = {name for name, *_ in program.refusals}
         swallowing = swallowing_convolutions(program)
         self._swallowing = swallowing
-        self._swallowed = {node.args[0] for node in self.graph.nodes if node.name in swallowing}
+        self._swallowed = {node.args[0]: node.name for node in self.graph.nodes if node.name in swallowing}
+        self._rounded = rounded_operands(program)
 
     def run_node(self, n: fx.Node) -> Any:
         args, kwargs = self.fetch_args_kwargs_from_env(n)
@@ -79,12 +82,27 @@ class PinnedInterpreter(fx.Interpreter):
     def _call(self, node: fx.Node, args: Any, kwargs: Any) -> PinnedValue:
         function: Any = node.target
         base = function(*_each(args, "base"), **_each(kwargs, "base"))
-        raw = self._edit(node, args, kwargs)
+        raw = self._edit(node, *self._as_read(node, node.name, args, kwargs))
         pinned = self._pin(node, raw, base)
         upsampled = None
         if node in self._swallowed:
-            upsampled = function(*_each(args, "pinned"), **_each(kwargs, "pinned"))
+            read, named = self._as_read(node, self._swallowed[node], args, kwargs)
+            upsampled = function(*_each(read, "pinned"), **_each(named, "pinned"))
         return PinnedValue(base, pinned, raw if self._stays_dense(node) else pinned, upsampled)
+
+    def _as_read(self, node: fx.Node, reader: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """A node's operands with inactive sites as ``reader`` gets them back from a recording that rounds."""
+        rounded = self._rounded.get(reader)
+        if rounded is None:
+            return args, kwargs
+
+        def operand(source: fx.Node) -> Any:
+            value, slot = self.env[source], rounded.get(source.name)
+            if slot is None:
+                return value
+            return replace(value, pinned=self._pin(source, value.pinned, slot.kind.pinned(slot, value.base)))
+
+        return fx.map_arg(node.args, operand), fx.map_arg(node.kwargs, operand)
 
     def _edit(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         """The edit's value by the rules of the rewritten operations."""
@@ -133,6 +151,18 @@ def swallowing_convolutions(program: CompiledProgram) -> set[str]:
     return found
 
 
+def rounded_operands(program: CompiledProgram) -> dict[str, dict[str, Slot]]:
+    """For every captured node that reads slots which round: these, by the captured node whose values they are."""
+    slots = {slot.name: slot for slot in program.slots if slot.kind.rounding}
+    found: dict[str, dict[str, Slot]] = {}
+    for node in program.step.nodes if slots else ():
+        for operand in node.all_input_nodes:
+            slot = slots.get(loaded_slot(operand))
+            if slot is not None and "origin" in node.meta:
+                found.setdefault(node.meta["origin"], {})[slot.origin] = slot
+    return found
+
+
 def pin(raw: Any, base: Any, layout: Any, plan: SitePlan) -> Any:
     """``raw`` with inactive sites from ``base``; values without sites, or whose sites are mixed, as they are."""
     if isinstance(raw, (list, tuple)) and isinstance(layout, tuple):
@@ -140,20 +170,6 @@ def pin(raw: Any, base: Any, layout: Any, plan: SitePlan) -> Any:
     if not isinstance(raw, Tensor) or not isinstance(layout, Layout) or not layout.is_rows:
         return raw
     return torch.where(plan.selector(layout), raw, base)
-
-
-def statistics_of(value: Tensor, groups: int) -> Tensor:
-    """Mean and biased variance of ``[B, C, ...]`` over each group: float32 ``[B, groups, 2]``."""
-    grouped = value.float().reshape(value.shape[0], groups, -1)
-    return torch.stack([grouped.mean(dim=-1), grouped.var(dim=-1, correction=0)], dim=-1)
-
-
-def site_sums_of(value: Tensor, groups: int) -> Tensor:
-    """Per site, the sums of ``x - mean`` and its square over a group's channels: float32 ``[B, S, groups, 2]``."""
-    batch, channels = value.shape[:2]
-    mean = statistics_of(value, groups)[:, :, 0, None, None]
-    centred = value.float().reshape(batch, groups, channels // groups, -1) - mean
-    return torch.stack([centred.sum(dim=2), centred.square().sum(dim=2)], dim=-1).transpose(1, 2)
 
 
 def _each(structure: Any, which: str) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import sympy
 import torch
@@ -37,14 +37,12 @@ class Update:
 
     Attributes:
         recorded: which argument is the recorded value.
-        new: which argument has the rows that replace its active sites, or that its site sums are sums of; ``None`` if
-            the operation's result replaces it.
-        kind: what is written back: the ``rows`` of the active sites, the ``whole`` value, or site ``sums`` of the rows.
+        new: which argument has the new rows of the active sites; ``None`` if the operation's result replaces the value.
+            What is kept of rows is the slot kind's business.
     """
 
     recorded: int
     new: int | None
-    kind: Literal["rows", "whole", "sums"] = "rows"
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ _OP = define_op(
     traits=OpTraits(
         flops=no_products,
         inline=_reference,
-        updates=(Update(recorded=1, new=None, kind="whole"), Update(recorded=2, new=0, kind="sums")),
+        updates=(Update(recorded=1, new=None), Update(recorded=2, new=0)),
     ),
 )
 

@@ -30,7 +30,7 @@ from fisedit_compiler.graph.signatures import CallSignature
 from fisedit_compiler.graph.specs import spec_of
 from fisedit_compiler.lowering.lowered import Lowerable, lowered_graph
 from fisedit_compiler.passes import rewrite
-from fisedit_compiler.passes.base import Program, Slot
+from fisedit_compiler.passes.base import Program
 from fisedit_compiler.passes.instruments import Instruments, Observer, PassReport
 from fisedit_compiler.passes.instruments import operations as operations_of
 from fisedit_compiler.passes.programs.hoist import Bundle, hoist
@@ -38,6 +38,7 @@ from fisedit_compiler.passes.programs.maps import MapGraphs, map_graphs
 from fisedit_compiler.passes.programs.recording import SlotUpdate, recording_graph, with_updates
 from fisedit_compiler.passes.simplify import simplify
 from fisedit_compiler.progress import compiling
+from fisedit_compiler.slots.base import Slot
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -25,34 +25,12 @@ from fisedit_compiler.graph.layout import Layout
 from fisedit_compiler.graph.site_order import is_identity
 from fisedit_compiler.graph.sizes import HEIGHT, WIDTH, SizeBuilder, row_symbol
 from fisedit_compiler.graph.specs import ValueSpec, spec_of
+from fisedit_compiler.slots.base import Slot, SlotKind
+from fisedit_compiler.slots.canvas import Canvas
+from fisedit_compiler.slots.dense import Dense
 
 EVERY_OTHER = "*"
 """In ``after`` or ``before`` of a pass of the package: all others of the package."""
-
-SlotKind = Literal["canvas", "dense", "statistics", "site_sums", "map"]
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One recorded value.
-
-    Attributes:
-        name: place in the user's model, such as ``down_blocks.0.resnets.1.conv1.input``.
-        origin: name of the dense node that produces the value.
-        kind: ``canvas`` is the packed form of all sites (a map becomes ``[B, S, C]``), ``dense`` the value as it is,
-            ``statistics`` a GroupNorm's mean and variance ``[B, G, 2]``, ``site_sums`` its sums per site, ``map`` how
-            much every site attends to every token ``[B, heads, S, T]`` (``cross_attention_maps.py``).
-        layout: layout of the dense value.
-        groups: number of groups, for the two GroupNorm kinds.
-        of: name of the statistics slot that ``site_sums`` are centred on.
-    """
-
-    name: str
-    origin: str
-    kind: SlotKind
-    layout: Layout
-    groups: int = 0
-    of: str = ""
 
 
 @dataclass
@@ -158,8 +136,8 @@ class Rewriter:
 
     def load(self, slot: Slot, spec: ValueSpec, before: fx.Node) -> fx.Node:
         """A recorded value; the slot's name is made unique by its origin and kind, and shared by equal requests."""
-        identity = (slot.origin, slot.kind, slot.groups)
-        known = next((s for s in self.program.slots.values() if (s.origin, s.kind, s.groups) == identity), None)
+        identity = (slot.origin, slot.kind)
+        known = next((s for s in self.program.slots.values() if (s.origin, s.kind) == identity), None)
         if known is None:
             known = self._unique(slot)
             self.program.slots[known.name] = known
@@ -173,11 +151,19 @@ class Rewriter:
         node.meta["varies"] = True
         return node
 
-    def canvas(self, value: fx.Node, name: str, before: fx.Node) -> fx.Node:
-        """The recorded canvas (packed form of all sites) of a dense value."""
+    def canvas(self, value: fx.Node, name: str, before: fx.Node, kind: SlotKind | None = None, of: str = "") -> fx.Node:
+        """The recorded canvas (packed form of all sites) of a dense value.
+
+        Args:
+            value: the dense value.
+            name: of its slot, such as ``slot_name(node, "input")``.
+            before: node that the loaded value is put in front of.
+            kind: another form that the canvas is recorded in, whose readers get a canvas.
+            of: name of the slot that such a canvas is only right together with.
+        """
         layout: Layout = value.meta["layout"]
         assert layout.level is not None
-        slot = Slot(name, value.meta["origin"], "canvas", layout)
+        slot = self.slot(name, value, kind or Canvas(), of)
         return self.load(slot, layout.packed.spec(spec_of(value), self.site_count(layout.level)), before)
 
     def table(self, kind: str, key: Any, spec: ValueSpec, before: fx.Node) -> fx.Node:
@@ -244,7 +230,7 @@ class Rewriter:
                 user.replace_all_uses_with(rows)
                 self.graph.erase_node(user)
         if node.users:
-            slot = Slot(slot_name(node, "output"), node.meta["origin"], "dense", node.meta["layout"])
+            slot = Slot(slot_name(node, "output"), node.meta["origin"], Dense(), node.meta["layout"])
             base = self.load(slot, spec_of(node), node)
             dense = self.call(ir.unpack, (rows, base), spec_of(node), node)
             dense.meta["layout"] = node.meta["layout"]
@@ -257,9 +243,9 @@ class Rewriter:
             return slot
         return replace(slot, name=f"{slot.name}.{slot.origin}")
 
-    def slot(self, name: str, value: fx.Node, kind: SlotKind, groups: int = 0, of: str = "") -> Slot:
-        """A slot for a dense value."""
-        return Slot(name, value.meta["origin"], kind, value.meta["layout"], groups, of)
+    def slot(self, name: str, value: fx.Node, kind: SlotKind, of: str = "") -> Slot:
+        """A slot for a dense value; ``of`` names the slot that it is stored about, if its kind needs one."""
+        return Slot(name, value.meta["origin"], kind, value.meta["layout"], of)
 
 
 def slot_name(node: fx.Node, what: str) -> str:

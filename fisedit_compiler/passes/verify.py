@@ -5,6 +5,8 @@ A failure here is a defect of a pass, not of the user's model; the message names
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import fx
 
@@ -13,6 +15,7 @@ from fisedit_compiler.graph import ir
 from fisedit_compiler.graph.layout import Layout
 from fisedit_compiler.graph.specs import ValueSpec, has_spec, spec_of
 from fisedit_compiler.passes.base import Program
+from fisedit_compiler.slots.registry import check_kind
 
 
 def verify(program: Program, after: str) -> None:
@@ -25,12 +28,12 @@ def verify(program: Program, after: str) -> None:
         program.graph.lint()
     except RuntimeError as error:
         raise VerificationError(f"After pass {after}: the graph is malformed ({error}). {_remedy(after)}") from error
-    origins = {node.name for node in program.captured.graph.nodes}
+    origins = {node.name: node for node in program.captured.graph.nodes}
     for node in program.graph.nodes:
         if node.target is ir.pack:
             _check_pack(node, after)
         elif node.target is ir.unpack:
-            _check_unpack(node, after)
+            _check_unpack(node, program, after)
         elif node.target is ir.load:
             _check_load(node, program, origins, after)
         elif node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
@@ -63,27 +66,29 @@ def _check_pack(node: fx.Node, after: str) -> None:
     _expect(after, node, spec_of(node), _packed(value))
 
 
-def _check_unpack(node: fx.Node, after: str) -> None:
+def _check_unpack(node: fx.Node, program: Program, after: str) -> None:
     rows, base = node.args
     if not isinstance(rows, fx.Node) or not isinstance(base, fx.Node):
         raise _broken(after, node, "needs rows and a base value")
+    slot = program.slots.get(str(base.args[0])) if base.target is ir.load else None
+    if slot is not None and slot.kind.holds != "value":
+        raise _broken(after, node, f"is put over slot {slot.name}, whose kind {slot.kind.name} holds no dense values")
     _expect(after, node, spec_of(rows), _packed(node))
     _expect(after, node, spec_of(base), spec_of(node))
 
 
-def _check_load(node: fx.Node, program: Program, origins: set[str], after: str) -> None:
+def _check_load(node: fx.Node, program: Program, origins: Mapping[str, fx.Node], after: str) -> None:
     slot = program.slots.get(str(node.args[0]))
     if slot is None:
         raise _broken(after, node, f"loads slot {node.args[0]}, which nothing stores")
     if slot.origin not in origins:
         raise _broken(after, node, f"slot {slot.name} comes from {slot.origin}, which the dense graph does not have")
-    if slot.kind == "canvas":
-        origin = next(n for n in program.captured.graph.nodes if n.name == slot.origin)
-        site = slot.layout.site_dim()
-        canvas = slot.layout.packed.spec(spec_of(origin))
-        stored, loaded = (spec.shape[:site] + spec.shape[site + 1 :] for spec in (canvas, spec_of(node)))
-        if stored != loaded:
-            raise _broken(after, node, f"loads {loaded} from slot {slot.name}, which stores {stored}")
+    check_kind(slot.kind)
+    problem = slot.kind.problem(slot, spec_of(origins[slot.origin]), spec_of(node))
+    if problem:
+        raise _broken(after, node, problem)
+    if slot.of and slot.of not in program.slots:
+        raise _broken(after, node, f"slot {slot.name} is stored about slot {slot.of}, which is not there")
 
 
 def _packed(value: fx.Node) -> ValueSpec:

@@ -8,23 +8,11 @@ import torch
 from torch import Tensor
 
 from fisedit_compiler.lowering.program import CompiledProgram
-from fisedit_compiler.passes.base import Slot
-from fisedit_compiler.passes.programs.recording import SlotUpdate
-from fisedit_compiler.recordings.row_form import RowForm
 from fisedit_compiler.recordings.stores import SlotStore
 from fisedit_compiler.recordings.stores.edited import Change, EditedSlots, written_in
-from fisedit_compiler.recordings.stores.turn import Turn
-from fisedit_compiler.recordings.stores.written import Written, WrittenRows, WrittenSums
+from fisedit_compiler.slots.turn import Edit, Turn
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def row_form(slot: Slot, update: SlotUpdate) -> RowForm:
-    """Where the rows of an update lie in its slot."""
-    assert slot.layout.level is not None
-    if slot.kind == "dense":
-        return RowForm.dense(slot.layout)
-    return RowForm(slot.layout.level, update.dim)
 
 
 def after_sparse_call(
@@ -40,30 +28,24 @@ def after_sparse_call(
     """
     slots, known = {slot.name: slot for slot in program.slots}, written_in(base)
     changes: dict[str, Change] = {}
+    edit = Edit(turn, base, updates)
     for update in program.updates:
-        slot, value = slots[update.slot], updates[update.slot]
-        before = known.get(update.slot)
-        if update.kind == "whole":
-            changes[update.slot] = value
-        elif update.kind == "rows":
-            before = before or Written(row_form(slot, update), ())
-            changes[update.slot] = before.after(WrittenRows(turn, value))
+        slot = slots[update.slot]
+        if update.dim is None:
+            changes[slot.name] = updates[slot.name]
         else:
-            centre = base[slot.of]
-            before = before or WrittenSums(row_form(slot, update), (), centre, centre, update.channels)
-            assert isinstance(before, WrittenSums), "rows of site sums are never written without their centre"
-            changes[update.slot] = before.centred_on(updates[slot.of]).after(WrittenRows(turn, value, centre))
+            changes[slot.name] = slot.kind.written(slot, known.get(slot.name), edit)
     return EditedSlots(base, changes, slots)
 
 
 def pinned_updates(program: CompiledProgram, turn: Turn, outputs: Sequence[Tensor]) -> dict[str, Tensor]:
     """The rows of the slots that hold outputs, of outputs that were set back after the step."""
     slots = {slot.name: slot for slot in program.slots}
-    updates = {update.slot: update for update in program.updates}
+    updated = {update.slot for update in program.updates}
     rows = {}
     for output, value in zip(program.outputs, outputs, strict=True):
-        if output.slot is not None and output.slot in updates:
-            form = row_form(slots[output.slot], updates[output.slot])
+        if output.slot is not None and output.slot in updated:
+            form = slots[output.slot].kind.row_form(slots[output.slot])
             rows[output.slot] = form.gather(value, turn.sites[form.level])
     return rows
 
@@ -81,8 +63,8 @@ def after_dense_call(program: CompiledProgram, base: SlotStore, recorded: Mappin
     # One transfer for all of them: on a GPU each answer by itself would be waited for.
     same = dict(zip(names, torch.stack(flags).tolist(), strict=True)) if flags else {}
     for slot in program.slots:
-        if slot.kind == "site_sums":
-            # What the base's are centred on is only right together with the base's statistics.
+        if slot.of:
+            # What the base has of it is only right together with what the base has of the other slot.
             same[slot.name] = same.get(slot.name, True) and same.get(slot.of, True)
     changes: dict[str, Change] = {
         name: value for name, value in recorded.items() if name not in base or not same.get(name, True)

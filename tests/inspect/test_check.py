@@ -19,11 +19,11 @@ from fisedit_compiler.inspect.pinned import PinnedInterpreter, inputs_of
 from fisedit_compiler.inspect.subject import CheckOptions, make_subject
 from fisedit_compiler.kernels.tolerances import assert_close
 from fisedit_compiler.passes.order import REQUIRED, REWRITES
-from fisedit_compiler.passes.programs import recording as recording_pass
 from fisedit_compiler.passes.rewrites.extensions import RULES
 from fisedit_compiler.passes.rewrites.outputs import Outputs
 from fisedit_compiler.recordings.stores import hold
 from fisedit_compiler.runtime.execution.hoisting import HoistCache
+from fisedit_compiler.slots.statistics import Statistics
 from tests.support.compiled_zoo import (
     SEMANTICS,
     Attention,
@@ -134,15 +134,12 @@ def test_an_output_that_is_not_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_swapped_statistics_in_the_recording(monkeypatch: pytest.MonkeyPatch) -> None:
     """A recorded value that is wrong is named itself, at the node that reads it."""
-    original = recording_pass._store
+    original = Statistics.store
 
-    def swapped(graph: fx.Graph, value: fx.Node, slot: Any, *rest: Any) -> fx.Node:
-        stored = original(graph, value, slot, *rest)
-        if slot.kind != "statistics":
-            return stored
-        return graph.call_function(torch.ops.aten.flip.default, (stored, [2]))
+    def swapped(kind: Statistics, graph: fx.Graph, *rest: Any) -> fx.Node:
+        return graph.call_function(torch.ops.aten.flip.default, (original(kind, graph, *rest), [2]))
 
-    monkeypatch.setattr(recording_pass, "_store", swapped)
+    monkeypatch.setattr(Statistics, "store", swapped)
     compiled = unet()
     report = compiled.check(MASK)
     assert report.first is not None

@@ -215,7 +215,7 @@ def test_bytes_per_kind_of_slot_are_those_of_a_recording(options: dict[str, Any]
     program = only_program(compiled.explain(size=(HEIGHT, WIDTH)))
     slots = compiled.programs[0].slots
     for row in program.slots:
-        names = [slot.name for slot in slots if slot.kind == row.kind]
+        names = [slot.name for slot in slots if slot.kind.name == row.kind]
         assert row.slots == len(names)
         assert row.nbytes == sum(recording.slot(0, name).nbytes for name in names)
     assert program.recorded_bytes == recording.nbytes

@@ -94,7 +94,7 @@ def slot_without_origin(program: Program) -> str:
 
 
 def canvas_of_another_shape(program: Program) -> str:
-    load = next(n for n in ir.nodes_calling(program.graph, [ir.load]) if program.slots[n.args[0]].kind == "canvas")
+    load = next(n for n in ir.nodes_calling(program.graph, [ir.load]) if program.slots[n.args[0]].kind.name == "canvas")
     wrong_spec(load)
     return "which stores"
 

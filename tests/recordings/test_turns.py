@@ -15,12 +15,12 @@ from torch import Tensor
 from fisedit_compiler import Recording, SparseModule
 from fisedit_compiler.kernels.tolerances import assert_close
 from fisedit_compiler.lowering.program import CompiledProgram
-from fisedit_compiler.recordings.row_form import RowForm
 from fisedit_compiler.recordings.stores.edited import EditedSlots, written_in
-from fisedit_compiler.recordings.stores.turn import Turn
-from fisedit_compiler.recordings.stores.written import Written
 from fisedit_compiler.runtime.execution.executable import Executable
 from fisedit_compiler.runtime.sessions.edit_session import EditSession
+from fisedit_compiler.slots.row_form import RowForm
+from fisedit_compiler.slots.turn import Turn
+from fisedit_compiler.slots.written import Written
 from tests.reference.pinned import PinnedRun
 from tests.support.compiled import HEIGHT, WIDTH, box, model_and_compiled
 from tests.support.compiled_zoo import active_sets
@@ -90,8 +90,8 @@ def written_bytes(program: CompiledProgram, base: Mapping[str, Tensor], session:
         value, level = base[slot.name], slot.layout.level
         assert level is not None
         height, width = session.plan.size(level)
-        share = 1 if slot.kind == "statistics" else height * width
-        rows = 1 if slot.kind == "statistics" else session.plan.rows(level)
+        share = 1 if slot.kind.name == "statistics" else height * width
+        rows = 1 if slot.kind.name == "statistics" else session.plan.rows(level)
         assert value.numel() % share == 0
         total += value.numel() // share * rows * value.element_size()
     return total
@@ -123,7 +123,7 @@ def test_slots_after_a_chain_are_those_written_one_after_the_other(norm: Any) ->
         slots = step.recording.calls[0].slots
         assert isinstance(slots, EditedSlots) and list(slots) == list(before)
         for name, written in slots.written.items():
-            if kinds[name].kind != "site_sums":
+            if kinds[name].kind.name != "site_sums":
                 last = written.by_turn[-1]
                 expected = written.form.write(before[name], last.turn.sites[written.form.level], last.rows)
                 assert torch.equal(slots[name], expected), name
@@ -213,7 +213,7 @@ def test_what_an_edit_leaves_alone_is_shared_with_its_base() -> None:
         for name, value in recording.calls[0].slots.items():
             assert id(value) in held, f"{name} was copied"
             assert name in changed or slots[name] is value
-    statistics = [slot.name for slot in program_of(compiled).slots if slot.kind == "statistics"]
+    statistics = [slot.name for slot in program_of(compiled).slots if slot.kind.name == "statistics"]
     assert statistics and not set(statistics) & {update.slot for update in program_of(compiled).updates}
 
 
@@ -330,10 +330,9 @@ def program(request: pytest.FixtureRequest) -> Iterator[CompiledProgram]:
 
 
 def test_the_update_graph_returns_rows_and_small_values(program: CompiledProgram) -> None:
-    kinds = {slot.name: slot.kind for slot in program.slots}
-    by_kind = {"canvas": "rows", "dense": "rows", "statistics": "whole", "site_sums": "sums"}
+    kinds = {slot.name: slot.kind.name for slot in program.slots}
     for update in program.updates:
-        assert update.kind == by_kind[kinds[update.slot]]
+        assert (update.dim is None) == (kinds[update.slot] == "statistics")
     missing = set(kinds) - {update.slot for update in program.updates}
     recorded = {name for name, kind in kinds.items() if kind == "statistics"}
     assert missing == (recorded if program.config.norm == "recorded" else set())

@@ -163,13 +163,27 @@ def slot_lines(program: Any, values: Mapping[str, Tensor]) -> list[str]:
         slot = kinds.get(name)
         if slot is not None:
             kind = getattr(slot.kind, "name", slot.kind)
-            line += f" {kind} of %{slot.origin} {layout_text(slot.layout)} groups={slot.groups}"
+            line += f" {kind} of %{slot.origin} {layout_text(slot.layout)} groups={_groups_of(slot)}"
             line += f" centred on ${slot.of}" if slot.of else ""
         lines.append(line)
     for update in program.updates:
-        described = [f"{name}={value_text(value)}" for name, value in _values(update) if name != "slot"]
+        described = [f"{name}={value_text(value)}" for name, value in _changed(update, kinds[update.slot])]
         lines.append(f"update of ${update.slot} {' '.join(described)}".rstrip())
     return lines
+
+
+def _groups_of(slot: Any) -> int:
+    """Of a GroupNorm, which the slot says or its kind."""
+    return slot.groups if hasattr(slot, "groups") else getattr(slot.kind, "groups", 0)
+
+
+def _changed(update: Any, slot: Any) -> list[tuple[str, Any]]:
+    """What an edit returns of a slot: said by the update, or by the kind of the slot."""
+    if hasattr(update, "kind"):
+        return [(name, value) for name, value in _values(update) if name != "slot"]
+    channels = getattr(slot.kind, "channels", 0)
+    kind = "whole" if update.dim is None else "sums" if channels else "rows"
+    return [("kind", kind), ("dim", update.dim or 0), ("channels", channels)]
 
 
 def recorded_calls(recording: Any) -> list[Mapping[str, Tensor]]:

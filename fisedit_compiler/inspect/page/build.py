@@ -117,4 +117,4 @@ def _slots(program: CompiledProgram, batch: int, height: int, width: int) -> lis
     values = costs.call_sizes(program.multiple, height, width, batch, TEXT_TOKENS)
     loaded = [node for node in program.update.nodes if slot_of(node)]
     stored = {slot_of(node): costs.evaluate(nbytes(spec_of(node)), values) for node in loaded}
-    return [SlotRow(slot.name, slot.kind, str(slot.layout), stored[slot.name]) for slot in program.slots]
+    return [SlotRow(slot.name, slot.kind.name, str(slot.layout), stored[slot.name]) for slot in program.slots]

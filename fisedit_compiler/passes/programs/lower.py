@@ -8,7 +8,8 @@ After:  ``scatter_sites(f(permute(gather_sites(flatten(x), active, 2))), slot_ou
 from __future__ import annotations
 
 import re
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import fx
@@ -37,12 +38,10 @@ def lower(program: Program) -> None:
     for node in ir.nodes_calling(graph, [ir.unpack]):
         _lower_unpack(node, rewriter)
     graph.eliminate_dead_code()
-    program.slots = {
-        name: slot
-        for name, slot in program.slots.items()
-        if name in {n.args[0] for n in ir.nodes_calling(graph, [ir.load])}
-    }
-    _inputs(graph)
+    loaded = {str(node.args[0]) for node in ir.nodes_calling(graph, [ir.load])}
+    loaded |= {program.slots[name].of for name in loaded}
+    program.slots = {name: slot for name, slot in program.slots.items() if name in loaded}
+    _Inputs(program).replace_markers()
     graph.eliminate_dead_code()
     graph.lint()
 
@@ -120,25 +119,47 @@ def _in_order(value: fx.Node, order: SiteOrder, node: fx.Node, rewriter: Rewrite
     return rewriter.call(aten.flatten.using_ints, (value, site, site + 1), spec, node)
 
 
-def _inputs(graph: fx.Graph) -> None:
-    """Make one placeholder per slot and per site table, behind the call's own inputs."""
-    made: dict[Input, fx.Node] = {}
-    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
-    for node in ir.nodes_calling(graph, [ir.load, ir.site_table]):
-        name = str(node.args[0])
-        item = SlotInput(name) if node.target is ir.load else TableInput(name, node.args[1])
-        if item not in made:
-            with graph.inserting_after(last):
-                made[item] = last = graph.placeholder(ir.unused_name(graph, _input_name(node)))
-            last.meta = {**node.meta, "input": item}
-        node.replace_all_uses_with(made[item])
-        graph.erase_node(node)
+class _Inputs:
+    """One placeholder per slot and per site table, behind the call's own inputs, and what readers get of each slot."""
+
+    def __init__(self, program: Program) -> None:
+        self.graph, self.slots = program.graph, program.slots
+        self._last = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
+        self._made: dict[Input, fx.Node] = {}
+        self._loaded: dict[str, fx.Node] = {}
+
+    def replace_markers(self) -> None:
+        for node in ir.nodes_calling(self.graph, [ir.load, ir.site_table]):
+            if node.target is ir.load:
+                with self.graph.inserting_before(node):
+                    found = self._load(str(node.args[0]), spec_of(node))
+            else:
+                kind, key = str(node.args[0]), node.args[1]
+                found = self._placeholder(TableInput(kind, key), _table_name(kind, key), node.meta)
+            node.replace_all_uses_with(found)
+            self.graph.erase_node(node)
+
+    def _load(self, name: str, spec: ValueSpec) -> fx.Node:
+        """What readers of a slot get, made at the graph's insertion point unless it is there already."""
+        if name not in self._loaded:
+            slot = self.slots[name]
+            meta = {"spec": slot.kind.stored_spec(slot, spec), "varies": True}
+            stored = self._placeholder(SlotInput(name), "slot_" + re.sub(r"\W", "_", name), meta)
+            self._loaded[name] = found = slot.kind.load(self.graph, slot, stored, spec, self._load)
+            if found is not stored:
+                found.meta.update(spec=spec, loads=name)
+        return self._loaded[name]
+
+    def _placeholder(self, item: Input, name: str, meta: Mapping[str, Any]) -> fx.Node:
+        if item not in self._made:
+            with self.graph.inserting_after(self._last):
+                self._last = self.graph.placeholder(ir.unused_name(self.graph, name))
+            self._last.meta = {**meta, "input": item}
+            self._made[item] = self._last
+        return self._made[item]
 
 
-def _input_name(node: fx.Node) -> str:
-    if node.target is ir.load:
-        return "slot_" + re.sub(r"\W", "_", str(node.args[0]))
-    kind, key = node.args[0], cast(Any, node.args[1])
+def _table_name(kind: str, key: Any) -> str:
     if isinstance(key, ConvKey):
         kernel = "x".join(map(str, key.kernel))
         stride = f"s{key.stride[0]}" if key.stride != (1, 1) else ""

@@ -29,9 +29,11 @@ from fisedit_compiler.graph.ir import copy_graph
 from fisedit_compiler.graph.layout import Layout
 from fisedit_compiler.graph.sizes import BATCH, TEXT
 from fisedit_compiler.graph.specs import ValueSpec, spec_of
-from fisedit_compiler.passes.base import Slot, slot_name
+from fisedit_compiler.passes.base import slot_name
 from fisedit_compiler.passes.instruments import Instruments
 from fisedit_compiler.passes.rewrites.attention import SDPA, AttentionCall
+from fisedit_compiler.slots.base import Slot
+from fisedit_compiler.slots.map import Map
 
 MAP = torch.ops.fisedit.attention_map.default
 WITH_MAP = torch.ops.fisedit.attention_with_map.default
@@ -75,7 +77,7 @@ def map_graphs(captured: CapturedGraph, recording: fx.Graph, instruments: Instru
     origins = [slot.origin for slot in slots]
     with instruments.made("recording_maps", recording, "recording") as made:
         made.graph = with_maps = copy_graph(recording)
-        _record(with_maps, _same(with_maps, origins))
+        _record(with_maps, _same(with_maps, origins), slots)
     with instruments.made("reuse", captured.graph, "capture") as made:
         made.graph = reuse = copy_graph(captured.graph)
         _reuse(reuse, _same(reuse, origins), slots, tokens)
@@ -136,7 +138,7 @@ def _tokens(node: fx.Node) -> sympy.Expr:
 def _slots(nodes: Iterable[fx.Node]) -> tuple[Slot, ...]:
     slots: dict[str, Slot] = {}
     for node in nodes:
-        slot = Slot(slot_name(node, "map"), node.meta["origin"], "map", node.meta["layout"])
+        slot = Slot(slot_name(node, "map"), node.meta["origin"], Map(), node.meta["layout"])
         if slot.name in slots:  # one module called twice
             slot = replace(slot, name=f"{slot.name}.{slot.origin}")
         slots[slot.name] = slot
@@ -155,16 +157,16 @@ def _map_spec(node: fx.Node, tokens: sympy.Expr | None = None) -> ValueSpec:
     return ValueSpec((*spec_of(call.query).shape[:3], length), spec_of(call.query).dtype)
 
 
-def _record(graph: fx.Graph, nodes: list[fx.Node]) -> None:
-    maps = []
-    for node in nodes:
+def _record(graph: fx.Graph, nodes: list[fx.Node], slots: Iterable[Slot]) -> None:
+    maps: dict[str, fx.Node] = {}
+    for node, slot in zip(nodes, slots, strict=True):
         call = AttentionCall.read(node)
         with graph.inserting_after(node):
             item = ir.call(graph, MAP, (call.query, call.key, call.scale), spec=_map_spec(node), source=node)
-        item.meta.update(layout=node.meta["layout"], varies=True)
-        maps.append(item)
+            item.meta.update(layout=node.meta["layout"], varies=True)
+            maps[slot.name] = slot.kind.store(graph, slot, item, maps.__getitem__)
     output = next(node for node in graph.nodes if node.op == "output")
-    output.args = ((*_flat(output.args[0]), *maps),)
+    output.args = ((*_flat(output.args[0]), *maps.values()),)
     graph.lint()
 
 

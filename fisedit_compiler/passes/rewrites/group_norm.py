@@ -22,6 +22,8 @@ from fisedit_compiler.graph.site_order import SITES
 from fisedit_compiler.graph.sizes import row_symbol
 from fisedit_compiler.graph.specs import ValueSpec, spec_of
 from fisedit_compiler.passes.base import Pass, Rewriter, slot_name
+from fisedit_compiler.slots.site_sums import SiteSums
+from fisedit_compiler.slots.statistics import Statistics
 
 aten = torch.ops.aten
 fisedit = torch.ops.fisedit
@@ -50,10 +52,12 @@ class GroupNorm(Pass):
         packed = layout.packed_axes()  # of a map (0, SITES, 1) already, of tokens (0, 1, SITES)
         rows = rewriter.permuted(rewriter.rows(x), [packed.index(axis) for axis in CHANNELS_LAST], node)
         pair = (sympy.Integer(groups), sympy.Integer(2))
-        statistics_slot = rewriter.slot(slot_name(node, "statistics"), x, "statistics", groups)
+        corrected = rewriter.program.config.norm == "incremental"
+        statistics_slot = rewriter.slot(slot_name(node, "statistics"), x, Statistics(groups, corrected))
         statistics = rewriter.load(statistics_slot, ValueSpec((batch, *pair), torch.float32), node)
-        if rewriter.program.config.norm == "incremental":
-            slot = rewriter.slot(slot_name(node, "site_sums"), x, "site_sums", groups, of=str(statistics.args[0]))
+        if corrected:
+            kind = SiteSums(groups, int(channels))
+            slot = rewriter.slot(slot_name(node, "site_sums"), x, kind, of=str(statistics.args[0]))
             sums_spec = ValueSpec((batch, rewriter.site_count(layout.level), *pair), torch.float32)
             sums = rewriter.load(slot, sums_spec, node)
             active = rewriter.active(layout.level, node)

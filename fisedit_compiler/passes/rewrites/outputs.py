@@ -15,6 +15,7 @@ from fisedit_compiler.graph import ir
 from fisedit_compiler.graph.layout import Layout
 from fisedit_compiler.graph.specs import has_spec, spec_of
 from fisedit_compiler.passes.base import EVERY_OTHER, GraphPass, Program, Rewriter
+from fisedit_compiler.slots.dense import Dense
 
 
 class Outputs(GraphPass):
@@ -43,7 +44,7 @@ def _pin(node: fx.Node, rewriter: Rewriter) -> None:
         )
     output = next(reader for reader in node.users if reader.op == "output")
     rows = rewriter.rows(node)
-    base = rewriter.load(rewriter.slot("output", node, "dense"), spec_of(node), output)
+    base = rewriter.load(rewriter.slot("output", node, Dense()), spec_of(node), output)
     pinned = rewriter.call(ir.unpack, (rows, base), spec_of(node), output)
     pinned.meta.update(layout=layout, origin=node.meta["origin"], varies=True)
     output.args = fx.map_arg(output.args, lambda argument: pinned if argument is node else argument)

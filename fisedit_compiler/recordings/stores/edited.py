@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fisedit_compiler.recordings.stores.addresses import SlotAddresses, SlotLayout
 from fisedit_compiler.recordings.stores.store import SlotStore, distinct_nbytes
-from fisedit_compiler.recordings.stores.written import Written
+from fisedit_compiler.slots.written import Written
 
 Change = Tensor | Written
 """What an edit made of a slot: another value, or rows over its value, those of earlier edits included."""

@@ -54,7 +54,7 @@ class Executable:
         self.hoisted = HoistCache(PER_CALL, graphs=config.backend != "eager")
         self.dense = DenseModule(module)
         self.slot_names = tuple(slot.name for slot in program.slots)
-        samples = [s.name for s in program.slots if s.origin == program.spatial[0] and s.kind == "canvas"]
+        samples = [s.name for s in program.slots if s.origin == program.spatial[0] and s.kind.holds == "packed"]
         self.sample_slot = samples[0] if samples else None
         self._graphs: dict[str, fx.GraphModule] = {}
         self._inputs: dict[str, Sequence[Input]] = {}
@@ -240,7 +240,7 @@ class Executable:
             levels = {slot.name: slot.layout.level for slot in program.slots}
             for position, changed in enumerate(program.updates, start=len(program.outputs)):
                 level = levels[changed.slot]
-                if changed.kind != "whole" and level is not None:
+                if changed.dim is not None and level is not None:
                     rows[position] = (changed.dim, level)
         return GraphPool(self._bind(program.lowered("update" if update else "step")), self.slot_names, bundles, rows)
 

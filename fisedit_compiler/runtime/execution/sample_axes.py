@@ -8,7 +8,6 @@ from fisedit_compiler.errors import ConfigError
 from fisedit_compiler.graph.batch_axes import Mixed, samples_of
 from fisedit_compiler.graph.specs import spec_of
 from fisedit_compiler.lowering.program import CompiledProgram
-from fisedit_compiler.passes.base import Slot
 
 BatchAxes = Mapping[str, int | None]
 """By slot the axis that counts samples, in its value or in its rows; ``None`` for what all samples share."""
@@ -31,19 +30,9 @@ def batch_axes(program: CompiledProgram) -> tuple[BatchAxes, BatchAxes]:
     for slot in program.slots:
         axis = samples[nodes[slot.origin]]
         assert not isinstance(axis, Mixed)
-        statistics = slot.kind in ("statistics", "site_sums")
-        if (slot.name in outputs or (statistics and axis is not None)) and axis != 0:
+        found = (None, None) if axis is None else slot.kind.batch_axes(slot, axis)
+        if found is None or (slot.name in outputs and axis != 0):
             shape = list(spec_of(nodes[slot.origin]).shape)
             raise ConfigError(f"copies: {slot.name} is {shape}, whose samples are not first; make the edits one by one")
-        if axis is None:
-            values[slot.name] = rows[slot.name] = None
-        else:
-            values[slot.name], rows[slot.name] = (0, 0) if statistics else _axes_of(slot, axis)
+        values[slot.name], rows[slot.name] = found
     return values, rows
-
-
-def _axes_of(slot: Slot, axis: int) -> tuple[int | None, int | None]:
-    if slot.kind == "canvas":
-        packed = slot.layout.packed_dim(axis)
-        return packed, packed
-    return axis, slot.layout.flat.axes.index(axis)

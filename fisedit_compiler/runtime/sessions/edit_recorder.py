@@ -15,9 +15,9 @@ from torch import Tensor
 from fisedit_compiler.recordings.recorded_inputs import InputCopies
 from fisedit_compiler.recordings.recording import CallRecord, Recording
 from fisedit_compiler.recordings.stores import SlotStore
-from fisedit_compiler.recordings.stores.turn import Turn
 from fisedit_compiler.recordings.turns import after_dense_call, after_sparse_call, pinned_updates, unchanged
 from fisedit_compiler.runtime.sessions.copies import OwnSites, take_copies, take_copy
+from fisedit_compiler.slots.turn import Turn
 from fisedit_compiler.tensors.contents import Later
 
 if TYPE_CHECKING:

@@ -21,7 +21,6 @@ from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.errors import ConfigError
 from fisedit_compiler.geometry.site_plan import SitePlan
 from fisedit_compiler.recordings.recording import CallRecord, Recording
-from fisedit_compiler.recordings.stores.turn import Turn
 from fisedit_compiler.recordings.upcoming import Upcoming
 from fisedit_compiler.runtime.calls.call import Call, CallKind
 from fisedit_compiler.runtime.calls.programs import ProgramStore
@@ -33,6 +32,7 @@ from fisedit_compiler.runtime.sessions.edit_masks import EditMasks
 from fisedit_compiler.runtime.sessions.edit_recorder import EditRecorder
 from fisedit_compiler.runtime.sessions.fallback import dense_reason_of_grown, pin, pinning_plan, run_densely
 from fisedit_compiler.runtime.sessions.measured import Measured
+from fisedit_compiler.slots.turn import Turn
 from fisedit_compiler.tensors.contents import Later
 
 logger = logging.getLogger(__name__)

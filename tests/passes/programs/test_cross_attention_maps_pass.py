@@ -31,7 +31,7 @@ def test_the_attention_stays_and_its_map_is_stored_beside_it() -> None:
     maps = program.maps
     before, after = counts(program.recording), counts(maps.recording)
     assert after - before == {"fisedit.attention_map": 1} and not before - after
-    assert [slot.kind for slot in maps.slots] == ["map"] and map_names(compiled) == ["map"]
+    assert [slot.kind.name for slot in maps.slots] == ["map"] and map_names(compiled) == ["map"]
     assert maps.tokens == TEXT_TOKENS and not maps.refusals
 
 

@@ -12,6 +12,9 @@ from fisedit_compiler.graph import ir
 from fisedit_compiler.graph.inputs import slot_of
 from fisedit_compiler.kernels.tolerances import max_error
 from fisedit_compiler.lowering.program import CompiledProgram
+from fisedit_compiler.slots.canvas import Canvas
+from fisedit_compiler.slots.site_sums import SiteSums
+from fisedit_compiler.slots.statistics import Statistics
 from tests.support.compiled_zoo import (
     SEMANTICS,
     Attention,
@@ -39,7 +42,7 @@ def test_each_load_has_one_store_and_each_store_a_load(name: str, norm: Norm, at
     program = program_of(name, norm, attention)
     stored = [slot.name for slot in program.slots]
     assert Counter(loaded(program.step)) == Counter(stored), "no slot that no operation of the step loads"
-    assert len({(slot.origin, slot.kind, slot.groups) for slot in program.slots}) == len(stored)
+    assert len({(slot.origin, slot.kind) for slot in program.slots}) == len(stored)
     assert all(slot.name and not slot.name.startswith(".") for slot in program.slots)
     output = next(node for node in program.recording.nodes if node.op == "output")
     assert len(output.args[0]) == len(program.outputs) + len(stored)  # type: ignore[arg-type]
@@ -48,7 +51,7 @@ def test_each_load_has_one_store_and_each_store_a_load(name: str, norm: Norm, at
 @pytest.mark.parametrize("name", UNETS)
 def test_kinds_follow_the_semantics(name: str) -> None:
     def kinds(norm: Norm, attention: Attention) -> Counter[str]:
-        return Counter(slot.kind for slot in program_of(name, norm, attention).slots)
+        return Counter(slot.kind.name for slot in program_of(name, norm, attention).slots)
 
     def keys(norm: Norm, attention: Attention) -> int:
         names = [slot.name for slot in program_of(name, norm, attention).slots]
@@ -84,12 +87,12 @@ def test_shapes_of_slots(name: str) -> None:
         tensor, level = recording.slot(0, slot.name), slot.layout.level
         assert tensor.shape[0] == batch and level is not None
         sites = int(height / level) * int(width / level)
-        if slot.kind == "canvas":
+        if isinstance(slot.kind, Canvas):
             assert tensor.shape[slot.layout.site_dim()] == sites
-        elif slot.kind == "statistics":
-            assert tensor.shape == (batch, slot.groups, 2) and tensor.dtype is torch.float32
-        elif slot.kind == "site_sums":
-            assert tensor.shape == (batch, sites, slot.groups, 2)
+        elif isinstance(slot.kind, Statistics):
+            assert tensor.shape == (batch, slot.kind.groups, 2) and tensor.dtype is torch.float32
+        elif isinstance(slot.kind, SiteSums):
+            assert tensor.shape == (batch, sites, slot.kind.groups, 2)
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "vae_decoder", "plain_conv"])
@@ -124,10 +127,10 @@ def test_an_edit_records_what_it_did_not_change_as_it_was(name: str) -> None:
         assert torch.equal(base.recording.slot(0, slot.name), old), f"{slot.name} of the base was written to"
         assert level is not None
         kept = ~plan.active_mask(level)
-        if slot.kind == "canvas":
+        if slot.kind.name == "canvas":
             dim, sites = slot.layout.site_dim(), kept.flatten().nonzero().flatten()
             assert torch.equal(new.index_select(dim, sites), old.index_select(dim, sites)), slot.name
-        elif slot.kind == "dense" and slot.layout.axes == (2, 3):
+        elif slot.kind.name == "dense" and slot.layout.axes == (2, 3):
             assert torch.equal(new[..., kept], old[..., kept]), slot.name
 
 

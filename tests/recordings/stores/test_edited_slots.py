@@ -8,11 +8,11 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from fisedit_compiler.recordings.row_form import RowForm
 from fisedit_compiler.recordings.stores.edited import EditedSlots, written_in
 from fisedit_compiler.recordings.stores.memory import MemorySlots
-from fisedit_compiler.recordings.stores.turn import Turn
-from fisedit_compiler.recordings.stores.written import Written, WrittenRows
+from fisedit_compiler.slots.row_form import RowForm
+from fisedit_compiler.slots.turn import Turn
+from fisedit_compiler.slots.written import Written, WrittenRows
 from tests.support.noting_slots import NotingSlots
 
 FORM = RowForm(Fraction(1), 1)

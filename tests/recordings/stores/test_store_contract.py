@@ -12,13 +12,13 @@ from torch import Tensor
 
 from fisedit_compiler.errors import RecordingError
 from fisedit_compiler.kernels.addresses import ALIGNMENT, tensor_at
-from fisedit_compiler.recordings.row_form import RowForm
 from fisedit_compiler.recordings.stores.edited import EditedSlots
 from fisedit_compiler.recordings.stores.memory import MemorySlots
 from fisedit_compiler.recordings.stores.repeated import RepeatedSlots
 from fisedit_compiler.recordings.stores.store import SlotStore
-from fisedit_compiler.recordings.stores.turn import Turn
-from fisedit_compiler.recordings.stores.written import Written, WrittenRows
+from fisedit_compiler.slots.row_form import RowForm
+from fisedit_compiler.slots.turn import Turn
+from fisedit_compiler.slots.written import Written, WrittenRows
 
 Values = dict[str, Tensor]
 CPU = torch.device("cpu")

@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fisedit_compiler.kernels.recentre_site_sums import recentre_site_sums
-from fisedit_compiler.recordings.row_form import RowForm
-from fisedit_compiler.recordings.stores.turn import Turn
+from fisedit_compiler.slots.row_form import RowForm
+from fisedit_compiler.slots.turn import Turn
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,12 +19,10 @@ class WrittenRows:
     Attributes:
         turn: says which sites.
         rows: their values.
-        centre: of site sums, the statistics they are centred on.
     """
 
     turn: Turn
     rows: Tensor
-    centre: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,41 +59,3 @@ class Written:
             return form.write(root, newest.sites[form.level], rows[0])
         sites, source = newest.merged(tuple(written.turn for written in self.by_turn), form.level)
         return form.write(root, sites, torch.cat(rows, form.dim).index_select(form.dim, source))
-
-
-@dataclass(frozen=True, eq=False)
-class WrittenSums(Written):
-    """What edits wrote of site sums.
-
-    Sums are centred on a mean that every edit moves, also where it writes nothing. So the root and each turn's rows
-    stay centred on what they were measured about, and are centred anew when they are read.
-
-    Attributes:
-        centre: statistics that the root is centred on, float32 ``[B, G, 2]``.
-        target: statistics to centre on.
-        channels: of all groups together.
-    """
-
-    centre: Tensor
-    target: Tensor
-    channels: int
-
-    def over(self, root: Tensor) -> Tensor:
-        """The sums float32 ``[B, S, G, 2]`` about the mean of ``target``."""
-        rows = [self._about_target(written.rows, written.centre) for written in self.by_turn]
-        return self._written(self._about_target(root, self.centre), rows)
-
-    def centred_on(self, target: Tensor) -> WrittenSums:
-        """The same about another mean."""
-        return replace(self, target=target)
-
-    def tensors(self) -> Iterator[Tensor]:
-        """Everything that is kept alive to read it besides the root, the small centres included."""
-        yield from super().tensors()
-        yield self.centre
-        yield self.target
-        yield from (written.centre for written in self.by_turn if written.centre is not None)
-
-    def _about_target(self, sums: Tensor, centre: Tensor | None) -> Tensor:
-        assert centre is not None, "rows of site sums know what they are centred on"
-        return sums if centre is self.target else recentre_site_sums(sums, centre, self.target, self.channels)

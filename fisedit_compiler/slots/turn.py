@@ -48,3 +48,18 @@ class Turn:
             device = self.sites[level].device
             self._merged[key] = (sites.to(device), owner[sites].to(device))
         return self._merged[key]
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """What one edited call wrote of its slots.
+
+    Attributes:
+        turn: the sites that rows belong to.
+        base: slots of the call that was edited.
+        updates: what the update graph returned, by slot.
+    """
+
+    turn: Turn
+    base: Mapping[str, Tensor]
+    updates: Mapping[str, Tensor]

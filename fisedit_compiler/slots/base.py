@@ -1,0 +1,126 @@
+"""A recorded value, and what a kind of recorded values says of itself.
+
+A kind says how its values are stored, what readers get of them, how an edit writes them, where their samples lie, and
+what ``compiled.check()`` expects of them. Passes, recordings, sessions and ``inspect/`` ask; none of them knows a kind
+by its name. Each kind has a file of its own here; other packages register theirs (``registry.py``).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor, fx
+
+from fisedit_compiler.graph.layout import Layout
+from fisedit_compiler.graph.specs import ValueSpec
+from fisedit_compiler.slots.row_form import RowForm
+from fisedit_compiler.slots.turn import Edit
+from fisedit_compiler.slots.written import Written, WrittenRows
+
+SlotNode = Callable[[str], fx.Node]
+"""The node of another slot of the program, by the slot's name."""
+LoadedNode = Callable[[str, ValueSpec], fx.Node]
+"""The node of another slot of the program, by the slot's name and the spec of what readers get of it."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One recorded value.
+
+    Attributes:
+        name: place in the user's model, such as ``down_blocks.0.resnets.1.conv1.input``.
+        origin: name of the dense node that produces the value.
+        kind: how the value is stored, read and written.
+        layout: layout of the dense value.
+        of: name of another slot that this one is only right together with: site sums are centred on statistics.
+    """
+
+    name: str
+    origin: str
+    kind: SlotKind
+    layout: Layout
+    of: str = ""
+
+
+@dataclass(frozen=True)
+class SlotKind(ABC):
+    """How values are recorded.
+
+    A kind that has parameters is a frozen dataclass; kinds of equal parameters are equal, and equal requests for a
+    value share a slot. ``slot`` is always the slot in question.
+
+    Attributes:
+        name: what listings, pages and recordings call it.
+        holds: whether what is stored is the dense ``value`` as it is, the value in ``packed`` form (a map as
+            ``[B, S, C]``), or something ``else``. Outputs are recorded as values; inputs are compared with packed ones.
+        rounding: largest relative error, of a value's largest element, of what readers get back of what was recorded.
+        codecs: how a store may encode it. What is lossy is only for kinds that no output outside a mask is read from.
+    """
+
+    name: ClassVar[str]
+    holds: ClassVar[Literal["value", "packed", "else"]] = "else"
+    rounding: ClassVar[float] = 0.0
+    codecs: ClassVar[tuple[str, ...]] = ("none",)
+
+    # -- in graphs -------------------------------------------------------------------------------
+
+    @abstractmethod
+    def store(self, graph: fx.Graph, slot: Slot, value: fx.Node, other: SlotNode) -> fx.Node:
+        """What the recording graph returns of a dense value; ``other`` gives what it returns of another slot."""
+
+    def stored_spec(self, slot: Slot, loaded: ValueSpec) -> ValueSpec:
+        """Spec of what is stored, where readers are to get ``loaded``."""
+        return loaded
+
+    def load(self, graph: fx.Graph, slot: Slot, stored: fx.Node, loaded: ValueSpec, other: LoadedNode) -> fx.Node:
+        """What readers in a step graph get of what is stored, which is to be ``loaded``; ``other`` gives what they get
+        of another slot."""
+        return stored
+
+    def store_rows(self, graph: fx.Graph, slot: Slot, rows: fx.Node, other: SlotNode) -> fx.Node:
+        """What an edit keeps of the rows it computed; ``other`` gives what its readers got of another slot."""
+        return rows
+
+    def problem(self, slot: Slot, value: ValueSpec, loaded: ValueSpec) -> str:
+        """Why no reader can get ``loaded`` of a dense ``value``, in words; empty if one can."""
+        return ""
+
+    # -- in recordings ---------------------------------------------------------------------------
+
+    def row_form(self, slot: Slot) -> RowForm:
+        """Where the rows of its sites lie in what is stored."""
+        assert slot.layout.level is not None
+        return RowForm(slot.layout.level, slot.layout.site_dim())
+
+    def written(self, slot: Slot, before: Written | None, edit: Edit) -> Written:
+        """What edits wrote of it: ``before`` with the rows of one more edit."""
+        before = before or Written(self.row_form(slot), ())
+        return before.after(WrittenRows(edit.turn, edit.updates[slot.name]))
+
+    @abstractmethod
+    def batch_axes(self, slot: Slot, axis: int) -> tuple[int | None, int | None] | None:
+        """The axes that count samples in what is stored and in its rows, where ``axis`` does in the dense value.
+
+        ``None`` if its samples cannot be told apart then.
+        """
+
+    # -- in checks, in plain PyTorch that shares nothing with the above ----------------------------
+
+    @abstractmethod
+    def recorded(self, slot: Slot, value: Tensor) -> Tensor:
+        """What must be stored of a dense value."""
+
+    def edited(self, slot: Slot, base: Tensor, edited: Tensor) -> Tensor:
+        """What must be stored after an edit that made the dense value ``edited`` of ``base``."""
+        return self.recorded(slot, edited)
+
+    def read(self, slot: Slot, stored: Tensor, slots: Mapping[str, Tensor]) -> Tensor:
+        """What readers get of what is stored; ``slots`` holds what is stored of all slots."""
+        return stored
+
+    def pinned(self, slot: Slot, value: Tensor) -> Tensor:
+        """The dense value as readers get it back, at sites that an edit leaves alone."""
+        return value
