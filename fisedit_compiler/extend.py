@@ -26,7 +26,18 @@ are its traits (:class:`OpTraits`), costs among them: :func:`op_traits` gives th
         providers=[Provider("triton", "CUDA", kernel, supports=half_precision)],
     )
 
-``examples/third_party_op.py`` does all of it for one operation.
+A value that is recorded in another form than the compiler's own is a :class:`SlotKind`: how it is stored, what readers
+get of it, what an edit writes. A rewrite asks for the value by it:
+
+    @register_slot_kind
+    class Halved(Canvas):
+        name = "mylib.halved"
+        holds = "else"
+        ...
+
+    recorded = rewriter.canvas(tokens, slot_name(node, "tokens"), node, kind=Halved())
+
+``examples/third_party_op.py`` does all of it for two operations.
 """
 
 from __future__ import annotations
@@ -47,25 +58,41 @@ from fisedit_compiler.kernels.providers import Provider, half_precision
 from fisedit_compiler.kernels.registry import Op
 from fisedit_compiler.kernels.registry import define_op as _define_op
 from fisedit_compiler.kernels.traits import TRAITS, Formula, OpTraits, Update, no_products, traits_of
-from fisedit_compiler.passes.base import GraphPass, Pass, Program, Rewriter, Slot, slot_name
+from fisedit_compiler.passes.base import GraphPass, Pass, Program, Rewriter, slot_name
 from fisedit_compiler.passes.rewrites.extensions import RULES, RewriteRule
 from fisedit_compiler.passes.rewrites.rowwise import copy_on_rows
+from fisedit_compiler.slots.base import LoadedNode, Slot, SlotKind, SlotNode
+from fisedit_compiler.slots.canvas import Canvas
+from fisedit_compiler.slots.dense import Dense
+from fisedit_compiler.slots.registry import register_slot_kind
+from fisedit_compiler.slots.row_form import RowForm
+from fisedit_compiler.slots.turn import Edit
+from fisedit_compiler.slots.written import Written, WrittenRows
 
 __all__ = [
     "Batch",
+    "Canvas",
     "Channel",
+    "Dense",
+    "Edit",
     "GraphPass",
     "Joined",
     "Layout",
+    "LoadedNode",
     "OpTraits",
     "Pass",
     "Program",
     "Provider",
     "Rewriter",
+    "RowForm",
     "Sites",
     "Slot",
+    "SlotKind",
+    "SlotNode",
     "Update",
     "ValueSpec",
+    "Written",
+    "WrittenRows",
     "copy_on_rows",
     "cost_rule",
     "define_op",
@@ -77,6 +104,7 @@ __all__ = [
     "no_products",
     "op_traits",
     "opaque",
+    "register_slot_kind",
     "rewrite_rule",
     "slot_name",
     "spec_of",

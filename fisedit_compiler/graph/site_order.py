@@ -90,8 +90,15 @@ class SiteOrder:
 
     def write(self, value: Tensor, sites: Tensor, rows: Tensor) -> Tensor:
         """A copy of a dense value whose ``sites`` (int64 ``[N]``) are ``rows``, which are in this order."""
-        written = self.from_dense(value).index_copy(self.site_dim, sites, rows)
+        written = put_rows(self.from_dense(value), self.site_dim, sites, rows)
         return self.to_dense(written, [value.shape[axis] for axis in self.site_axes])
+
+
+def put_rows(value: Tensor, dim: int, sites: Tensor, rows: Tensor) -> Tensor:
+    """A copy of ``value`` whose entries ``sites`` (int64 ``[N]``) of axis ``dim`` are ``rows``; of any dtype."""
+    if value.dtype.itemsize == 1:  # no index_copy of eight-bit floats on a CPU
+        return value.view(torch.uint8).index_copy(dim, sites, rows.view(torch.uint8)).view(value.dtype)
+    return value.index_copy(dim, sites, rows)
 
 
 def is_identity(order: Sequence[int]) -> bool:

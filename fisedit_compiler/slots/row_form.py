@@ -8,6 +8,7 @@ from fractions import Fraction
 from torch import Tensor
 
 from fisedit_compiler.graph.layout import Layout
+from fisedit_compiler.graph.site_order import put_rows
 
 
 @dataclass(frozen=True)
@@ -37,5 +38,5 @@ class RowForm:
     def write(self, value: Tensor, sites: Tensor, rows: Tensor) -> Tensor:
         """A copy of ``value`` whose rows of ``sites`` are ``rows``."""
         if self.layout is None:
-            return value.index_copy(self.dim, sites, rows)
+            return put_rows(value, self.dim, sites, rows)
         return self.layout.flat.write(value, sites, rows)
