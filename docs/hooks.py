@@ -1,4 +1,4 @@
-"""What the site shows from outside of docs/: the README as its start page, changes, measurements, examples, licence.
+"""What the site shows from outside of docs/: the README as its start page, notes of the repository, examples, licence.
 
 MkDocs runs these functions (``hooks:`` in ``mkdocs.yml``). Links between those files are written for a reader of the
 repository; here they are led to the pages of the site. Links that lead nowhere are left alone: MkDocs fails on them.
@@ -15,7 +15,12 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "benchmarks/NOTES.md": "measurements.md"}
+PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "benchmarks/NOTES.md": "measurements.md",
+}
 """Files of the repository and the pages that they become."""
 TEXTS = {"LICENSE": "LICENSE.txt", "NOTICE": "NOTICE.txt"}
 """Files that are copied as they are."""
