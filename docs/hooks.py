@@ -43,14 +43,18 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, page: object, **_: object) -> None:
-    """Warn of lists that GitHub shows and Python-Markdown takes for text: those right below a paragraph."""
+def on_page_markdown(markdown: str, page: object, **_: object) -> str:
+    """Lead links of pages in docs/ to the pages that other files become, and warn of lists that would not be shown.
+
+    GitHub shows lists right below a paragraph; Python-Markdown takes them for text.
+    """
     fenced, before = False, ""
     for line in markdown.splitlines():
         fenced ^= line.startswith("```")
         if not fenced and _LIST.match(line) and before and not before.startswith(" ") and not _SEPARATE.match(before):
             logger.warning("%s: put an empty line above the list that starts with %r", page, line[:60])
         before = line
+    return led_to_pages(markdown, Path("docs"))
 
 
 def led_to_pages(text: str, folder: Path) -> str:
