@@ -30,37 +30,45 @@ SHEET_QUALITY = 85
 
 INTRODUCTION = """# How good sparse edits are
 
-What `fisedit eval` measured. Every figure and table here is written by
+`fisedit eval` measured every figure on this page. Several methods edit pairs of captions, from the same noise. The
+tables use these words:
+
+- The *base* is the picture of the first caption.
+- *Dense, same seed* is the second caption, drawn by the unmodified model from the base's noise. It has all of the edit,
+  and it keeps nothing of the base on purpose.
+- *Directional similarity* says how well the change of the picture, from base to edit, points where the change of the
+  caption points (CLIP embeddings, Gal et al. 2022).
+- *Image similarity* says how much of the base is left in the eyes of CLIP.
+- *Outside the mask* are the same pixels for all methods of a pair: those that the automatic mask of the sparse edit
+  leaves alone.
+- The *distance* is LPIPS-style, not LPIPS. It uses unit-length features of all layers of the CLIP's vision tower.
+- *FID* compares sets of CLIP features, unless the run names another extractor. Compare it within one table only.
+- The *changed object* is found by looking. On a plain background it is what differs from a smooth backdrop in the base
+  and in the dense regeneration, without shadows. In a scene the largest parts in which the two pictures differ stand
+  for it. This is an approximation, so the tables keep it apart.
+"""
+
+_APPROXIMATIONS = """Every row edits inside the same mask from the first call on: the one that the default edit found.
+So nothing but the approximation differs.
+
+- *Pinned program* is the meaning of the default: the dense model whose inactive sites are overwritten by the base's at
+  every step of the graph.
+- *Dense with blending* approximates nothing inside the mask.
+"""
+
+_ORIGIN = """## How this page is made
+
+Nobody typed a figure or a table. This command writes the page:
 
 ```console
 $ {command}
 ```
-
-Pairs of captions are run through several methods from the same noise. The *base* is the picture of the first caption.
-*Dense, same seed* is the second caption from the base's noise by the unmodified model: all of the edit, nothing of the
-base kept on purpose. *Directional similarity* says how well the change of the picture, base to edit, points where the
-change of the caption points (CLIP embeddings, Gal et al. 2022); *image similarity* how much of the base is left in the
-eyes of CLIP. "Outside the mask" is the same set of pixels for all methods of a pair: those that the automatic mask of
-the sparse edit leaves alone. The distance is LPIPS-style, not LPIPS: unit-length features of all layers of the CLIP's
-vision tower. FID compares sets of CLIP features unless the run names another extractor, so it is comparable within a
-table only.
-
-Where the changed object is, is found by looking. On a plain background it is what differs from a smooth backdrop, in
-the base and in the dense regeneration, shadows left out. In a scene the largest parts in which the two pictures differ
-stand for it, an approximation that is given apart.
 """
-
-_APPROXIMATIONS = """Every row edits inside the same mask, the one that the default edit found, from the first call on,
-so nothing but the approximation differs. *Pinned program* is the meaning of the default: the dense model whose inactive
-sites are overwritten by the base's at every step of the graph. *Dense with blending* approximates nothing inside the
-mask.
-"""
-
 
 _PICTURES = """![Pictures of a pair per row: base, mask, and a column for each method]({path})
 
-Pairs from every kind in turn, the first of the file. Below a picture stand its directional and its image similarity,
-below the mask its area.
+The rows show pairs of every kind in turn, the first of the file. Below a picture are its directional and its image
+similarity. Below the mask is its area.
 """
 
 
@@ -80,10 +88,11 @@ def document(
         notes: what a reader must know about each of the results, in their order; an empty one says nothing.
         pictures: path of a sheet of pictures of the first results, as seen from the document.
     """
-    parts = [INTRODUCTION.format(command=command)]
+    parts = [INTRODUCTION]
     for number, item in enumerate(results):
         approximations = any(method["name"] == "pinned" for method in item["methods"])
-        parts.append("## " + ("What each approximation costs" if approximations else "Methods compared"))
+        compared = f"Methods compared on {item['counts']['done']} pairs"
+        parts.append("## " + ("What each approximation costs" if approximations else compared))
         if number < len(notes) and notes[number]:
             parts.append(notes[number])
         parts.append(_run(item))
@@ -97,6 +106,7 @@ def document(
             parts.append(_PICTURES.format(path=pictures))
         parts += [markdown(grid) for grid in grids(item)]
         parts.append(_left_out(item))
+    parts.append(_ORIGIN.format(command=command))
     return "\n".join(part.rstrip() + "\n" for part in parts if part)
 
 
@@ -116,22 +126,30 @@ def markdown(grid: Grid) -> str:
 
 def _run(results: Mapping[str, Any]) -> str:
     config, run, counts = results["configuration"], results["run"], results["counts"]
-    machine = ", ".join(f"{name} {value}" for name, value in run.get("machine", {}).items())
-    versions = ", ".join(f"{name} {value}" for name, value in run.get("versions", {}).items())
+    rows = {
+        "pairs": f"{counts['done']} done, {counts['failed']} failed, {counts['rejected']} lines rejected",
+        "model": config["model"],
+        "CLIP": config["clip"],
+        "FID features": config["features"],
+        "run": f"{config['steps']} steps, guidance {config['guidance']:g}, {config['dtype']}, backend "
+        f"{config['backend']}{_statistics(config)}",
+        "machine": _listed(run.get("machine", {})),
+        "versions": _listed(run.get("versions", {})),
+    }
+    table = "\n".join(f"| {name} | {_escaped(str(value))} |" for name, value in rows.items())
     shards = run.get("shards", 1)
     shared = (
-        f" {shards} processes shared the device, so seconds an edit are longer than alone: compare rows only."
+        f"{shards} processes shared the device, so seconds an edit are longer than alone. Compare rows only.\n\n"
         if shards > 1
         else ""
     )
     commands = [command for command in (run.get("pairs_command"), run.get("command")) if command]
     console = "\n".join(f"$ {command}" for command in commands)
-    return (
-        f"{counts['done']} pairs, {counts['failed']} failed, {counts['rejected']} lines rejected; model "
-        f"{config['model']}, CLIP {config['clip']}, FID features {config['features']}, {config['steps']} steps, "
-        f"guidance {config['guidance']:g}, {config['dtype']}, backend {config['backend']}{_statistics(config)}. "
-        f"Machine: {machine}. Versions: {versions}.{shared}\n\n```console\n{console}\n```\n"
-    )
+    return f"| | |\n|---|---|\n{table}\n\n{shared}```console\n{console}\n```\n"
+
+
+def _listed(named: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in named.items())
 
 
 def _statistics(config: Mapping[str, Any]) -> str:

@@ -49,9 +49,9 @@ def method_table(results: Mapping[str, Any], group: str, columns: Sequence[str],
             cells = [cell(figures, column) for column in columns]
             rows.append((method["title"], str(figures["pairs"]), *cells))
     header = ("method", "pairs", *(heading(column) for column in columns))
-    note = "Means with 95 % bootstrap intervals; medians where the heading says so."
+    note = "Values are means with 95 % bootstrap intervals, and medians where the heading says so."
     if len({row[1] for row in rows}) > 1:
-        note += " Methods with fewer pairs had nothing to do for the others: compare rows of as many pairs."
+        note += " Methods with fewer pairs had nothing to do for the others, so compare rows of as many pairs."
     return Grid(title, header, tuple(rows), note)
 
 
