@@ -5,9 +5,12 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+
+from fisedit_compiler.evaluation.pages.document import document, read_results
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = (
@@ -42,6 +45,18 @@ def test_code_blocks_parse(text: str):
 def test_links_lead_somewhere(text: str):
     for link in re.findall(r"(?<!!)\[[^\]]+\]\(([^)#]+)\)", text):
         assert any((folder / link).exists() for folder in (ROOT, ROOT / "docs")), link
+
+
+def test_nobody_typed_the_figures_of_the_quality_page():
+    """Its last lines are the command that writes it. Pictures are not drawn again, since their folder is gone."""
+    text = (ROOT / "docs/quality.md").read_text(encoding="utf-8")
+    command = re.findall(r"^\$ (python -m .*pages\.document .*)$", text, re.MULTILINE)[-1]
+    results = [read_results(ROOT / word) for word in shlex.split(command) if word.endswith(".json")]
+    notes = re.findall(r"--note ('[^']*')", command)
+    written = document(
+        results, command, "images/quality.svg", [shlex.split(note)[0] for note in notes], "images/quality.jpg"
+    )
+    assert written == text
 
 
 def test_a_program_prints_what_the_documents_show():
