@@ -4,7 +4,7 @@ Everything here that asks Dynamo asks it while it traces, from inside a backend.
 traces, so that names of Dynamo's own are used (``wrap_inline``, ``get_local_source_name``, ``current_tx``,
 ``compile_subgraph_reason``, ``meta["grapharg"]``). They are the same in the sources of torch 2.11, 2.12 and 2.13; the
 tests of the backend are what notices if another release has others. What the call is used for is written
-in ``fisedit_compiler/dynamo.py``.
+in ``fisedit_compiler/dynamo/backend.py``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """``compiled.check(mask)`` of what runs: the edit that records itself, and the step as it is lowered.
 
-Lowering is a stand-in here (``runtime/graph_stand_in.py``), wrong where a test makes it so; on a GPU it is
+Lowering is a stand-in here (``tests/support/graph_stand_in.py``), wrong where a test makes it so; on a GPU it is
 the real one.
 """
 

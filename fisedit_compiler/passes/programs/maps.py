@@ -45,7 +45,7 @@ class MapGraphs:
 
     Attributes:
         slots: the maps, in order of computation; ``[B, heads, S, T]``.
-        tokens: ``T`` as an expression: :data:`~fisedit_compiler.graph.ir.TEXT`, or a number.
+        tokens: ``T`` as an expression: :data:`~fisedit_compiler.graph.sizes.TEXT`, or a number.
         recording: as the program's recording graph; returns the maps last.
         reuse: the dense graph with :data:`WITH_MAP`; its own outputs alone. Placeholders of ``reuse`` and
             ``reuse_recording`` stand for tensors of the call, for maps in slots, and for the columns.

@@ -1,6 +1,6 @@
 """Pictures of edits: the mask over an image, a sheet of captioned pictures.
 
-Drawing only, by Pillow; nothing here runs a model or measures. Plots by matplotlib are ``pipelines.figures``'s.
+Drawing only, by Pillow; nothing here runs a model or measures. Plots by matplotlib are made in ``drawing.figures``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Loading a picture that no run made: a path from it to noise, and a recorded run that is led along the path back.
 
-``Editor.load`` is the door; pictures are read in ``pipelines.pictures``, paths made in ``pipelines.noise_paths``, the
-run led in ``pipelines.corrections``, and pixels outside a mask brought back in ``pipelines.seam``.
+``Editor.load`` is the door. Pictures are read in ``inversion.pictures``, paths are made in ``inversion.noise_paths``,
+the run is led in ``inversion.corrections``, and pixels outside a mask are brought back in ``drawing.seam``.
 """
 
 from __future__ import annotations
