@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fisedit_compiler.capture import ambient
+from fisedit_compiler.compiling import computing
 from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.errors import ConfigError, ModeError, RecordingError
 from fisedit_compiler.inspect.explain import TEXT_TOKENS, explain_module
@@ -26,7 +27,7 @@ from fisedit_compiler.recordings.recording import Recording
 from fisedit_compiler.runtime.calls.programs import ProgramStore
 from fisedit_compiler.runtime.sessions.edit_session import EditSession
 from fisedit_compiler.runtime.sessions.measured import Measured
-from fisedit_compiler.runtime.sessions.modes import Body, Mode, Modes
+from fisedit_compiler.runtime.sessions.modes import OTHER_THREADS, Body, Mode, Modes
 from fisedit_compiler.runtime.sessions.record_session import RecordSession
 
 if TYPE_CHECKING:
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
 
 class SparseModule(nn.Module):
     """A module that can record its calls and replay them sparsely under another prompt.
+
+    Threads and asyncio tasks may each be in a mode of their own, on one set of weights; one that is in none calls the
+    original. A thread has a part in the run of another one if it was given its context (``asyncio.to_thread``,
+    ``contextvars.copy_context().run``).
 
     Made by :func:`fisedit_compiler.sparsify`. Attributes the wrapper does not have (``config``, ``dtype``,
     ``device``, ``add_embedding``, ...) are the original module's, so a stock diffusers pipeline accepts it.
@@ -62,24 +67,25 @@ class SparseModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's forward, or the active mode's version of it; same arguments, same output type."""
-        if self._modes.active is None:
-            if self._modes.waiting:
-                self._modes.remind()
+        if not self._modes.is_idle:
+            return self._in_mode(args, kwargs)
+        if torch.compiler.is_compiling():
             return self.original(*args, **kwargs)
-        return self._in_mode(args, kwargs)
+        with computing():
+            return self.original(*args, **kwargs)
 
     @torch.compiler.disable(reason="calls inside record() and edit() run programs of their own")  # type: ignore[untyped-decorator]
     def _in_mode(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        session = self._modes.session()
-        if session is None:
-            return self.original(*args, **kwargs)
+        run = self._modes.session()
+        if run is None:
+            with computing():
+                return self.original(*args, **kwargs)
         ambient.refuse_foreign_modes()
         ambient.refuse_arguments(args, kwargs)
         state = ambient.Ambient.now()
-        with state.neutral(), torch.no_grad():
-            session.before()
-            call, wrap = self._programs.bind(args, kwargs, state)
-            return wrap(session.handle(call))
+        with run.one_call(), computing(), state.neutral(), torch.no_grad():
+            call, wrap = self._programs.bind(args, kwargs, state, run.session.before())
+            return wrap(run.session.handle(call))
 
     # -- modes -----------------------------------------------------------------------------------
 
@@ -94,7 +100,7 @@ class SparseModule(nn.Module):
 
         Raises:
             ConfigError: ``maps`` is no number of calls.
-            ModeError: another mode is active, or the module is in training mode.
+            ModeError: another mode is active in this thread or task, or the module is in training mode.
             RecordingError: maps are asked for and the module has no cross-attention that has one.
         """
         return Mode(self._modes, "record", self._record(maps))
@@ -103,10 +109,13 @@ class SparseModule(nn.Module):
         if isinstance(maps, bool) or not isinstance(maps, int) or maps < 0:
             raise ConfigError(f"record(maps={maps!r}) must be a number of calls, 0 or more.")
         self._check_evaluating()
+        run = self._modes.active
         recording = Recording(self._refresh(), self.sparsify_config.program_key())
         session = RecordSession(recording, self._programs, maps)
         with self._followed():
             yield session, recording
+        if not recording.calls and run is not None and run.passed_by:
+            raise RecordingError(f"record() ended after 0 calls, while others called the module. {OTHER_THREADS}")
         session.finish()
         self._recorded_calls = recording.num_calls
 
@@ -129,7 +138,7 @@ class SparseModule(nn.Module):
                 ``session.results`` has a recording for each copy.
 
         Raises:
-            ModeError: another mode is active, or the module is in training mode.
+            ModeError: another mode is active in this thread or task, or the module is in training mode.
             ConfigError: ``copies`` is not a positive whole number.
             NonFiniteError: the recorded run or the edit overflowed: NaN or infinity in its outputs.
             RecordingError: the recording is missing, unfinished, of another model or configuration, or the run
@@ -142,6 +151,7 @@ class SparseModule(nn.Module):
         self._check_evaluating()
         self._check(recording)
         session = EditSession(recording, self.sparsify_config, mask, record, copies, self._programs, explain_session)
+        self._programs.serve(self._modes.count())
         try:
             with self._followed():
                 yield session, session
@@ -150,11 +160,12 @@ class SparseModule(nn.Module):
         session.finish()
 
     def reset(self) -> None:
-        """Leave whatever mode the module is in, from anywhere, and be the original module again.
+        """Leave all modes the module is in, from anywhere, and be the original module again.
 
         A mode ends with its ``with`` block, however that ends. One that was entered without (by ``ExitStack``, by
         ``__enter__``) may outlive an interrupt as long as something, such as a kept traceback, holds it. Recordings and
-        programs stay as they are; a block that is still running ends in a ``ModeError``, its recording unfinished.
+        programs stay as they are; a block that is still running, in whatever thread, ends in a ``ModeError``, its
+        recording unfinished.
         """
         self._modes.reset()
 
@@ -187,7 +198,7 @@ class SparseModule(nn.Module):
         if not recording.calls:
             raise RecordingError(
                 "The recording is empty: no call went through the compiled module inside `with compiled.record()`. "
-                "Set `pipe.unet = compiled` before running the pipeline."
+                f"Set `pipe.unet = compiled` before running the pipeline. {OTHER_THREADS}"
             )
         check_finite(recording)
         if recording.config != self.sparsify_config.program_key():
@@ -197,6 +208,7 @@ class SparseModule(nn.Module):
             )
         now = self._refresh()
         self._programs.follow_renames(recording)
+        now = now._replace(structure=self._programs.name_now(now.structure))
         then = recording.model
         if then != now:
             places = self._programs.state.differences(now.structure, then.structure)
@@ -209,7 +221,8 @@ class SparseModule(nn.Module):
 
     def _refresh(self) -> Any:
         """The module's key now; whatever was computed from weights that changed since is dropped."""
-        return self._programs.refresh()
+        with computing():
+            return self._programs.refresh()
 
     # -- inspection ------------------------------------------------------------------------------
 
@@ -345,7 +358,9 @@ class SparseModule(nn.Module):
 
     def __repr__(self) -> str:
         active = self._modes.active
+        others = self._modes.count() - (active is not None)
         state = "in no mode" if active is None else f"inside {active.name}()"
+        state += f", {others} run{'s' * (others != 1)} elsewhere" * bool(others)
         programs = len(self.programs)
         return f"SparseModule({type(self.original).__name__}, {programs} program{'s' * (programs != 1)}, {state})"
 

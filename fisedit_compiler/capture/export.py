@@ -25,6 +25,7 @@ from fisedit_compiler.capture.downsampling import own_downsampling
 from fisedit_compiler.capture.examples import EXAMPLE_SIZES, map_children, named_examples, scale_of
 from fisedit_compiler.capture.keys.snapshot import Snapshot
 from fisedit_compiler.capture.translate import translate
+from fisedit_compiler.compiling import alone
 from fisedit_compiler.errors import CaptureError
 from fisedit_compiler.graph.ir import describe
 from fisedit_compiler.graph.signatures import CallSignature
@@ -169,11 +170,16 @@ def _export(module: nn.Module, arguments: dict[str, Any], signature: CallSignatu
 
     kwargs = named_examples(arguments, signature, multiple, EXAMPLE_SIZES["h"], EXAMPLE_SIZES["w"])
     shapes = {name: dynamic(name, value) for name, value in arguments.items()}
+    with alone():  # it disturbs whoever computes, see compiling.py
+        return _traced(module, kwargs, shapes, torch.device(signature.device).type)
+
+
+def _traced(module: nn.Module, kwargs: dict[str, Any], shapes: dict[str, Any], device_type: str) -> ExportedProgram:
     before = Snapshot(module)
     try:
         with torch.no_grad():
             exported = torch.export.export(module, (), kwargs, dynamic_shapes=shapes, strict=False)
-            casts = torch.is_autocast_enabled(torch.device(signature.device).type)
+            casts = torch.is_autocast_enabled(device_type)
             if casts or any(_is_mutable(node) or _is_of_a_transform(node) for node in exported.graph.nodes):
                 # Functionalize, and make nodes of what autocast, vmap and regions of other grad modes do to their
                 # operations; skipped otherwise because it costs as much as the capture itself.

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
@@ -26,7 +27,7 @@ from torch import fx, nn
 from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
 
 from fisedit_compiler.api import sparsify
-from fisedit_compiler.compiling import made_once
+from fisedit_compiler.compiling import computing, made_once
 from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.dynamo.traced_call import REMEDY, TracedCall
 from fisedit_compiler.errors import ConfigError, ModeError
@@ -67,9 +68,10 @@ def fisedit(
     call = TracedCall.of_current_frame(graph_module)
 
     def run(*inputs: Any) -> Any:
-        active = _active.get(call.module())
-        if active is None or not active.alive or active.sparse.sparsify_config != config:
-            return graph_module.forward(*inputs)
+        active = _active_on(call.module())
+        if active is None or active.sparse.sparsify_config != config:
+            with computing():
+                return graph_module.forward(*inputs)
         args, kwargs = call.arguments(inputs)
         result = active.sparse(*args, **kwargs)
         active.calls += 1
@@ -148,12 +150,13 @@ class _Active:
 
     @property
     def alive(self) -> bool:
+        """Whether the mode is the calling context's, and not over."""
         return self.entered is not None and self.sparse._modes.active is self.entered
 
     def check(self, compiled: nn.Module, args: Any, output: Any) -> None:
         """A forward hook of the compiled module: refuse a call that torch.compile ran without the backend."""
         if not self.alive:
-            return  # an interrupt kept the hook from being removed
+            return  # a call of another thread or task, or an interrupt kept the hook from being removed
         if self.calls == self.seen:
             raise ModeError(
                 "torch.compile ran this call without its backend, so it was neither recorded nor edited: "
@@ -163,8 +166,8 @@ class _Active:
         self.seen = self.calls
 
 
-_active: dict[nn.Module | None, _Active] = {}
-"""Original modules that are in a mode now."""
+_active: ContextVar[tuple[weakref.ref[_Active], ...]] = ContextVar("fisedit_dynamo_active", default=())
+"""The modes of this context, the last first; whoever is in one holds it."""
 _sparse_modules: weakref.WeakKeyDictionary[nn.Module, SparseModule] = weakref.WeakKeyDictionary()
 """By what torch.compile returned; keyed by the original, an entry would keep its own key alive."""
 
@@ -182,21 +185,24 @@ def _ready(compiled: nn.Module) -> SparseModule:
 
 def _through(compiled: nn.Module, sparse: SparseModule, body: Body[T]) -> Body[T]:
     """A mode of ``sparse`` that calls of ``compiled`` go through."""
-    original, active = sparse.original, _Active(sparse, sparse._modes.active)
-    while (holder := _active.setdefault(original, active)) is not active:
-        if holder.alive:
-            raise ModeError(
-                "A mode was entered while the same module, compiled with other options, is in one already. Modes do "
-                "not nest: leave the first `with` block before entering the next."
-            )
-        _active.pop(original, None)
+    active = _Active(sparse, sparse._modes.active)
+    if _active_on(sparse.original) is not None:
+        raise ModeError(
+            "A mode was entered while the same module, compiled with other options, is in one already. Modes do "
+            "not nest: leave the first `with` block before entering the next."
+        )
+    _active.set((weakref.ref(active), *(known for known in _active.get() if known() is not None)))
     hook = compiled.register_forward_hook(active.check)
     try:
         yield from body
     finally:
         hook.remove()
-        if _active.get(original) is active:
-            del _active[original]
+
+
+def _active_on(original: nn.Module | None) -> _Active | None:
+    """The mode that a module is in, seen from this context."""
+    modes = (known() for known in _active.get())
+    return next((mode for mode in modes if mode is not None and mode.sparse.original is original and mode.alive), None)
 
 
 def _opened(compiled: nn.Module) -> tuple[nn.Module, SparsifyConfig]:

@@ -8,8 +8,7 @@ the pass at fault is ``bisect.py``'s business.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +38,6 @@ from fisedit_compiler.slots.turn import Turn
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fisedit_compiler.runtime.execution.executable import Executable
 
 ROWS_SHOWN = 20
 
@@ -234,19 +232,9 @@ def _run(
     """The step as an edit runs it: its outputs, and with ``update`` every slot after the edit."""
     executable = subject.executable
     scalars = scalars_of(executable.program, subject.edited)
-    with _hoisting_by(executable, hoisted):
-        outputs, updates = executable.step(
-            subject.edited, slots, subject.plan, update=update, scalars=scalars, strict=strict
-        )
+    outputs, updates = executable.step(
+        subject.edited, slots, subject.plan, update=update, scalars=scalars, strict=strict, hoisted=hoisted
+    )
     if not update:
         return outputs, {}
     return outputs, after_sparse_call(executable.program, slots, Turn(subject.plan.active), updates)
-
-
-@contextmanager
-def _hoisting_by(executable: Executable, hoisted: HoistCache) -> Iterator[None]:
-    own, executable.hoisted = executable.hoisted, hoisted
-    try:
-        yield
-    finally:
-        executable.hoisted = own

@@ -6,7 +6,7 @@ Comparing is ``check.py``'s business.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fisedit_compiler.compiling import alone
 from fisedit_compiler.errors import ConfigError, MaskError, RecordingError
 from fisedit_compiler.geometry.site_plan import SitePlan
 from fisedit_compiler.graph.layout import Layout
@@ -99,13 +100,17 @@ class Subject:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Convolutions in float32 as they are written, not in tf32: a check is of the compiler, not of tensor cores."""
+    """Convolutions in float32 as they are written, not in tf32: a check is of the compiler, not of tensor cores.
+
+    The setting is the whole process's, so on a GPU other threads' calls wait.
+    """
     cudnn = torch.backends.cudnn
-    before, cudnn.allow_tf32 = cudnn.allow_tf32, False
-    try:
-        yield
-    finally:
-        cudnn.allow_tf32 = before
+    with alone() if torch.cuda.is_initialized() else nullcontext():
+        before, cudnn.allow_tf32 = cudnn.allow_tf32, False
+        try:
+            yield
+        finally:
+            cudnn.allow_tf32 = before
 
 
 def make_subject(module: CompiledModule, mask: Any, options: CheckOptions) -> Subject:

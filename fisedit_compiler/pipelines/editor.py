@@ -24,6 +24,7 @@ from fisedit_compiler.pipelines.editing import refusals
 from fisedit_compiler.pipelines.editing.arguments import Asked, requests
 from fisedit_compiler.pipelines.editing.batch import run_edits
 from fisedit_compiler.pipelines.editing.driver import Driver
+from fisedit_compiler.pipelines.editing.one_run import only_run_of
 from fisedit_compiler.pipelines.editing.runs import DenseRun, Edit, Generation
 from fisedit_compiler.pipelines.editing.steps import KeepLatents
 from fisedit_compiler.pipelines.instruments import timed_calls
@@ -50,6 +51,9 @@ class Editor:
     compiled already. ``config`` is a ``SparsifyConfig`` for that compilation, :data:`EDITOR_CONFIG` by default.
     ``progress`` switches the progress bars on or off; by default the pipeline's own setting counts
     (``pipe.set_progress_bar_config(disable=...)``).
+
+    A pipeline makes one run at a time: its scheduler is the run's. Threads and tasks edit at once with a pipeline and
+    an Editor each, which may share the compiled UNet and all other models.
 
     Raises:
         ConfigError: the pipeline is not of that kind, or ``config`` was given for a compiled UNet.
@@ -148,7 +152,8 @@ class Editor:
             with self._driver.kept_start() as start:
                 return self._driver.run(prompt, negative_prompt, settings, keep, "generate"), start[0]
 
-        (image, start), recordings = self._ready.record(maps, run)
+        with only_run_of(self.pipe):
+            (image, start), recordings = self._ready.record(maps, run)
         return Generation(
             prompt=prompt,
             negative_prompt=negative_prompt,
@@ -207,21 +212,22 @@ class Editor:
                 scheduler cannot do it.
         """
         self._check_prompts(prompt, negative_prompt)
-        return load(
-            self._driver,
-            lambda: self._ready,
-            image,
-            prompt,
-            negative_prompt=negative_prompt,
-            seed=seed,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            inversion=inversion,
-            resize=resize,
-            measure=measure,
-            maps=maps,
-            options=options,
-        )
+        with only_run_of(self.pipe):
+            return load(
+                self._driver,
+                lambda: self._ready,
+                image,
+                prompt,
+                negative_prompt=negative_prompt,
+                seed=seed,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                inversion=inversion,
+                resize=resize,
+                measure=measure,
+                maps=maps,
+                options=options,
+            )
 
     def edit(
         self,
@@ -344,10 +350,11 @@ class Editor:
 
     def _edits(self, base: Generation, asked: Asked, record: bool, started: float) -> list[Edit]:
         made = requests(self.pipe, base, asked, record=record, started=started)
-        return run_edits(self._driver, lambda: self._ready, made)
+        with only_run_of(self.pipe):
+            return run_edits(self._driver, lambda: self._ready, made)
 
     def dense(self, base: Generation, prompt: str, *, negative_prompt: str | None = None) -> DenseRun:
-        """Run ``prompt`` with the base's noise and settings through the unmodified UNet, for comparison.
+        """Run ``prompt`` with the base's noise and settings through the UNet in no mode, for comparison.
 
         Raises:
             PromptError: a prompt is no string, or longer than the text encoder reads.
@@ -359,7 +366,7 @@ class Editor:
         negative = base.negative_prompt if negative_prompt is None else negative_prompt
         self._check_prompts(prompt, negative)
         keep = KeepLatents()
-        with self._ready.originals() as unet, timed_calls(unet) as seconds:
+        with only_run_of(self.pipe), timed_calls(self.compiled) as seconds:
             image = self._driver.run(prompt, negative, base.settings, keep, "dense")
         return DenseRun(image, keep.latents[-1], tuple(seconds))
 

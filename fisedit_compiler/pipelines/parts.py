@@ -8,8 +8,7 @@ masks of the UNet's edits; neither the Editor nor its results know how many ther
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard, TypeVar
 
@@ -165,17 +164,6 @@ class Parts:
         for part, compiled in self._compiled.items():
             if part.find(self.pipe) is compiled:
                 part.put(self.pipe, self._given[part])
-
-    @contextmanager
-    def originals(self) -> Iterator[nn.Module]:
-        """The unmodified modules in their places, for one run; gives the UNet."""
-        try:
-            for part, compiled in self._compiled.items():
-                part.put(self.pipe, compiled.original)
-            yield self[UNET].original
-        finally:
-            for part, compiled in self._compiled.items():
-                part.put(self.pipe, compiled)
 
     def record(self, maps: int, body: Callable[[], R]) -> tuple[R, Mapping[str, Recording]]:
         """Run ``body`` with all parts recording; returns its result and a recording by the name of each part.

@@ -172,15 +172,10 @@ def in_thread(function: Callable[[], Any]) -> BaseException | None:
 def test_another_thread(usable: Usable):
     compiled = usable.compiled
     with compiled.record() as recording:
-        error = in_thread(lambda: compiled.record().__enter__())
-        assert isinstance(error, ModeError) and "Modes do not nest" in str(error)
-        error = in_thread(lambda: compiled(**usable.inputs))
-        assert isinstance(error, ModeError)
-        assert "inside record() in another thread" in str(error) and "sparsify a second copy" in str(error)
+        assert in_thread(usable.check) is None, "it has runs of its own meanwhile"
+        assert in_thread(lambda: compiled(**usable.inputs)) is None, "or none"
         denoise(compiled, usable.inputs)
     assert recording.num_calls == 3
-    # A whole run in one other thread is fine.
-    assert in_thread(usable.check) is None
 
 
 def test_training_mode():

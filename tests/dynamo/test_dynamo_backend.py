@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from functools import partial
 from typing import Any
 
 import pytest
@@ -26,7 +27,8 @@ from tests.support.compiled_zoo import (
     record_run,
     zoo_model,
 )
-from tests.support.dynamo_models import NEVER_DENSE, SAMPLE, Convolved, Plain, compiled_by_dynamo
+from tests.support.dynamo_models import MASK, NEVER_DENSE, SAMPLE, Convolved, Plain, compiled_by_dynamo
+from tests.support.runs import together
 from tests.support.zoo import ZOO
 
 
@@ -246,6 +248,28 @@ def test_containers_of_torch_and_one_tensor_passed_twice():
         compiled: Any = torch.compile(module, backend="fisedit")
         with dynamo.record(compiled):
             torch.testing.assert_close(compiled(*inputs), module(*inputs))
+
+
+def test_threads_are_in_modes_of_their_own():
+    compiled: Any = torch.compile(Plain().eval(), backend="fisedit", options=NEVER_DENSE)
+
+    def run(scale: float) -> list[Tensor]:
+        sample = SAMPLE * scale
+        with dynamo.record(compiled) as recording:
+            outputs = [compiled(sample) for _ in range(2)]
+        assert recording.num_calls == 2
+        with dynamo.edit(compiled, recording, MASK):
+            return [*outputs, *(compiled(torch.where(MASK, -sample, sample)) for _ in range(2))]
+
+    def bystander() -> list[Tensor]:
+        return [compiled(SAMPLE) for _ in range(4)]
+
+    made = [partial(run, 1.0), bystander, partial(run, 2.0)]
+    expected = [one() for one in made]
+    for _ in range(2):
+        for now, then in zip(together(made), expected, strict=True):
+            assert all(map(torch.equal, now, then))
+    assert not compiled._forward_hooks
 
 
 def test_nothing_keeps_the_module_alive():

@@ -17,7 +17,7 @@ from fisedit_compiler.geometry.conv_tables import ConvKey
 from fisedit_compiler.geometry.patches import BLOCK_SIZES, output_taps
 from fisedit_compiler.geometry.site_plan import SitePlan
 from fisedit_compiler.kernels.tolerances import assert_close
-from fisedit_compiler.runtime.execution.cuda_graphs import block_bucket
+from fisedit_compiler.runtime.execution.padded_plans import block_bucket
 from tests.support.compiled_zoo import (
     MASKS,
     active_sets,

@@ -15,7 +15,7 @@ from fisedit_compiler.errors import PlanError
 from fisedit_compiler.geometry.conv_tables import ConvKey
 from fisedit_compiler.geometry.site_plan import SitePlan
 from fisedit_compiler.kernels.tolerances import assert_close
-from fisedit_compiler.runtime.execution.cuda_graphs import bucket
+from fisedit_compiler.runtime.execution.padded_plans import bucket
 from tests.support.compiled_zoo import base_run, compiled_model, edit_inputs, edited, make_mask, output_of
 
 ONE, TWO, HALF = Fraction(1), Fraction(2), Fraction(1, 2)

@@ -25,8 +25,8 @@ from fisedit_compiler.lowering.program import CompiledProgram
 from fisedit_compiler.passes import mark_varying
 from fisedit_compiler.passes.base import Program
 from fisedit_compiler.passes.simplify import simplify
-from fisedit_compiler.runtime.execution.cuda_graphs import bucket
 from fisedit_compiler.runtime.execution.executable import Executable
+from fisedit_compiler.runtime.execution.padded_plans import bucket
 from tests.reference.pinned import PinnedRun
 from tests.support.compiled_zoo import (
     BaseRun,

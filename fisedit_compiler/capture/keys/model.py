@@ -63,6 +63,11 @@ class ModelState:
         self._key = ModelKey(named, self._weights.key(structure.tensors))
         return self._key
 
+    @property
+    def moves(self) -> int:
+        """How often weights were seen to have moved, whether or not they came back."""
+        return self._weights.moves
+
     def glance(self) -> ModelKey:
         """The module's key by what can be seen without reading weights: for between two calls of a run."""
         assert self._current is not None

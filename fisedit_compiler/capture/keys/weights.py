@@ -35,6 +35,8 @@ class Weights:
         self._glance: Tensor | None = None
         self._on_meta = False
         self._key = ""
+        self.moves = 0
+        """How often a version or an address was seen to have changed."""
 
     def key(self, tensors: Mapping[str, Tensor]) -> str:
         """Digest of the contents of all tensors, whose names and forms are the structure's business; empty on meta.
@@ -53,7 +55,8 @@ class Weights:
         if self._on_meta:
             return ""
         now = stamps(self._tensors)
-        same = same and now == self._stamps
+        if not (same := same and now == self._stamps):
+            self.moves += 1
         with torch.no_grad():
             # Where the tensors lie is prepared once for all looks at them.
             if not same or self._look is None:

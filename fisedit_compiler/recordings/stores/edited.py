@@ -69,9 +69,10 @@ class EditedSlots(SlotStore):
         """The addresses; kept, as :class:`MemorySlots` keeps its own, if no slot had to be put together for them."""
         if self._rows:
             return SlotAddresses.of(self.read, layout, device)
-        if self._addresses is None or self._addresses[0] is not layout:
-            self._addresses = (layout, SlotAddresses.of(self.read, layout, device))
-        return self._addresses[1]
+        known = self._addresses  # looked at once: several runs may read a recording
+        if known is None or known[0] is not layout:
+            known = self._addresses = (layout, SlotAddresses.of(self.read, layout, device))
+        return known[1]
 
     def prefetch(self, call: int) -> None:
         """Told to the store of the root: what edits wrote is in memory."""

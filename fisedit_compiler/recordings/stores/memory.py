@@ -29,9 +29,10 @@ class MemorySlots(SlotStore):
 
     def addresses(self, layout: SlotLayout, device: torch.device) -> SlotAddresses:
         """The addresses; the same object again while the layout is the same object."""
-        if self._addresses is None or self._addresses[0] is not layout:
-            self._addresses = (layout, SlotAddresses.of(self.read, layout, device))
-        return self._addresses[1]
+        known = self._addresses  # looked at once: several runs may read a recording
+        if known is None or known[0] is not layout:
+            known = self._addresses = (layout, SlotAddresses.of(self.read, layout, device))
+        return known[1]
 
     def prefetch(self, call: int) -> None:
         """Everything is there already."""

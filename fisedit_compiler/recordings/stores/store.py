@@ -20,6 +20,7 @@ class SlotStore(Mapping[str, Tensor]):
     """The slots of one call by name. As a mapping it gives what :meth:`read` gives.
 
     Slots do not change. Whoever reads one does not write to it: it may be the store's own tensor.
+    Several runs may read a store at once, in threads, and each announces its own calls.
     """
 
     @abstractmethod

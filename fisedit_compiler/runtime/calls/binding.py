@@ -129,7 +129,7 @@ class Binder:
 
     def forget(self) -> None:
         """Forget which program served a form of arguments."""
-        for form in self._forms.values():
+        for form in list(self._forms.values()):  # a copy: other threads may bind meanwhile
             form.found.clear()
 
     def sign(self, arguments: Mapping[str, Any]) -> tuple[CallSignature, dict[str, Any]]:

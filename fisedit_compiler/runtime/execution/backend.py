@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from functools import cache
 
 import torch
@@ -33,6 +34,7 @@ class ProgramBackend:
         self.config, self.name = config, name
         self.refused: str | None = None
         self._examined: torch.device | None = None
+        self._lock = threading.Lock()
 
     @property
     def is_strict(self) -> bool:
@@ -59,9 +61,10 @@ class ProgramBackend:
         self._refuse(str(error).split("\nRemedy:")[0])
 
     def _refuse(self, why: str) -> None:
-        if self.refused is None:
+        with self._lock:
+            told, self.refused = self.refused is not None, why
+        if not told:
             logger.warning(_NOTICE, self.name, why)
-        self.refused = why
 
 
 @cache

@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -59,16 +61,35 @@ class _BundleGraph:
         return FlatValues(self.where, self.flat.clone())
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """What is to be captured: a bundle's module, arguments of one form, and its values for them."""
+
+    module: fx.GraphModule
+    arguments: Sequence[Any]
+    values: Mapping[str, Tensor]
+
+
 class BundleRunner:
-    """Evaluates bundles; on a GPU, what is evaluated a second time for inputs of one form is captured."""
+    """Evaluates bundles; on a GPU, what is evaluated a second time for inputs of one form is captured.
+
+    Its owner lets one thread at a time in. Capturing is apart from evaluating, since it waits for whoever compiles.
+    """
 
     def __init__(self, graphs: bool) -> None:
         self.graphs = graphs
         self._captured: OrderedDict[tuple[Any, ...], _BundleGraph | None] = OrderedDict()
+        self._wanted: dict[tuple[Any, ...], _Wanted] = {}
 
     def clear(self) -> None:
         """Forget the graphs: they read parameters where they were."""
-        self._captured.clear()
+        self._captured = OrderedDict()
+        self._wanted = {}
+
+    @property
+    def wants(self) -> bool:
+        """Whether something is to be captured."""
+        return bool(self._wanted)
 
     def run(self, bundle: Bundle, module: fx.GraphModule, arguments: Sequence[Any]) -> BundleValues:
         """The bundle's values, each dense and aligned.
@@ -83,19 +104,38 @@ class BundleRunner:
         graph = self._captured.get(key)
         if graph is None:
             values = _dense(bundle, module(*arguments))
-            seen = key in self._captured
-            self._captured[key] = self._capture(module, arguments, values) if seen and values else None
-            while len(self._captured) > KEPT:
-                self._captured.popitem(last=False)
+            if key in self._captured and values:
+                self._wanted[key] = _Wanted(module, arguments, values)
+            self._keep(key, None)
             return values
         self._captured.move_to_end(key)
         return graph.run(arguments)
 
-    def _capture(
-        self, module: fx.GraphModule, arguments: Sequence[Any], values: Mapping[str, Tensor]
-    ) -> _BundleGraph | None:
+    def capture_wanted(self, lock: AbstractContextManager[Any]) -> None:
+        """Capture what was evaluated often enough. Compiles, so nobody calls it inside a lock.
+
+        Args:
+            lock: its owner's, which is not held while something is captured.
+        """
+        with lock:
+            wanted = self._wanted
+            self._wanted = {}
+            known = self._captured
+        for key, what in wanted.items():
+            graph = self._capture(what)
+            with lock:
+                # Not if all was forgotten meanwhile: the graph reads what the module had then.
+                if graph is not None and known is self._captured and key in known:
+                    self._keep(key, graph)
+
+    def _keep(self, key: tuple[Any, ...], graph: _BundleGraph | None) -> None:
+        self._captured[key] = graph
+        while len(self._captured) > KEPT:
+            self._captured.popitem(last=False)
+
+    def _capture(self, wanted: _Wanted) -> _BundleGraph | None:
         try:
-            return _capture(module, arguments, values)
+            return _capture(wanted.module, wanted.arguments, wanted.values)
         except (torch.cuda.OutOfMemoryError, MemoryError) as error:
             # The values are there already, and are as right without a graph; sparse steps keep theirs.
             logger.warning(

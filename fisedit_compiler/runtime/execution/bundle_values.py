@@ -34,6 +34,13 @@ class BundleValues(Protocol):
     def nbytes(self) -> int:
         """Bytes of memory that are kept alive."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where the values are."""
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Let no memory be given to others before what was launched on this stream is over."""
+
     def __getitem__(self, name: str) -> Tensor: ...
 
     def __contains__(self, name: object) -> bool: ...
@@ -52,12 +59,19 @@ class SeparateValues(dict[str, Tensor]):
 
     @cached_property
     def addresses(self) -> Tensor:
-        tensors = list(self.values())
-        return address_table(tensors, tensors[0].device)
+        return address_table(list(self.values()), self.device)
 
     @property
     def nbytes(self) -> int:
         return sum(value.nbytes for value in self.values())
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.values())).device
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        for value in (*self.values(), self.addresses):
+            value.record_stream(stream)
 
 
 @dataclass(frozen=True)
@@ -117,6 +131,14 @@ class FlatValues(Mapping[str, Tensor]):
     @property
     def nbytes(self) -> int:
         return self.flat.nbytes
+
+    @property
+    def device(self) -> torch.device:
+        return self.where.device
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        self.flat.record_stream(stream)
+        self.addresses.record_stream(stream)
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._views:

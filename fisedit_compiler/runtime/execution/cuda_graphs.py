@@ -4,6 +4,9 @@ A graph replays fixed work on fixed addresses. So row counts are rounded up to b
 rows), and what a call reads of its recording is staged by the graph itself: it begins by copying ring rows and small
 tensors to its own buffers, from wherever a table of addresses says, and finds keys and values through the same table.
 A call fills in the sample and the table. The pool of graphs is bounded.
+
+Runs share a pool: filling the buffers, replaying and copying the results out is one step, made ``in_order``. A graph is
+captured outside of it, on buffers that nobody else knows yet.
 """
 
 from __future__ import annotations
@@ -31,7 +34,6 @@ from fisedit_compiler.graph.inputs import (
     IotaInput,
     RingRowsInput,
     SlotInput,
-    Sources,
     TableInput,
     graph_inputs,
 )
@@ -43,6 +45,8 @@ from fisedit_compiler.recordings.stores import SlotStore
 from fisedit_compiler.recordings.stores.addresses import SlotAddresses, SlotLayout
 from fisedit_compiler.runtime.execution.graph_capture import capturing
 from fisedit_compiler.runtime.execution.hoisting import Hoisted, HoistedGroup
+from fisedit_compiler.runtime.execution.in_order import InOrder
+from fisedit_compiler.runtime.execution.padded_plans import PaddedPlan, PaddedPlans
 
 if TYPE_CHECKING:
     from fisedit_compiler.kernels.triton.stage_copies import CopyStager
@@ -52,22 +56,6 @@ POOL_SIZE = 8
 Values = Mapping[str, Tensor]
 
 
-def bucket(count: int, least: int = 16) -> int:
-    """The padded size of ``count`` rows: a multiple of ``least``, at most an eighth above it from ``8 * least`` on."""
-    step = least
-    while step * 16 <= count:
-        step *= 2
-    return -(-max(count, 1) // step) * step
-
-
-def block_bucket(count: int, size: int) -> int:
-    """The padded number of blocks of ``size`` by ``size`` sites, in steps of 16 sites or a block.
-
-    It is 2 at least: a compiled step takes a dimension of 1 for a constant.
-    """
-    return max(bucket(count, max(16 // (size * size), 1)), 2)
-
-
 @dataclass(frozen=True)
 class HoistedNames:
     """What a pool must know of one bundle: the names of its values, and whether they change at every call."""
@@ -75,19 +63,6 @@ class HoistedNames:
     values: tuple[str, ...]
     per_call: bool
     weights_only: bool
-
-
-@dataclass(frozen=True)
-class PaddedPlan:
-    """A padded plan on the device, the tables a graph needs of it, and the number of its bucket.
-
-    ``counts`` are the numbers of active sites before padding, per level.
-    """
-
-    bucket: int
-    plan: SitePlan
-    tables: dict[Input, Tensor]
-    counts: Mapping[Fraction, int]
 
 
 @dataclass(frozen=True)
@@ -127,40 +102,36 @@ class GraphPool:
         slot_names: Sequence[str],
         bundles: Sequence[HoistedNames],
         rows: Mapping[int, tuple[int, Fraction]] = MappingProxyType({}),
+        in_order: InOrder | None = None,
     ) -> None:
         """``step`` is lowered, see ``lowering/lowered.py``.
 
         ``slot_names`` gives the order of the table of addresses, ``bundles`` describes the groups of hoisted values in
         theirs. ``rows`` says which outputs are rows, by position: on which axis, and of which level's active sites.
-        :attr:`strict` may be changed between runs, see :func:`~.lowering_errors.lowering_error`.
+        ``in_order`` is held by whoever uses what graphs read.
         """
         self.rows = rows
+        self.in_order = in_order or InOrder()
         self.inputs, self.slot_names, self.bundles = graph_inputs(step.graph), tuple(slot_names), tuple(bundles)
         self.step = step
-        self.strict = True
         self._compiled: Callable[..., Any] | None = None
         self._calls = [item.name for item in self.inputs if isinstance(item, CallInput)]
         self._graphs: OrderedDict[tuple[Any, ...], _Graph] = OrderedDict()
         self._layouts: dict[tuple[Any, ...], SlotLayout] = {}
-        self._buckets: dict[tuple[Any, ...], int] = {}
+        self._plans = PaddedPlans(self.inputs)
         self._memory: Any = None
 
     def prepare(self, plan: SitePlan) -> PaddedPlan:
-        """Pad a plan to its bucket."""
-        rows: dict[Fraction, int] = {level: bucket(table.shape[0]) for level, table in plan.active.items()}
-        rings: dict[ConvKey, int] = {key: bucket(table.shape[0]) for key, table in plan.ring.items()}
-        blocks = {level: block_bucket(count, plan.block_size(level)) for level, count in plan.blocks.items()}
-        padded = plan.padded(rows, rings, blocks)
-        of_plan = [item for item in self.inputs if isinstance(item, TableInput | IotaInput)]
-        tables: dict[Input, Tensor] = {item: item.of(Sources(plan=padded)).contiguous() for item in of_plan}
-        sizes = sorted((level, plan.block_size(level), count) for level, count in blocks.items())
-        key = (*sorted(rows.items()), *sorted(rings.items(), key=str), *sizes)
-        number = self._buckets.setdefault(key, len(self._buckets))
-        counts = {level: table.shape[0] for level, table in plan.active.items()}
-        return PaddedPlan(number, padded, tables, counts)
+        """A plan padded to its bucket; recent ones are kept."""
+        with self.in_order.on(next(iter(plan.active.values())).device):
+            return self._plans.of(plan)
 
-    def run(self, prepared: PaddedPlan, tensors: Values, slots: SlotStore, hoisted: Hoisted) -> list[Tensor]:
+    def run(
+        self, prepared: PaddedPlan, tensors: Values, slots: SlotStore, hoisted: Hoisted, strict: bool = True
+    ) -> list[Tensor]:
         """Replay (or first capture) the step; returned tensors are the caller's own.
+
+        ``strict`` words errors, see :func:`~fisedit_compiler.lowering.errors.lowering_error`.
 
         Raises:
             LoweringError: the step cannot be compiled or captured. It is not run eagerly here: that would be slow
@@ -168,18 +139,16 @@ class GraphPool:
         """
         shapes = tuple(tensors[name].shape for name in self._calls)
         key = (prepared.bucket, shapes, *(group.form for group in hoisted.groups))
-        graph = self._graphs.get(key)
-        if graph is None:
-            graph = self._graphs[key] = self._capture(prepared, tensors, slots, hoisted)
-            while len(self._graphs) > POOL_SIZE:
-                self._graphs.popitem(last=False)
-        self._graphs.move_to_end(key)
-        for name, buffer in graph.calls:
-            buffer.copy_(tensors[name])
-        addresses = slots.addresses(graph.layout, graph.table.device)  # kept until the replay is launched
-        _fill(graph, prepared, addresses, hoisted)
-        graph.graph.replay()
-        return [self._owned(position, output, prepared) for position, output in enumerate(graph.outputs)]
+        graph = self._graphs.get(key) or self._captured(key, prepared, tensors, slots, hoisted, strict)
+        with self.in_order.on(tensors[self._calls[0]].device):
+            if key in self._graphs:
+                self._graphs.move_to_end(key)
+            for name, buffer in graph.calls:
+                buffer.copy_(tensors[name])
+            addresses = slots.addresses(graph.layout, graph.table.device)  # kept until the replay is launched
+            _fill(graph, prepared, addresses, hoisted)
+            graph.graph.replay()
+            return [self._owned(position, output, prepared) for position, output in enumerate(graph.outputs)]
 
     def _owned(self, position: int, output: Tensor, prepared: PaddedPlan) -> Tensor:
         """A copy outside the graph's memory, without the rows that padding repeats."""
@@ -189,10 +158,30 @@ class GraphPool:
         return output.narrow(axis, 0, prepared.counts[level]).clone(memory_format=torch.contiguous_format)
 
     @one_at_a_time
-    def _capture(self, prepared: PaddedPlan, tensors: Values, slots: SlotStore, hoisted: Hoisted) -> _Graph:
+    def _captured(
+        self,
+        key: tuple[Any, ...],
+        prepared: PaddedPlan,
+        tensors: Values,
+        slots: SlotStore,
+        hoisted: Hoisted,
+        strict: bool,
+    ) -> _Graph:
+        """The graph of a key, captured unless another thread did meanwhile."""
+        graph = self._graphs.get(key) or self._capture(prepared, tensors, slots, hoisted, strict)
+        with self.in_order.on(graph.table.device):
+            self._graphs[key] = graph
+            while len(self._graphs) > POOL_SIZE:
+                self._graphs.popitem(last=False)
+        return graph
+
+    def _capture(
+        self, prepared: PaddedPlan, tensors: Values, slots: SlotStore, hoisted: Hoisted, strict: bool
+    ) -> _Graph:
         device = tensors[self._calls[0]].device
         layout = self._layout_of(slots)
-        addresses = slots.addresses(layout, device)
+        with self.in_order.on(device):  # a store may keep the table, for runs on other streams, too
+            addresses = slots.addresses(layout, device)
         builder = _Inputs(self, prepared, device, layout)
         arguments = [builder.add(item, tensors, addresses.tensors, hoisted) for item in self.inputs]
         try:
@@ -204,7 +193,7 @@ class GraphPool:
                 self._compiled = compile_step(self.step)
             self._capture_into(graph, self._compiled, arguments)
         except Exception as error:
-            raise lowering_error(error, self.step, arguments, compile_step, self.strict) from error
+            raise lowering_error(error, self.step, arguments, compile_step, strict) from error
         return graph
 
     def _layout_of(self, slots: SlotStore) -> SlotLayout:

@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fisedit_compiler.compiling import one_at_a_time
+from fisedit_compiler.runtime.execution.in_order import InOrder
 
 logger = logging.getLogger(__name__)
+
+CPU = torch.device("cpu")
 
 
 class DenseModule:
@@ -25,6 +28,7 @@ class DenseModule:
         self.module = module
         self._compiled: Any = None
         self._failed = False
+        self._in_order = InOrder()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's result; its tensors are the caller's own."""
@@ -36,21 +40,27 @@ class DenseModule:
 
     @one_at_a_time
     def _first(self, *args: Any, **kwargs: Any) -> Any:
-        if self._compiled is None:
+        if self._compiled is None and not self._failed:
             logger.info("compiling the dense call, once per model; this can take a minute")
             # Compiling the module itself would leave an attribute on it.
             self._compiled = torch.compile(self._call, mode="reduce-overhead")
         return self._run(*args, **kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            result = self._compiled(*args, **kwargs)
-        except Exception as error:
-            self._failed, self._compiled = True, None
-            logger.warning("torch.compile cannot run the dense call, it runs eagerly from now on: %s", error)
+        compiled = self._compiled
+        if compiled is None:  # it failed meanwhile, in another thread
             return self.module(*args, **kwargs)
-        # These live in the memory of a CUDA graph, which the next call writes over.
-        return pytree.tree_map_only(Tensor, torch.clone, result)
+        device = next((value.device for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)), CPU)
+        try:
+            with self._in_order.on(device):
+                result = compiled(*args, **kwargs)
+                # These live in the memory of a CUDA graph, which the next call writes over, another run's too.
+                return pytree.tree_map_only(Tensor, torch.clone, result)
+        except Exception as error:
+            told, self._failed, self._compiled = self._failed, True, None
+            if not told:
+                logger.warning("torch.compile cannot run the dense call, it runs eagerly from now on: %s", error)
+        return self.module(*args, **kwargs)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)

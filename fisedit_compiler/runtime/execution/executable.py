@@ -1,11 +1,16 @@
-"""A compiled program bound to a module's weights, ready to run.
+"""A compiled program bound to a module's weights, ready to run, for any number of runs at once.
 
 Binding shares the module's own parameters (never copies) and notices when the module replaced one. Which run is made
 and what is recorded is decided in ``edit_session.py`` and ``record_session.py``.
+
+What runs share, they change one at a time: hoisted values and the buffers of CUDA graphs ``in_order``, graphs and plans
+under a lock that nobody holds while something is computed. A graph module is only read, so steps that are interpreted
+run side by side.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -27,9 +32,10 @@ from fisedit_compiler.lowering.program import CompiledProgram
 from fisedit_compiler.passes.programs.hoist import Bundle
 from fisedit_compiler.recordings.stores import SlotStore
 from fisedit_compiler.runtime.execution.backend import ProgramBackend
-from fisedit_compiler.runtime.execution.cuda_graphs import GraphPool, HoistedNames, PaddedPlan
+from fisedit_compiler.runtime.execution.cuda_graphs import GraphPool, HoistedNames
 from fisedit_compiler.runtime.execution.dense_module import DenseModule
-from fisedit_compiler.runtime.execution.hoisting import HoistCache
+from fisedit_compiler.runtime.execution.hoisting import HoistCache, Hoisted
+from fisedit_compiler.runtime.execution.in_order import InOrder
 from fisedit_compiler.runtime.execution.recorded_samples import are_independent
 from fisedit_compiler.runtime.execution.sample_axes import BatchAxes, batch_axes
 from fisedit_compiler.tensors.contents import Later
@@ -51,6 +57,8 @@ class Executable:
         self.unsettled: tuple[str, ...] = ()
         """Places that the module's forward writes anew at every call, so that every recorded call is compared."""
         self.backend = ProgramBackend(config, type(module).__name__)
+        self.in_order = InOrder()
+        self._lock = threading.RLock()
         self.hoisted = HoistCache(PER_CALL, graphs=config.backend != "eager")
         self.dense = DenseModule(module)
         self.slot_names = tuple(slot.name for slot in program.slots)
@@ -62,7 +70,6 @@ class Executable:
         self._attributes: dict[str, Any] = {}
         self._pool: GraphPool | None = None
         self._update_pool: GraphPool | None = None
-        self._prepared: OrderedDict[tuple[bool, int], tuple[SitePlan, PaddedPlan]] = OrderedDict()
         self._plans: OrderedDict[tuple[Any, ...], SitePlan] = OrderedDict()
         self.block_sizes = BlockSizes(program.layers)
 
@@ -70,18 +77,20 @@ class Executable:
 
     def rebind(self) -> None:
         """Follow parameters and buffers that the module replaced since the graphs were bound."""
-        if any(self._resolve(name) is not bound for name, bound in self._attributes.items()):
-            self.unbind()
+        with self._lock:
+            if any(self._resolve(name) is not bound for name, bound in self._attributes.items()):
+                self.unbind()
 
     def unbind(self) -> None:
         """Let go of the module's parameters; the program is bound to those of the moment at its next call."""
-        if self._attributes:
+        with self._lock:
+            if not self._attributes:
+                return
             self._graphs.clear()
-            self._inputs.clear()
-            self._bundles.clear()
+            self._bundles = []
             self._drop_pools()
             self._attributes.clear()
-            self.hoisted.clear()
+        self.hoisted.clear()
 
     def _resolve(self, name: str) -> Any:
         constant = self.program.constants.get(name)
@@ -96,7 +105,13 @@ class Executable:
         return bound.eval()
 
     def _graph(self, name: str) -> fx.GraphModule:
-        return made_once(self._graphs, name, lambda: self._bind(attrgetter(name)(self.program)))
+        return self._graphs.get(name) or self._bound_graph(name)
+
+    @one_at_a_time
+    def _bound_graph(self, name: str) -> fx.GraphModule:
+        graph = attrgetter(name)(self.program)
+        with self._lock:  # bound and kept at once: what is kept of exchanged parameters would never be noticed
+            return self._graphs.get(name) or self._graphs.setdefault(name, self._bind(graph))
 
     def _run(self, name: str, sources: Sources) -> tuple[Sequence[Any], list[Any]]:
         """What a graph returns for a call, and the arguments it was given."""
@@ -105,9 +120,14 @@ class Executable:
         return graph(*arguments), arguments
 
     def _bundle_modules(self) -> list[tuple[Bundle, fx.GraphModule]]:
-        if not self._bundles:
-            self._bundles = [(bundle, self._bind(bundle.graph)) for bundle in self.program.bundles]
-        return self._bundles
+        return self._bundles or self._bound_bundles()
+
+    @one_at_a_time
+    def _bound_bundles(self) -> list[tuple[Bundle, fx.GraphModule]]:
+        with self._lock:
+            if not self._bundles:
+                self._bundles = [(bundle, self._bind(bundle.graph)) for bundle in self.program.bundles]
+            return self._bundles
 
     # -- runs ------------------------------------------------------------------------------------
 
@@ -152,10 +172,11 @@ class Executable:
         scalars: Mapping[str, float] | None = None,
         strict: bool = False,
         later: Later | None = None,
+        hoisted: HoistCache | None = None,
     ) -> tuple[list[Any], dict[str, Tensor]]:
         """The sparse call; with ``update`` also what it changes of its slots, by name (see ``program.updates``).
 
-        ``scalars`` and ``later`` are those of :meth:`HoistCache.evaluate`.
+        ``scalars`` and ``later`` are those of :meth:`HoistCache.evaluate`; ``hoisted`` is a cache of the caller's own.
         With ``backend="auto"`` a call that cannot be lowered is made again eagerly, as all later ones are.
 
         Raises:
@@ -163,7 +184,7 @@ class Executable:
         """
         strict = strict or self.backend.is_strict
         try:
-            return self._step(tensors, slots, plan, update, scalars or {}, strict, later)
+            return self._step(tensors, slots, plan, update, scalars or {}, strict, later, hoisted)
         except LoweringError as error:
             if strict:
                 raise
@@ -171,7 +192,7 @@ class Executable:
         # Outside of the handler: the error's frames hold what the attempt had allocated.
         self._drop_pools()
         self.hoisted.run_eagerly()
-        return self._step(tensors, slots, plan, update, scalars or {}, strict, later)
+        return self._step(tensors, slots, plan, update, scalars or {}, strict, later, hoisted)
 
     def _step(
         self,
@@ -182,17 +203,16 @@ class Executable:
         scalars: Mapping[str, float],
         strict: bool,
         later: Later | None,
+        cache: HoistCache | None,
     ) -> tuple[list[Any], dict[str, Tensor]]:
         lowered = self.is_lowered(tensors)
         if not lowered and self.backend.refused is not None:
             self.hoisted.run_eagerly()
-        batch = tensors[self.program.spatial[0]].shape[0]
-        hoisted = self.hoisted.evaluate(self._bundle_modules(), tensors, batch, scalars, later)
+        hoisted = self._hoisted(cache or self.hoisted, tensors, scalars, later)
         names = [changed.slot for changed in self.program.updates] if update else []
         if lowered and not plan.is_empty:
-            pool, prepared = self._graph_pool(update), self._prepare(plan, update)
-            pool.strict = strict
-            return self._divide(pool.run(prepared, tensors, slots, hoisted), names)
+            pool = self._graph_pool(update)
+            return self._divide(pool.run(pool.prepare(plan), tensors, slots, hoisted, strict), names)
         flat, _ = self._run("update" if update else "step", Sources(tensors, slots, hoisted, plan))
         outputs, stored = self._divide(flat, names)
         if any(output.slot is None for output in self.program.outputs):
@@ -201,6 +221,17 @@ class Executable:
             outputs = [_own(value, kept) if isinstance(value, Tensor) else value for value in outputs]
         # The caller gets the outputs and may write to them; what is recorded must not follow.
         return outputs, {name: _own(value, outputs) for name, value in stored.items()}
+
+    def _hoisted(
+        self, cache: HoistCache, tensors: Mapping[str, Tensor], scalars: Mapping[str, float], later: Later | None
+    ) -> Hoisted:
+        # Asked before the modules are: they may be those of weights that another run finds exchanged meanwhile.
+        generation, bundles = cache.generation, self._bundle_modules()
+        sample = tensors[self.program.spatial[0]]
+        with self.in_order.on(sample.device):
+            hoisted = cache.evaluate(bundles, tensors, sample.shape[0], scalars, later, generation)
+        cache.capture_wanted()
+        return hoisted
 
     def is_lowered(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether a call with these tensors runs as Inductor and CUDA graphs make it, not interpreted."""
@@ -215,18 +246,10 @@ class Executable:
 
     def _graph_pool(self, update: bool = False) -> GraphPool:
         """The pool of the step, or of the step that also returns updates; each is compiled on first use."""
-        pool = self._update_pool if update else self._pool
-        if pool is None:
-            pool = self._make_pool(update)
-            if update:
-                self._update_pool = pool
-            else:
-                self._pool = pool
-        return pool
+        return (self._update_pool if update else self._pool) or self._make_pool(update)
 
     def _drop_pools(self) -> None:
         self._pool = self._update_pool = None
-        self._prepared.clear()
 
     @one_at_a_time
     def _make_pool(self, update: bool) -> GraphPool:
@@ -242,16 +265,16 @@ class Executable:
                 level = levels[changed.slot]
                 if changed.dim is not None and level is not None:
                     rows[position] = (changed.dim, level)
-        return GraphPool(self._bind(program.lowered("update" if update else "step")), self.slot_names, bundles, rows)
-
-    def _prepare(self, plan: SitePlan, update: bool = False, kept: int = 8) -> PaddedPlan:
-        # Buckets are numbered by pool, so a plan is prepared for each by itself.
-        key = (update, id(plan))
-        if key not in self._prepared:
-            self._prepared[key] = (plan, self._graph_pool(update).prepare(plan))
-            while len(self._prepared) > kept:
-                self._prepared.popitem(last=False)
-        return self._prepared[key][1]
+        lowered = program.lowered("update" if update else "step")
+        with self._lock:
+            pool = self._update_pool if update else self._pool
+            if pool is None:
+                pool = GraphPool(self._bind(lowered), self.slot_names, bundles, rows, self.in_order)
+                if update:
+                    self._update_pool = pool
+                else:
+                    self._pool = pool
+            return pool
 
     def base_outputs(self, slots: Mapping[str, Tensor]) -> list[Tensor] | None:
         """The recorded outputs, or ``None`` if an output is not spatial and so not recorded."""
@@ -300,13 +323,16 @@ class Executable:
         """
         device, batch = sample.device, sample.shape[0]
         key = (mask.shape, mask.cpu().numpy().tobytes(), dilation, str(device), batch, sample.dtype)
-        if key not in self._plans:
-            plan = SitePlan.build(mask, self.program.levels, self.program.convs, dilation=dilation)
-            self._plans[key] = self.divided(plan, batch, sample.element_size(), device.type).to(device)
+        plan = self._plans.get(key)
+        if plan is None:
+            built = SitePlan.build(mask, self.program.levels, self.program.convs, dilation=dilation)
+            plan = self.divided(built, batch, sample.element_size(), device.type).to(device)
+        with self._lock:
+            plan = self._plans.setdefault(key, plan)  # another run's, if it was faster
+            self._plans.move_to_end(key)
             while len(self._plans) > kept:
                 self._plans.popitem(last=False)
-        self._plans.move_to_end(key)
-        return self._plans[key]
+        return plan
 
     def divided(self, plan: SitePlan, batch: int, element_size: int, device_type: str) -> SitePlan:
         """A plan in blocks of the configured size, or of the sizes with the smallest estimates."""

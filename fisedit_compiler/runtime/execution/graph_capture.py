@@ -1,4 +1,4 @@
-"""Capturing a CUDA graph so that a refusal leaves the process as it was."""
+"""Capturing a CUDA graph so that a refusal leaves the process as it was, and other threads go on meanwhile."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
+
+_MODE = "thread_local"
+"""What this thread does may break a capture; allocations and copies of other threads' runs do not."""
 
 _refused: list[torch.cuda.CUDAGraph] = []
 """Graphs whose capture failed: the allocator goes on asking them which memory is theirs, so they are never freed."""
@@ -17,7 +20,10 @@ def capturing(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Iterator[None]:
     """``torch.cuda.graph``, except that after an error the current stream and random numbers are as they were."""
     try:
         # torch.cuda.graph leaves its own stream current where ending the capture fails.
-        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=pool):
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(graph, pool=pool, capture_error_mode=_MODE),
+        ):
             yield
     except BaseException:
         _refused.append(graph)
@@ -35,5 +41,5 @@ def _free_generators() -> None:
         return
     with suppress(RuntimeError), torch.cuda.stream(torch.cuda.current_stream()):
         value = torch.zeros(1, device="cuda")
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode=_MODE):
             value += 1

@@ -6,6 +6,7 @@ outcome is known (``deferred.py``).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -20,6 +21,7 @@ from fisedit_compiler.recordings.finite import any_not_finite, edit_overflowed
 from fisedit_compiler.recordings.recording import CallRecord, Recording
 from fisedit_compiler.runtime.calls.call import Call
 from fisedit_compiler.runtime.sessions.copies import repeated
+from fisedit_compiler.runtime.sessions.modes import OTHER_THREADS
 from fisedit_compiler.tensors.bits import differs
 from fisedit_compiler.tensors.contents import Later
 from fisedit_compiler.tensors.deferred import DeferredChecks
@@ -31,9 +33,18 @@ CHECKED_AT_ONCE = 2
 class Agreement:
     """Compares the calls of an edit, numbered from 0, with the recorded ones."""
 
-    def __init__(self, recording: Recording, config: SparsifyConfig, copies: int) -> None:
-        """``copies`` is how many edits are made at once: a call has so many times the recorded batch."""
-        self.recording, self.config, self.copies = recording, config, copies
+    def __init__(
+        self,
+        recording: Recording,
+        config: SparsifyConfig,
+        copies: int,
+        name_now: Callable[[str], str] = lambda structure: structure,
+    ) -> None:
+        """``copies`` is how many edits are made at once: a call has so many times the recorded batch.
+
+        ``name_now`` tells the key of a structure whose key another run found to hold too much.
+        """
+        self.recording, self.config, self.copies, self._name_now = recording, config, copies, name_now
         self._deferred = DeferredChecks()
         self._structures = {call.structure for call in recording.calls}
         self._masks: Tensor | None = None
@@ -80,8 +91,9 @@ class Agreement:
         Raises:
             RecordingError: they differ, so that the recorded values are of another program.
         """
-        if base.structure and now and now != base.structure:
-            places = call.differences(now, base.structure)
+        then = base.structure
+        if then and now and now != then and self._name_now(now) != (then := self._name_now(then)):
+            places = call.differences(now, then)
             where = f" in {', '.join(places[:3])}" if places else ""
             raise RecordingError(
                 f"At call {number} the module is not what it was at the recorded call{where}: a processor, an adapter, "
@@ -121,7 +133,8 @@ class Agreement:
         if calls == 0 and self.recording.num_calls:
             raise RecordingError(
                 "The edit ended after 0 calls: none that was not refused went through the compiled module inside `with "
-                "compiled.edit(...)`. Set `pipe.unet = compiled` before running the pipeline inside the block."
+                "compiled.edit(...)`. Set `pipe.unet = compiled` before running the pipeline inside the block. "
+                f"{OTHER_THREADS}"
             )
         if calls < self.recording.num_calls and calls in self._starts():
             raise RecordingError(
@@ -215,8 +228,6 @@ class Agreement:
         if base.timestep is not None:
 
             def other_timestep() -> RecordingError:
-                # What was hoisted for the recorded timestep may have been computed from this one.
-                call.executable.hoisted.clear()
                 return RecordingError(
                     f"Call {number} is at timestep {call.timestep}, the recording at {base.timestep}: another "
                     "scheduler or another number of inference steps. Edit with the recorded ones."

@@ -81,7 +81,8 @@ class EditSession:
         self._computed, self._reused = 0, False
         self._later: Later | None = None
         self._dense = DenseCalls(recording, config.skip_recorded, copies)
-        self._agreement = Agreement(recording, config, copies)
+        named = () if programs is None else (programs.name_now,)
+        self._agreement = Agreement(recording, config, copies, *named)
         self.is_empty = False
         self._mask_set_at = 0
         self.ran: tuple[Executable, int, int, str] | None = None
@@ -153,14 +154,22 @@ class EditSession:
         """
         self._dense.reuse(columns)
 
-    def before(self) -> None:
+    def before(self) -> str | None:
         """Look whether the module is still the one that was recorded; see :mod:`.agreement`.
+
+        Returns:
+            The module's structure at this call: seen, or as it was recorded where a look at it comes behind the launch.
 
         Raises:
             RecordingError: its weights are not those of the recording any more.
         """
-        if self.programs is not None and self._agreement.looks_first(self.call):
-            self._agreement.weights(self.programs.glance().weights, self.call)
+        if self.programs is None:
+            return None
+        if not self._agreement.looks_first(self.call) and self.call < self.recording.num_calls:
+            return self.recording.calls[self.call].structure or None
+        now = self.programs.glance()
+        self._agreement.weights(now.weights, self.call)
+        return now.structure
 
     def handle(self, call: Call) -> Any:
         self._upcoming.begin(self.call)

@@ -27,13 +27,18 @@ class RecordSession:
         self._finite = FiniteWatch()
         self._compared: set[Executable] = set()
 
-    def before(self) -> None:
+    def before(self) -> str:
         """Look whether the module is still the one that the recording is of. Another structure is followed.
+
+        Returns:
+            The module's structure at this call.
 
         Raises:
             RecordingError: its weights changed since the first call.
         """
-        self._check_weights(self.programs.glance().weights)
+        now = self.programs.glance()
+        self._check_weights(now.weights)
+        return now.structure
 
     def finish(self) -> None:
         """The run has ended as it should.
@@ -66,12 +71,13 @@ class RecordSession:
         if known and not executable.unsettled and form_of(call) in executable.confirmed:
             outputs, slots = executable.record(call.tensors, maps=maps)
         else:
-            key = self.programs.key
+            given = call
             executable, (outputs, slots) = record_checked(self.programs, call, maps=maps, may_capture=not known)
             self._compared.add(executable)
-            call = replace(call, find_executable=lambda: executable, structure=self.programs.key.structure)
-            if self.recording.model == key:
-                self.recording.model = self.programs.key
+            structure = self.programs.structure_of(executable) or self.programs.name_now(given.structure)
+            call = replace(call, find_executable=lambda: executable, structure=structure)
+            if self.recording.model.structure == given.structure:
+                self.recording.model = self.recording.model._replace(structure=structure)
             self.programs.follow_renames(self.recording)
         self.recording.calls.append(call.store(slots, call.timestep, inputs))
         self._finite.look(outputs)

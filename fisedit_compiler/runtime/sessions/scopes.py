@@ -1,14 +1,17 @@
 """Whose run a mode is: which calls are made from inside the block that entered it.
 
-A run belongs to the block that entered its mode. Another thread, another asyncio task, a generator or a consumer of a
-generator that is suspended inside its own ``with`` may all call the same module meanwhile; their calls must not be
-recorded as the run's. Context variables do not tell them apart (a generator shares its caller's context, a child
-task inherits it), the stack does: the frame with the ``with`` statement is among the callers of every call made
-inside it. Finding it takes well under a microsecond a frame.
+A run belongs to the context in which its mode was entered, and a context variable finds it (``modes.py``). That is not
+enough within one thread: a generator shares its consumer's context, and a task started inside the block has a copy of
+it. The consumer of a generator that is suspended inside its own ``with``, and such a task, may call the same module
+meanwhile; their calls must not be recorded as the run's. The stack tells them apart: the frame with the ``with``
+statement is among the callers of every call made inside it. Finding it takes well under a microsecond a frame.
+
+Another thread has a run's context only if somebody gave it (``asyncio.to_thread``, ``contextvars.copy_context().run``),
+and then calls for it.
 
 A block may be entered on somebody's behalf, and then the frame that did it has returned when calls come: by
 ``ExitStack.enter_context``, by a class's ``__enter__``, by a generator under ``contextlib.contextmanager`` or one that
-is a pytest fixture. Such a mode is its caller's; where that caller has no frame to look for, its thread and task count.
+is a pytest fixture. Such a mode is its caller's; where that caller has no frame to look for, its task counts.
 """
 
 from __future__ import annotations
@@ -32,7 +35,11 @@ FIXTURES = ("_pytest.", "pytest_", "anyio.")
 
 _GENERATORS = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 
-REMEDY = "Finish that run first, or sparsify a second copy of the model for concurrent runs."
+REMEDY = (
+    "Enter a mode of its own where the call is made: runs of different threads and tasks do not touch each other. A "
+    "task that was started inside another run's block has to be started before it, or in a context of its own "
+    "(asyncio.create_task(..., context=contextvars.Context()))."
+)
 
 
 @dataclass(frozen=True)
@@ -78,10 +85,10 @@ class Scope:
             caller: the innermost frame of the call.
 
         Raises:
-            ModeError: another thread, task or consumer makes it.
+            ModeError: another task or consumer makes it.
         """
         if threading.get_ident() != self.thread:
-            raise ModeError(f"This module is inside {mode}() in another thread. {REMEDY}")
+            return  # it was given this context
         if self.frame:
             while caller is not None:
                 if id(caller) == self.frame:

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from fisedit_compiler.capture.keys.notes import Notes, describe
 from fisedit_compiler.capture.keys.snapshot import Snapshot
-from fisedit_compiler.compiling import one_at_a_time
+from fisedit_compiler.compiling import alone
 from fisedit_compiler.errors import CaptureError
 from fisedit_compiler.runtime.calls.call import Call
 from fisedit_compiler.runtime.calls.programs import ProgramStore
@@ -41,9 +41,9 @@ def record_checked(
 ) -> tuple[Executable, Recorded]:
     """Record a call and compare it with the module's own, which runs beside it.
 
-    A program that was right at these sizes before is compared without waiting for whoever compiles. An export in
-    another thread turns oneDNN off for the whole process, so that last bits differ; hence a difference is judged under
-    the lock.
+    A program that was right at these sizes before is compared beside what other threads do. Otherwise nobody computes
+    meanwhile: what the module's forward writes is found out by calls that must be the only ones, and a difference by
+    another thread's doing is none.
 
     Args:
         programs: of the module; learns which attributes its forward writes, and captures again where need be.
@@ -70,8 +70,12 @@ def _is_known(call: Call, executable: Executable) -> bool:
     return form_of(call) in executable.confirmed and not executable.unsettled
 
 
-@one_at_a_time
 def _record_alone(programs: ProgramStore, call: Call, maps: bool, may_capture: bool) -> tuple[Executable, Recorded]:
+    with alone():
+        return _record_compared(programs, call, maps, may_capture)
+
+
+def _record_compared(programs: ProgramStore, call: Call, maps: bool, may_capture: bool) -> tuple[Executable, Recorded]:
     executable = call.executable
     former, was_right = executable, bool(executable.confirmed)
     own, random_state = _own_outputs(programs, call)
@@ -83,7 +87,7 @@ def _record_alone(programs: ProgramStore, call: Call, maps: bool, may_capture: b
         if not problem:
             executable.confirmed.add(form_of(call))
             if executable is not former and was_right:
-                programs.disown()  # else recordings of the former program were edited with this one
+                programs.disown(call.structure)  # else recordings of the former program were edited with this one
             _set_random_state(call, random_state)
             return executable, recorded
         if attempt == "second" or not may_capture:
@@ -146,7 +150,7 @@ def _own_outputs(programs: ProgramStore, call: Call) -> tuple[list[Any], list[Te
         # Seen through before: what is new was made for other sizes, or is another of a row.
         known = Notes(programs.state.notes)
         if new := [note for change in changes if not known.cover(change) for note in change.notes()]:
-            programs.leave_out(frozenset(new))
+            programs.leave_out(frozenset(new), call.structure)
         return own, random_state
     end = Snapshot(programs.module)
     others = (lambda: _run_on_others(programs, call, _other), lambda: _run_on_others(programs, call, _other_float))
@@ -158,7 +162,7 @@ def _own_outputs(programs: ProgramStore, call: Call) -> tuple[list[Any], list[Te
         end.restore(everything=True)  # as if the module had been called once
     if found.problem:
         raise CaptureError(_depends(programs, found.problem, map(describe, notes)))
-    programs.leave_out(notes)
+    programs.leave_out(notes, call.structure)
     executable.unsettled = tuple(sorted(unsettled))
     return own, random_state
 
@@ -211,10 +215,11 @@ def _difference(own: list[Any], program: list[Any]) -> str:
 @contextmanager
 def _same_random_numbers(call: Call) -> Iterator[None]:
     """Leave torch's generators as they were, so that the run goes on as if the module had been called once."""
-    device = call.sample.device
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices, enabled=True):
+    before = _random_state(call)
+    try:
         yield
+    finally:
+        _set_random_state(call, before)
 
 
 def _random_state(call: Call) -> list[Tensor]:
@@ -223,6 +228,10 @@ def _random_state(call: Call) -> list[Tensor]:
 
 
 def _set_random_state(call: Call, state: list[Tensor]) -> None:
-    torch.set_rng_state(state[0])
-    for on_device in state[1:]:
-        torch.cuda.set_rng_state(on_device, call.sample.device)
+    # Other threads draw from the same generators: what nobody drew from is left alone.
+    now = _random_state(call)
+    if not torch.equal(now[0], state[0]):
+        torch.set_rng_state(state[0])
+    for is_now, on_device in zip(now[1:], state[1:], strict=True):
+        if not torch.equal(is_now, on_device):
+            torch.cuda.set_rng_state(on_device, call.sample.device)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from fisedit_compiler.kernels.addresses import is_plain
 from fisedit_compiler.passes.programs.hoist import Bundle
 from fisedit_compiler.runtime.execution import bundle_graphs
 from fisedit_compiler.runtime.execution.bundle_graphs import BundleRunner
-from fisedit_compiler.runtime.execution.bundle_values import FlatValues
+from fisedit_compiler.runtime.execution.bundle_values import BundleValues, FlatValues
 from tests.support.graph_stand_in import patch_cuda
 
 
@@ -44,6 +46,13 @@ def _run_eagerly(graph: bundle_graphs._BundleGraph, arguments: list[object]) -> 
     return FlatValues(graph.where, graph.flat.clone())
 
 
+def evaluated(runner: BundleRunner, bundle: Bundle, module: nn.Module, arguments: list[Any]) -> BundleValues:
+    """The values for a call; what is worth a graph is captured behind it."""
+    values = runner.run(bundle, module, arguments)
+    runner.capture_wanted(nullcontext())
+    return values
+
+
 def bundle_of(names: set[str]) -> Bundle:
     return Bundle("+".join(sorted(names)), frozenset(names), fx.Graph(), ("keys", "a", "b", "mean", "bytes"))
 
@@ -55,7 +64,7 @@ def test_values_are_the_eager_ones_and_belong_to_their_group(device: str) -> Non
     seen = []
     for seed in range(5):
         text = torch.randn(2, 7, 6, generator=torch.Generator().manual_seed(seed)).to(device)
-        group = runner.run(bundle, module, [text, 2])
+        group = evaluated(runner, bundle, module, [text, 2])
         assert tuple(group) == bundle.values and len(group) == 5 and "keys" in group and "text" not in group
         values = [group[name] for name in group]
         seen.append((group, values, [value.clone() for value in values], module(text, 2)))
@@ -69,7 +78,7 @@ def test_values_are_the_eager_ones_and_belong_to_their_group(device: str) -> Non
         assert all(is_plain(value) for value in values[:4])
     (graph,) = runner._captured.values()
     assert graph is not None
-    runner.run(bundle, module, [text[:1], 1])
+    evaluated(runner, bundle, module, [text[:1], 1])
     assert len(runner._captured) == 2, "inputs of another form"
 
 
@@ -78,14 +87,14 @@ def test_what_is_computed_once_is_not_captured(device: str) -> None:
     module = Projections().to(device)
     text = torch.randn(2, 7, 6, device=device)
     runner = BundleRunner(graphs=True)
-    runner.run(bundle_of({"text"}), module, [text, 2])
+    evaluated(runner, bundle_of({"text"}), module, [text, 2])
     assert list(runner._captured.values()) == [None]
     for _ in range(3):
-        runner.run(bundle_of(set()), module, [text, 2])
+        evaluated(runner, bundle_of(set()), module, [text, 2])
     assert list(runner._captured.values()) == [None], "values of the weights alone"
     eager = BundleRunner(graphs=False)
     for _ in range(3):
-        eager.run(bundle_of({"text"}), module, [text, 2])
+        evaluated(eager, bundle_of({"text"}), module, [text, 2])
     assert not eager._captured
 
 
@@ -103,7 +112,7 @@ def test_memory_that_runs_out_while_capturing_is_said_once(
     monkeypatch.setattr(bundle_graphs, "_BundleGraph", runs_out)
     for seed in range(4):
         text = torch.randn(2, 7, 6, generator=torch.Generator().manual_seed(seed)).to(device)
-        group = runner.run(bundle, module, [text, 2])
+        group = evaluated(runner, bundle, module, [text, 2])
         for name, eager in zip(bundle.values, module(text, 2), strict=True):
             torch.testing.assert_close(group[name], eager)
     assert [record.message for record in caplog.records if "memory ran out" in record.message]

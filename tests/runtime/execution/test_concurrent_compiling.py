@@ -3,44 +3,22 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fisedit_compiler import Editor, SparseModule, SparsifyConfig, dynamo, sparsify
-from fisedit_compiler.compiling import COMPILING, made_once
+from fisedit_compiler import Editor, SparseModule, SparsifyConfig, compiling, dynamo, sparsify
+from fisedit_compiler.compiling import COMPILING, alone, computing, made_once
 from fisedit_compiler.lowering import program
 from tests.support.compiled import HEIGHT, WIDTH, box, model_and_compiled
+from tests.support.runs import WAIT, together
 from tests.support.tiny_pipeline import make_tiny_pipeline
 from tests.support.zoo import ZOO
 
 MASK = box(4, 6, 11, 15)
-
-
-def together(functions: Sequence[Callable[[], Any]]) -> list[Any]:
-    """What each function returns, each in a thread of its own, all started at once; what one raises is raised."""
-    ready = threading.Barrier(len(functions))
-    results: list[Any] = [None] * len(functions)
-    raised: list[BaseException] = []
-
-    def run(number: int) -> None:
-        ready.wait()
-        try:
-            results[number] = functions[number]()
-        except BaseException as error:
-            raised.append(error)
-
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(functions))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if raised:
-        raise raised[0]
-    return results
 
 
 class Watched:
@@ -99,6 +77,35 @@ def test_first_uses_of_one_model(captures: Watched) -> None:
     assert graphs[0][0] is graphs[1][0] and graphs[0][1] is graphs[1][1]
 
 
+def test_a_first_use_that_fails_leaves_the_others_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several that wait for one program the next one compiles it."""
+    model = ZOO["plain_conv"]()
+    sample = model.make_inputs(2, HEIGHT, WIDTH)["sample"]
+    compiled = sparsify(model.module, SparsifyConfig(multiple=model.multiple, cache=False, dense_above=1.0))
+    capture, attempts = program.capture, list[int]()
+
+    def fails_once(*arguments: Any) -> Any:
+        attempts.append(len(attempts))
+        if len(attempts) == 1:
+            raise RuntimeError("this export failed")
+        return capture(*arguments)
+
+    def use() -> tuple[Tensor, Tensor] | None:
+        try:
+            return record_and_edit(compiled, sample)
+        except RuntimeError as error:
+            assert "this export failed" in str(error)
+            return None
+
+    monkeypatch.setattr(program, "capture", fails_once)
+    results = together([use] * 3)
+    assert len(attempts) == 2 and len(compiled.programs) == 1
+    assert sum(result is None for result in results) == 1
+    base, edited = record_and_edit(compiled, sample)
+    for result in results:
+        assert result is None or (torch.equal(result[0], base) and torch.equal(result[1], edited))
+
+
 def test_an_editor_compiles_once(captures: Watched) -> None:
     editor = Editor(make_tiny_pipeline(), SparsifyConfig(cache=False), progress=False)
     first, second = together([lambda: editor.compiled] * 2)
@@ -142,3 +149,75 @@ def test_what_is_made_once_is_made_by_one_thread() -> None:
     known: dict[str, object] = {}
     results = together([lambda: made_once(known, "key", make)] * 8)
     assert len(made) == 1 and all(result is made[0] for result in results)
+
+
+# -- who is alone ----------------------------------------------------------------------------------------
+
+
+def test_whoever_is_alone_waits_for_those_who_compute_and_they_for_it() -> None:
+    begun, events = threading.Event(), list[str]()
+
+    def calls() -> None:
+        with computing(), computing():
+            begun.set()
+            events.append("called")
+        with computing():
+            events.append("called")
+
+    def captures() -> None:
+        begun.wait(WAIT)
+        with alone(), alone():
+            events.append("captures")
+            with computing():
+                made_once({}, "key", object)
+            events.append("captured")
+
+    together([calls, captures, captures])
+    assert [events.index("captures"), events.count("captured")] == [events.index("captured") - 1, 2]
+    assert events.index("called") == 0
+
+
+def test_who_waits_to_compile_is_not_computing() -> None:
+    """Else whoever compiles and wants to be alone would wait for it for ever."""
+    held, waiting = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with COMPILING:
+            held.set()
+            waiting.wait(WAIT)
+            with alone():
+                pass
+
+    def second() -> None:
+        held.wait(WAIT)
+        with computing(), computing():
+            waiting.set()
+            made_once({}, "key", object)
+            assert _is_computing()
+
+    together([first, second])
+
+
+def _is_computing() -> bool:
+    lock: Any = computing()
+    return bool(lock._is_owned())
+
+
+def test_a_thread_that_an_interrupt_kept_computing_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "LOOK", 0.01)
+    interrupted, over = threading.Event(), threading.Event()
+
+    def leaves_it_locked() -> None:
+        lock: Any = computing()
+        lock.acquire()
+        interrupted.set()
+        over.wait(WAIT)
+        with computing():  # and goes on as any other thread
+            pass
+
+    def captures() -> None:
+        interrupted.wait(WAIT)
+        with alone():
+            over.set()
+
+    together([leaves_it_locked, captures])

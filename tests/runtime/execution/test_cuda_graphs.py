@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fisedit_compiler import SparsifyConfig, sparsify
 from fisedit_compiler.kernels.tolerances import TOLERANCES, max_error
@@ -33,7 +33,8 @@ from tests.support.graph_pair import (
     shared_pair,
 )
 from tests.support.graph_stand_in import patch_cuda
-from tests.support.zoo import ZOO
+from tests.support.runs import together
+from tests.support.zoo import ZOO, Inputs
 
 
 def test_edits_are_the_eager_ones_for_every_mask_without_compiling_again(pair: Pair) -> None:
@@ -274,3 +275,50 @@ def test_repeated_rows_count_once(norm: Any, attention: Any, device: str, monkey
         pair.check(recording, edit, mask, kind)
         pair.check_recorded(pair.check_recorded(recording, edit, mask, kind)[0], edit, mask, kind)
     assert pair.pool._graphs and pair.update_pool._graphs
+
+
+# -- runs at once ----------------------------------------------------------------------------------------
+
+
+def test_runs_at_once_share_the_graphs(pair: Pair) -> None:
+    """Each on a stream of its own where there are streams: buffers are filled, replayed and read by one at a time."""
+    recording, _ = pair.record(inputs := pair.inputs())
+    masks = [box(2, 3), box(8, 12), box(2, 3, 6), box(0, 0)]
+    edits = [(pair.edited(inputs, mask, seed), mask) for seed, mask in enumerate(masks)]
+    expected = [pair.edit(pair.graphs, recording, *edit) for edit in edits]
+
+    def run(edited: Inputs, mask: Tensor) -> list[Tensor]:
+        if pair.device == "cpu":
+            return pair.edit(pair.graphs, recording, edited, mask)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.default_stream())
+        with torch.cuda.stream(stream):
+            outputs = pair.edit(pair.graphs, recording, edited, mask)
+        stream.synchronize()
+        return outputs
+
+    for _ in range(3):
+        for executable in pair.graphs._programs.executables():
+            executable.hoisted.clear()
+        found = together([lambda edit=edit: run(*edit) for edit in edits])
+        for now, then in zip(found, expected, strict=True):
+            assert all(map(torch.equal, now, then))
+
+
+def test_first_replays_at_once_capture_once(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    recording, _ = pair.record(inputs := pair.inputs())
+    mask = box(3, 5)
+    edited = pair.edited(inputs, mask)
+    expected = pair.edit(pair.graphs, recording, edited, mask)
+    pair.pool._graphs.clear()
+    captures, capture = list[Any](), pair.pool._capture
+
+    def counted(*arguments: Any) -> Any:
+        captures.append(arguments)
+        return capture(*arguments)
+
+    monkeypatch.setattr(pair.pool, "_capture", counted)
+    found = together([lambda: pair.edit(pair.graphs, recording, edited, mask)] * 3)
+    assert len(pair.pool._graphs) == len(captures) == 1
+    for outputs in found:
+        assert all(map(torch.equal, outputs, expected))

@@ -1,4 +1,4 @@
-"""Whose run a mode is: calls of other threads, tasks and consumers are refused, those made on its behalf are not."""
+"""Whose run a mode is: consumers of suspended generators are refused, calls made on somebody's behalf are not."""
 
 from __future__ import annotations
 
@@ -6,40 +6,16 @@ import asyncio
 import contextlib
 import threading
 import warnings
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fisedit_compiler import Recording, SparseModule, SparsifyConfig, sparsify
+from fisedit_compiler import Recording, SparseModule
 from fisedit_compiler.errors import ModeError, RecordingError
-
-SAMPLE = torch.linspace(-1, 1, 2 * 3 * 8 * 8).view(2, 3, 8, 8)
-REFUSED = "this call is not made from there"
-
-
-@pytest.fixture(scope="module")
-def shared() -> SparseModule:
-    torch.manual_seed(0)
-    module = nn.Conv2d(3, 3, 3, padding=1).eval()
-    return sparsify(module, SparsifyConfig(), example_inputs={"input": SAMPLE})
-
-
-@pytest.fixture
-def compiled(shared: SparseModule) -> Iterator[SparseModule]:
-    yield shared
-    assert "in no mode" in repr(shared)
-    with shared.record() as recording:
-        assert torch.equal(shared(SAMPLE), shared.original(SAMPLE))
-    assert recording.complete and recording.num_calls == 1
-
-
-def refused(call: Callable[[], Any], message: str = REFUSED) -> None:
-    with pytest.raises(ModeError, match=message):
-        call()
-
+from tests.support.modes import SAMPLE, refused
 
 # -- modes that nobody enters ------------------------------------------------------------------------
 
@@ -230,121 +206,6 @@ def test_each_run_takes_a_mode_of_its_own(compiled: SparseModule) -> None:
         mode.__enter__()
     with pytest.raises(ModeError, match="Call record\\(\\) again"), mode:
         pass
-
-
-# -- tasks and threads --------------------------------------------------------------------------------
-
-
-async def turns(count: int = 3) -> None:
-    for _ in range(count):
-        await asyncio.sleep(0)
-
-
-def test_another_task_is_refused(compiled: SparseModule) -> None:
-    async def intruder() -> None:
-        await turns(1)
-        refused(lambda: compiled(SAMPLE))
-
-    async def run() -> None:
-        before = asyncio.create_task(intruder())
-        with compiled.record() as recording:
-            compiled(SAMPLE)
-            inside = asyncio.create_task(intruder())
-            await turns()
-            await asyncio.gather(before, inside)
-            await call()
-        assert recording.complete and recording.num_calls == 2
-
-    async def call() -> None:
-        await turns()
-        compiled(SAMPLE)
-
-    asyncio.run(run())
-
-
-def test_another_task_is_refused_where_no_frame_stays(compiled: SparseModule) -> None:
-    stack = contextlib.ExitStack()
-
-    async def enter() -> Recording:
-        return stack.enter_context(compiled.record())
-
-    async def intruder() -> None:
-        refused(lambda: compiled(SAMPLE))
-
-    async def run() -> None:
-        recording = await enter()
-        await asyncio.create_task(intruder())
-        compiled(SAMPLE)
-        stack.close()
-        assert recording.complete and recording.num_calls == 1
-
-    asyncio.run(run())
-
-
-def test_the_consumer_of_a_suspended_async_generator_is_refused(compiled: SparseModule) -> None:
-    async def generator() -> AsyncIterator[Recording]:
-        with compiled.record() as recording:
-            compiled(SAMPLE)
-            yield recording
-
-    async def run() -> None:
-        async for _ in generator():
-            refused(lambda: compiled(SAMPLE))
-        async with contextlib.asynccontextmanager(generator)() as recording:
-            compiled(SAMPLE)
-            assert recording.num_calls == 2
-        async with contextlib.AsyncExitStack() as stack:
-            recording = await stack.enter_async_context(contextlib.asynccontextmanager(generator)())
-            compiled(SAMPLE)
-            assert recording.num_calls == 2
-
-    asyncio.run(run())
-
-
-def test_an_event_loop_inside_a_block_calls_for_it(compiled: SparseModule) -> None:
-    async def run() -> None:
-        await asyncio.gather(*(asyncio.create_task(call()) for _ in range(2)))
-
-    async def call() -> None:
-        compiled(SAMPLE)
-
-    with compiled.record() as recording:
-        asyncio.run(run())
-    assert recording.complete and recording.num_calls == 2
-
-
-def test_a_thread_that_inherits_the_context_is_refused(compiled: SparseModule) -> None:
-    async def run() -> None:
-        with compiled.record() as recording:
-            with pytest.raises(ModeError, match="in another thread"):
-                await asyncio.to_thread(compiled, SAMPLE)
-            compiled(SAMPLE)
-        assert recording.num_calls == 1
-
-    asyncio.run(run())
-
-
-def test_of_many_threads_that_enter_one_does(compiled: SparseModule) -> None:
-    ready, left = threading.Barrier(8), threading.Barrier(8)
-    entered: list[int] = []
-
-    def enter(number: int) -> None:
-        ready.wait()
-        try:
-            with compiled.record():
-                entered.append(number)
-                left.wait()
-        except ModeError:
-            left.wait()
-
-    for _ in range(20):
-        entered.clear()
-        threads = [threading.Thread(target=enter, args=(number,)) for number in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert len(entered) == 1
 
 
 # -- reset --------------------------------------------------------------------------------------------
