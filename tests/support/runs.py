@@ -107,13 +107,14 @@ def together(functions: Sequence[Callable[[], Any]]) -> list[Any]:
         except BaseException as error:
             raised.append(error)
 
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(functions))]
+    threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(len(functions))]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(WAIT)
     if raised:
         raise raised[0]
+    assert not any(thread.is_alive() for thread in threads), "they wait for each other"
     return results
 
 
