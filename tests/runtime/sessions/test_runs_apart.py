@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -16,6 +15,7 @@ from fisedit_compiler import Recording, SparseModule, SparsifyConfig, sparsify
 from fisedit_compiler.errors import FiseditError
 from fisedit_compiler.pipelines.instruments import timed_calls
 from fisedit_compiler.recordings.stores import hold
+from fisedit_compiler.recordings.stores.edited import EditedSlots
 from fisedit_compiler.runtime.execution.executable import PER_CALL
 from fisedit_compiler.runtime.execution.hoisting import HoistCache
 from fisedit_compiler.runtime.sessions.edit_session import EditSession
@@ -227,20 +227,24 @@ def test_a_check_disturbs_no_run(compiled: SparseModule, base: Recording) -> Non
     check(in_threads([checked, run, checked, run])[1::2], expected)
 
 
-def test_a_store_gives_each_reader_the_addresses_of_its_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = hold({"slot": torch.randn(4, 6)})
-    rowwise, columnwise = {"slot": (6, 1)}, {"slot": (1, 4)}
-    interval = sys.getswitchinterval()
+@pytest.mark.parametrize("view", [False, True])
+def test_a_store_gives_each_reader_the_addresses_of_its_layout(view: bool) -> None:
+    """Another run asks for those of its own layout at the very moment at which this one's are kept."""
+    recorded_slots = hold({"slot": torch.randn(4, 6)})
+    store = EditedSlots(recorded_slots, {}) if view else recorded_slots
+    mine, others = {"slot": (6, 1)}, {"slot": (1, 4)}
+    asked: list[Any] = []
 
-    def read(layout: Mapping[str, tuple[int, ...]]) -> None:
-        for _ in range(300):
-            assert store.addresses(layout, torch.device("cpu")).tensors["slot"].stride() == layout["slot"]
+    def keep(store: Any, kept: Any) -> None:
+        store.__dict__["kept"] = kept
+        if not asked:
+            asked.append(None)
+            asked[0] = store.addresses(others, torch.device("cpu"))
 
-    sys.setswitchinterval(1e-6)
-    try:
-        together([lambda: read(rowwise), lambda: read(columnwise)])
-    finally:
-        sys.setswitchinterval(interval)
+    watched = property(lambda store: store.__dict__.get("kept"), keep)
+    store.__class__ = type("Watched", (type(store),), {"_addresses": watched})
+    found = store.addresses(mine, torch.device("cpu"))
+    assert found.tensors["slot"].stride() == mine["slot"] and asked[0].tensors["slot"].stride() == others["slot"]
 
 
 def test_a_stopwatch_counts_the_calls_of_its_own_block(compiled: SparseModule) -> None:
