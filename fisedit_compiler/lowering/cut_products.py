@@ -17,9 +17,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
-from fisedit_compiler.kernels import conv2d_sites, convolve_parts, matmul_parts
-from fisedit_compiler.kernels.conv2d_sites import readable_values
-from fisedit_compiler.kernels.matmul_parts import choose_parts, sum_parts
+from fisedit_compiler.kernels.conv2d_sites import conv2d_sites, readable_values
+from fisedit_compiler.kernels.convolve_parts import convolve_parts
+from fisedit_compiler.kernels.matmul_parts import choose_parts, matmul_parts, sum_parts
 from fisedit_compiler.kernels.traits import traits_of
 
 aten = torch.ops.aten

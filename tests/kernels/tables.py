@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fisedit_compiler.geometry.patches import patch_shape
-from fisedit_compiler.kernels import pack_conv_weight
+from fisedit_compiler.kernels.pack_conv_weight import pack_conv_weight
 
 
 @dataclass(frozen=True)

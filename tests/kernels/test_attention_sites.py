@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fisedit_compiler.kernels import KernelError, attention_sites
+from fisedit_compiler.kernels.attention_sites import attention_sites
+from fisedit_compiler.kernels.registry import KernelError
 from fisedit_compiler.kernels.tolerances import assert_close
 from tests.kernels.tables import pick, strided
 

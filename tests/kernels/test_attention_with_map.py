@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fisedit_compiler.kernels import KernelError, attention_map, attention_with_map, cross_attention
+from fisedit_compiler.kernels.attention_map import attention_map
+from fisedit_compiler.kernels.attention_with_map import attention_with_map
+from fisedit_compiler.kernels.cross_attention import cross_attention
+from fisedit_compiler.kernels.registry import KernelError
 from fisedit_compiler.kernels.tolerances import assert_close
 from tests.kernels.triton_tools import poisoned
 

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fisedit_compiler.kernels import KernelError, conv2d_sites, pack_conv_weight
+from fisedit_compiler.kernels.conv2d_sites import conv2d_sites
+from fisedit_compiler.kernels.pack_conv_weight import pack_conv_weight
+from fisedit_compiler.kernels.registry import KernelError
 from fisedit_compiler.kernels.tolerances import assert_close
 from tests.kernels.tables import Geometry, brute_force_taps, pick, strided
 

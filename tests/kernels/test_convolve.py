@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fisedit_compiler.geometry.patches import BLOCK_SIZES, block_size_of, output_taps, patch_shape
-from fisedit_compiler.kernels import KernelError, convolve
+from fisedit_compiler.kernels.convolve import convolve
+from fisedit_compiler.kernels.registry import KernelError
 from fisedit_compiler.kernels.tolerances import assert_close
 from tests.kernels.tables import GEOMETRIES, Geometry, convolution_case, options
 

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from fisedit_compiler.geometry.patches import BLOCK_SIZES
-from fisedit_compiler.kernels import KernelError, convolve, convolve_parts
+from fisedit_compiler.kernels.convolve import convolve
+from fisedit_compiler.kernels.convolve_parts import convolve_parts
 from fisedit_compiler.kernels.matmul_parts import sum_parts
+from fisedit_compiler.kernels.registry import KernelError
 from fisedit_compiler.kernels.tolerances import assert_close
 from tests.kernels.tables import GEOMETRIES, Geometry, convolution_case
 

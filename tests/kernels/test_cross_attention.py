@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fisedit_compiler.kernels import KernelError, cross_attention
+from fisedit_compiler.kernels.cross_attention import cross_attention
+from fisedit_compiler.kernels.registry import KernelError
 from fisedit_compiler.kernels.tolerances import assert_close
 from tests.kernels.tables import strided
 from tests.kernels.triton_tools import poisoned, run_in_the_interpreter

@@ -7,7 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fisedit_compiler.kernels import KernelError, gather_sites, scatter_sites
+from fisedit_compiler.kernels.gather_sites import gather_sites
+from fisedit_compiler.kernels.registry import KernelError
+from fisedit_compiler.kernels.scatter_sites import scatter_sites
 from tests.kernels.tables import pick, strided
 
 

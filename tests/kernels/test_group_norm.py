@@ -9,14 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fisedit_compiler.kernels import (
-    KernelError,
-    group_norm_site_sums,
-    group_norm_sites,
-    group_norm_statistics,
-    update_statistics,
-)
+from fisedit_compiler.kernels.group_norm_site_sums import group_norm_site_sums
+from fisedit_compiler.kernels.group_norm_sites import group_norm_sites
+from fisedit_compiler.kernels.group_norm_statistics import group_norm_statistics
+from fisedit_compiler.kernels.registry import KernelError
 from fisedit_compiler.kernels.tolerances import assert_close
+from fisedit_compiler.kernels.update_statistics import update_statistics
 from tests.kernels.tables import pick, strided
 
 EPS = 1e-5

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fisedit_compiler.kernels import KernelError, matmul_parts
-from fisedit_compiler.kernels.matmul_parts import choose_parts, sum_parts
+from fisedit_compiler.kernels.matmul_parts import choose_parts, matmul_parts, sum_parts
+from fisedit_compiler.kernels.registry import KernelError
 from fisedit_compiler.kernels.tolerances import assert_close
 from tests.kernels.tables import strided
 

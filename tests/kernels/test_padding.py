@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fisedit_compiler.kernels import attention_rows, attention_sites, update_statistics
+from fisedit_compiler.kernels.attention_rows import attention_rows
+from fisedit_compiler.kernels.attention_sites import attention_sites
 from fisedit_compiler.kernels.padding import counting_rows
 from fisedit_compiler.kernels.tolerances import assert_close
+from fisedit_compiler.kernels.update_statistics import update_statistics
 from tests.kernels.triton_tools import poisoned, run_in_the_interpreter
 
 

@@ -8,8 +8,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from fisedit_compiler.kernels import registered_ops
-from fisedit_compiler.kernels.registry import define_op
+from fisedit_compiler.kernels.registry import define_op, registered_ops
 from fisedit_compiler.kernels.traits import OpTraits
 from tests.kernels.arguments import op_arguments
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fisedit_compiler.graph.sizes import in_blocks, row_symbol
 from fisedit_compiler.graph.specs import ValueSpec, nbytes
-from fisedit_compiler.kernels import ATEN, registered_ops
+from fisedit_compiler.kernels.aten import ATEN
+from fisedit_compiler.kernels.registry import registered_ops
 from fisedit_compiler.kernels.traits import TRAITS, OpTraits, inlined, no_products, nothing_moved, traits_of
 from tests.kernels.arguments import op_arguments
 from tests.support.flops import counted

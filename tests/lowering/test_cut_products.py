@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fisedit_compiler.graph.ir import copy_graph
-from fisedit_compiler.kernels import conv2d_sites
+from fisedit_compiler.kernels.conv2d_sites import conv2d_sites
 from fisedit_compiler.kernels.tolerances import assert_close
 from fisedit_compiler.lowering import cut_products
 from fisedit_compiler.lowering.cut_products import cut_products as cut_in_place

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fisedit_compiler.kernels import registered_ops
+from fisedit_compiler.kernels.registry import registered_ops
 
 
 class Unfold(TorchDispatchMode):

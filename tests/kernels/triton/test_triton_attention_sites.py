@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fisedit_compiler.kernels import attention_sites
 from fisedit_compiler.kernels.addresses import address_table
-from fisedit_compiler.kernels.attention_sites import inverse_table
+from fisedit_compiler.kernels.attention_sites import attention_sites, inverse_table
 from fisedit_compiler.kernels.tolerances import assert_close
 from tests.kernels.triton_tools import poisoned, run_in_the_interpreter
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fisedit_compiler.kernels import gather_taps
+from fisedit_compiler.kernels.gather_taps import gather_taps
 from tests.kernels.triton_tools import poisoned, run_in_the_interpreter
 
 # batch, sites, channels, outputs, taps
