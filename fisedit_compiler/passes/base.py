@@ -91,7 +91,8 @@ class Pass(GraphPass):
             if node.op == "call_function" and self.looks_for(node.target) and self.wants(node):
                 reason = self.rewrite(node, rewriter)
                 if reason:
-                    node.meta["refused"] = f"{self.name}: {reason}"
+                    known = [node.meta["refused"]] if "refused" in node.meta else []
+                    node.meta["refused"] = "; ".join([*known, f"{self.name}: {reason}"])
         program.graph.eliminate_dead_code()
 
     def wants(self, node: fx.Node) -> bool:
@@ -101,7 +102,10 @@ class Pass(GraphPass):
 
     @abstractmethod
     def rewrite(self, node: fx.Node, rewriter: Rewriter) -> str | None:
-        """Rewrite one node, or return why not, in words a user can act on."""
+        """Rewrite one node, or return why it stays dense, in words a user can act on.
+
+        ``None`` also leaves a node alone that is not this pass's business. The reasons of all passes are shown.
+        """
 
 
 class Rewriter:
@@ -122,8 +126,8 @@ class Rewriter:
 
     def rows(self, value: fx.Node) -> fx.Node:
         """Rows of the active sites of a dense spatial value."""
-        layout: Layout = value.meta["layout"]
-        assert layout.is_rows and layout.level is not None, ir.describe(value)
+        layout = value.meta.get("layout")
+        assert isinstance(layout, Layout) and layout.is_rows and layout.level is not None, ir.describe(value)
         if value.target is ir.unpack:
             return value.args[0]  # type: ignore[return-value]
         for user in value.users:
@@ -201,6 +205,15 @@ class Rewriter:
             node = ir.call(self.graph, target, args, spec=spec, source=source)
         node.meta["varies"] = source.meta.get("varies", False)
         return node
+
+    def exchange(self, node: fx.Node, target: Any, args: Sequence[Any]) -> fx.Node:
+        """Another call in the place of one that computes the same, dense or on rows; it takes over its facts."""
+        with self.graph.inserting_before(node):
+            other = ir.call(self.graph, target, args, spec=spec_of(node), source=node)
+        other.meta = dict(node.meta)
+        node.replace_all_uses_with(other)
+        self.graph.erase_node(node)
+        return other
 
     def permuted(self, value: fx.Node, order: Sequence[int], source: fx.Node) -> fx.Node:
         """``value`` with its axes in another order; nothing is written for the identity."""

@@ -37,6 +37,10 @@ def verify(program: Program, after: str) -> None:
         elif node.target is ir.load:
             _check_load(node, program, origins, after)
         elif node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+            if has_spec(node) and "layout" not in node.meta and _reads_sites(node):
+                raise _broken(
+                    after, node, "reads dense values with sites but has no layout; Rewriter.exchange gives one"
+                )
             if "spec" not in node.meta and "expr" not in node.meta:
                 raise _broken(after, node, "has no spec")
             if node.target._schema.is_mutable:
@@ -57,9 +61,16 @@ def verify_complete(program: Program) -> None:
             raise _broken("the last one", node, f"loads slot {node.args[0]} as {spec_of(node)} and as {known}")
 
 
+def _reads_sites(node: fx.Node) -> bool:
+    """Whether a node reads a dense value with sites, as no operation on rows does."""
+    layouts = (operand.meta.get("layout") for operand in node.all_input_nodes if operand.meta.get("varies"))
+    return any(isinstance(layout, Layout) and layout.is_rows for layout in layouts)
+
+
 def _check_pack(node: fx.Node, after: str) -> None:
     value = node.args[0]
-    if not isinstance(value, fx.Node) or not has_spec(value) or not value.meta["layout"].is_rows:
+    layout = value.meta.get("layout") if isinstance(value, fx.Node) and has_spec(value) else None
+    if not isinstance(value, fx.Node) or not isinstance(layout, Layout) or not layout.is_rows:
         raise _broken(after, node, "packs a value without sites")
     if value.target is ir.unpack:
         raise _broken(after, node, "packs what was just unpacked; use Rewriter.rows")
