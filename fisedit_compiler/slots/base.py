@@ -57,13 +57,11 @@ class SlotKind(ABC):
         holds: whether what is stored is the dense ``value`` as it is, the value in ``packed`` form (a map as
             ``[B, S, C]``), or something ``else``. Outputs are recorded as values; inputs are compared with packed ones.
         rounding: largest relative error, of a value's largest element, of what readers get back of what was recorded.
-        codecs: how a store may encode it. What is lossy is only for kinds that no output outside a mask is read from.
     """
 
     name: ClassVar[str]
     holds: ClassVar[Literal["value", "packed", "else"]] = "else"
     rounding: ClassVar[float] = 0.0
-    codecs: ClassVar[tuple[str, ...]] = ("none",)
 
     # -- in graphs -------------------------------------------------------------------------------
 

@@ -21,7 +21,6 @@ class Canvas(SlotKind):
 
     name: ClassVar[str] = "canvas"
     holds: ClassVar[Literal["value", "packed", "else"]] = "packed"
-    codecs: ClassVar[tuple[str, ...]] = ("none", "bf16", "float8_e4m3")
 
     def store(self, graph: fx.Graph, slot: Slot, value: fx.Node, other: SlotNode) -> fx.Node:
         order = slot.layout.packed

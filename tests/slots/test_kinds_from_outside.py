@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar, Literal
 
 import pytest
-import sympy
 import torch
 from torch import Tensor, fx, nn
 
@@ -14,6 +13,7 @@ from fisedit_compiler import SparseModule, SparsifyConfig, sparsify
 from fisedit_compiler.errors import ConfigError, VerificationError
 from fisedit_compiler.extend import (
     Canvas,
+    Channel,
     LoadedNode,
     Rewriter,
     Slot,
@@ -22,6 +22,7 @@ from fisedit_compiler.extend import (
     ValueSpec,
     register_slot_kind,
 )
+from fisedit_compiler.graph.site_order import SITES
 from fisedit_compiler.masks import ellipse_mask
 from fisedit_compiler.slots import registry
 
@@ -78,8 +79,9 @@ class EightBits(Canvas):
         return graph.call_function(aten.to.dtype, (graph.call_function(aten.mul.Tensor, (values, scale)), loaded.dtype))
 
     def problem(self, slot: Slot, value: ValueSpec, loaded: ValueSpec) -> str:
-        if not isinstance(loaded.shape[-1], (int, sympy.Integer)):
-            return "has channels without a fixed size"
+        last = slot.layout.packed.axes[-1]
+        if last == SITES or not isinstance(slot.layout.roles[last], Channel) or not loaded.shape[-1].is_Integer:
+            return f"stores a scale a token, and {slot.layout} does not end with channels of a fixed number"
         return super().problem(slot, value, loaded)
 
     def recorded(self, slot: Slot, value: Tensor) -> Tensor:
