@@ -362,7 +362,7 @@ class Editor:
             RecordingError: the scheduler was changed since the base was made.
         """
         refusals.check_base(base)
-        refusals.check_scheduler(base.settings.scheduler, self.pipe.scheduler, base.settings.num_inference_steps)
+        refusals.check_same_scheduler(base.settings.scheduler, self.pipe.scheduler, base.settings.num_inference_steps)
         negative = base.negative_prompt if negative_prompt is None else negative_prompt
         self._check_prompts(prompt, negative)
         keep = KeepLatents()

@@ -63,7 +63,8 @@ PARTS: dict[str, Part] = {}
 def register_part(name: str, *, keeps_maps: bool = False) -> Callable[[Compile], Compile]:
     """Decorator of the function that compiles a part; it makes the part known to Editors made from then on.
 
-    Its module is edited in the latent's lattice: its spatial input has the latents' height and width.
+    Its module is edited in the latent's lattice: its spatial input has the latents' height and width. The decorated
+    function gets the module and the Editor's configuration, and may change the latter for its module.
 
     Args:
         name: the way to the module from the pipeline, such as ``"vae.decoder"``.

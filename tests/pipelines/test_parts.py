@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fisedit_compiler import SparseModule, SparsifyConfig, api
-from fisedit_compiler.errors import ConfigError, ModeError
+from fisedit_compiler.errors import ConfigError, ModeError, RecordingError
 from fisedit_compiler.pipelines import Editor, LatentDifference
 from fisedit_compiler.pipelines.parts import PARTS, entered, register_part
 from tests.support.tiny_pipeline import PinnedUNet, make_tiny_pipeline
@@ -26,13 +26,16 @@ OTHER[8:14, 8:15] = True
 
 @pytest.fixture(scope="module")
 def with_decoder() -> Iterator[None]:
+    known = dict(PARTS)
+    PARTS.pop(DECODER, None)
+
     @register_part(DECODER)
     def compiled(module: torch.nn.Module, config: SparsifyConfig) -> SparseModule:
-        # In a batch the convolution before the decoder rounds otherwise than alone, outside the mask, too.
-        return api.sparsify(module, SparsifyConfig(multiple=1, dense_above=1.0, check_inputs=False))
+        return api.sparsify(module, SparsifyConfig(multiple=1, dense_above=1.0))
 
     yield
-    del PARTS[DECODER]
+    PARTS.clear()
+    PARTS.update(known)
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +78,20 @@ def test_every_copy_of_a_batch_has_its_own(editor: Editor, base: Any) -> None:
     for edit, mask in zip(editor.edit_many(base, ["a dog", "a fox"], mask=masks), masks, strict=True):
         assert np.array_equal(outside(edit.image, mask), outside(base.image, mask))
         assert set(edit.recordings) == {"unet", DECODER} and editor.edit(edit, "a bird", mask=MASK).unchanged_outside
+
+
+def test_an_edit_that_is_stopped_says_so_whatever_its_last_part_missed(editor: Editor, base: Any) -> None:
+    pipe = editor.pipe
+    step = type(pipe.scheduler).step
+
+    def stopping(*arguments: Any, **options: Any) -> Any:
+        pipe._interrupt = True
+        return step(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RecordingError, match="was stopped after 1 of 4 steps"):
+        patch.setattr(type(pipe.scheduler), "step", stopping)
+        editor.edit(base, "a dog", mask=MASK)
+    assert editor.edit(base, "a dog", mask=MASK).unchanged_outside
 
 
 def test_without_recordings_and_beside_the_original(editor: Editor, base: Any) -> None:

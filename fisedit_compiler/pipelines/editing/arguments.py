@@ -138,7 +138,7 @@ def requests(pipe: Any, base: Generation, asked: Asked, *, record: bool, started
         RecordingError: the scheduler was changed, or the base was not recorded.
     """
     settings = base.settings
-    refusals.check_scheduler(settings.scheduler, pipe.scheduler, settings.num_inference_steps)
+    refusals.check_same_scheduler(settings.scheduler, pipe.scheduler, settings.num_inference_steps)
     prompts = asked.prompts.map(lambda prompt: refusals.check_prompt(pipe, prompt))
     negatives = asked.negative_prompts.map(lambda prompt: _negative(pipe, base, prompt))
     refusals.check_negative_prompts(pipe, negatives.values)

@@ -54,7 +54,8 @@ class Driver:
         """
         refusals.check_numbers(seed, num_inference_steps, guidance_scale, height, width)
         refusals.check_options(self.pipe, options or {})
-        refusals.check_nothing_mixes(self.pipe, options or {})
+        refusals.check_guidance(self.pipe, options or {})
+        refusals.check_scheduler(self.pipe.scheduler)
         default_height, default_width = self.default_size
         return RunSettings(
             seed=int(seed),
@@ -168,20 +169,25 @@ class Driver:
         corrections: Corrections | None = settings.corrections
         counted = _Counted(callback if corrections is None else corrections.before(callback))
         with self._progress_bar(description), shown(self.shows_progress):
-            output = self.pipe(
-                prompt=prompt,
-                negative_prompt=negative_prompt,
-                num_inference_steps=settings.num_inference_steps,
-                guidance_scale=settings.guidance_scale,
-                height=settings.height,
-                width=settings.width,
-                generator=generator,
-                latents=start,
-                callback_on_step_end=counted,
-                callback_on_step_end_tensor_inputs=["latents"],
-                output_type="pil",
-                **settings.options,
-            )
+            try:
+                output = self.pipe(
+                    prompt=prompt,
+                    negative_prompt=negative_prompt,
+                    num_inference_steps=settings.num_inference_steps,
+                    guidance_scale=settings.guidance_scale,
+                    height=settings.height,
+                    width=settings.width,
+                    generator=generator,
+                    latents=start,
+                    callback_on_step_end=counted,
+                    callback_on_step_end_tensor_inputs=["latents"],
+                    output_type="pil",
+                    **settings.options,
+                )
+            except RecordingError:
+                if getattr(self.pipe, "interrupt", False) is True:
+                    counted.check(self.pipe, description)  # what a later part missed is that the run was stopped
+                raise
         counted.check(self.pipe, description)
         return list(output.images)
 

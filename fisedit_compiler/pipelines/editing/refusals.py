@@ -102,11 +102,11 @@ def check_options(pipe: Any, options: Mapping[str, Any]) -> None:
             raise ConfigError(f"options[{name!r}]: {type(pipe).__name__} takes no such argument{meant}")
 
 
-def check_nothing_mixes(pipe: Any, options: Mapping[str, Any]) -> None:
-    """Refuse what reads all sites between two UNet calls: an edit would move what lies outside its mask.
+def check_guidance(pipe: Any, options: Mapping[str, Any]) -> None:
+    """Refuse guidance that reads all sites between two UNet calls: an edit would move what lies outside its mask.
 
     Raises:
-        ConfigError: guidance is rescaled, or the scheduler thresholds dynamically.
+        ConfigError: it is rescaled.
     """
     parameter = inspect.signature(type(pipe).__call__).parameters.get("guidance_rescale")
     default = 0.0 if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
@@ -116,9 +116,17 @@ def check_nothing_mixes(pipe: Any, options: Mapping[str, Any]) -> None:
             "edit would change what lies outside its mask; use options={'guidance_rescale': 0.0}, for zero "
             "terminal SNR a lower guidance_scale"
         )
-    if dict(getattr(pipe.scheduler, "config", {})).get("thresholding"):
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Refuse a scheduler that no edit can follow; asked before every recorded run.
+
+    Raises:
+        ConfigError: it reads all sites between two UNet calls, so that an edit would move what lies outside its mask.
+    """
+    if dict(getattr(scheduler, "config", {})).get("thresholding"):
         raise ConfigError(
-            f"{type(pipe.scheduler).__name__} has thresholding=True, which divides by a quantile over all sites, so an "
+            f"{type(scheduler).__name__} has thresholding=True, which divides by a quantile over all sites, so an "
             "edit would change what lies outside its mask; make the scheduler with thresholding=False"
         )
 
@@ -166,7 +174,7 @@ def scheduler_fingerprint(scheduler: Any) -> str:
     return f"{type(scheduler).__name__} {json.dumps(config, sort_keys=True, default=str)}"
 
 
-def check_scheduler(expected: str, scheduler: Any, num_inference_steps: int) -> None:
+def check_same_scheduler(expected: str, scheduler: Any, num_inference_steps: int) -> None:
     """Refuse a scheduler other than the base's.
 
     Some schedulers write their own settings when they are told the number of steps, so a run that the user made in

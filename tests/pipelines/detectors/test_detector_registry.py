@@ -56,7 +56,7 @@ def registered() -> Iterator[str]:
 
 def test_the_default_comes_first_and_names_make_detectors() -> None:
     assert mask_detectors()[0] == "early-difference"
-    assert set(mask_detectors()) == {"early-difference", "latent-difference"}
+    assert {"early-difference", "latent-difference"} <= set(mask_detectors())
     assert make_mask_detector() == make_mask_detector("auto") == EarlyDifference()
     assert make_mask_detector("latent-difference") == LatentDifference()
 
@@ -97,7 +97,7 @@ def test_one_that_does_not_decide_is_an_error_that_names_it(
 
 
 def test_a_misspelt_name_lists_the_detectors(pinned_editor: Editor, generate: Callable[..., Any]) -> None:
-    with pytest.raises(MaskError, match="mask detectors are early-difference, latent-difference"):
+    with pytest.raises(MaskError, match=f"mask detectors are {', '.join(mask_detectors())}"):
         pinned_editor.edit(generate("a cat"), "a dog", mask="latent-differences")
 
 

@@ -254,7 +254,7 @@ def test_what_all_edits_share_is_checked_once(
     editor: Editor, base: Generation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = counted(monkeypatch, refusals, "check_prompt")
-    schedulers = counted(monkeypatch, refusals, "check_scheduler")
+    schedulers = counted(monkeypatch, refusals, "check_same_scheduler")
     drawn = counted(monkeypatch, region.masks, "box_mask")
     editor.edit_many(base, PROMPTS, box=BOXES[0], negative_prompt="a bird")
     assert [args[1] for args in prompts] == [*PROMPTS, "a bird"]
