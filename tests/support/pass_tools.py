@@ -78,7 +78,7 @@ def compile_small(module: nn.Module, multiple: int = 1, **options: Any) -> Spars
     """``sparsify`` without a disk cache; weights get a spread, so that no forgotten bias goes unseen."""
     generator = torch.Generator().manual_seed(1)
     for parameter in module.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+        parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.3).to(parameter.dtype)
     config = SparsifyConfig(cache=False, multiple=multiple, **options)
     return sparsify(module.eval().requires_grad_(False), config, example_inputs=example(module))
 
