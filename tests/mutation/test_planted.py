@@ -10,7 +10,7 @@ import pytest
 from tests.mutation.planted import BUGS, Bug
 from tests.mutation.run import REPOSITORY, planted
 
-ROOMS = ("graph", "passes", "masks", "capture/cache", "capture/keys", "runtime")
+ROOMS = ("graph", "passes", "masks", "capture/cache", "capture/keys", "recordings", "runtime", "slots")
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: f"{bug.file}: {bug.harm}")
