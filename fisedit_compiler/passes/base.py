@@ -20,6 +20,7 @@ from torch import fx
 
 from fisedit_compiler.capture.captured import CapturedGraph
 from fisedit_compiler.config import SparsifyConfig
+from fisedit_compiler.errors import VerificationError
 from fisedit_compiler.graph import ir
 from fisedit_compiler.graph.layout import Layout
 from fisedit_compiler.graph.site_order import is_identity
@@ -29,6 +30,8 @@ from fisedit_compiler.slots.base import Slot, SlotKind
 from fisedit_compiler.slots.canvas import Canvas
 from fisedit_compiler.slots.dense import Dense
 
+NO_LAYOUT = 'it has no layout: set node.meta["layout"], or write it by Rewriter.exchange'
+"""What is wrong with a dense value that a pass made and said nothing of its sites, and the remedy."""
 EVERY_OTHER = "*"
 """In ``after`` or ``before`` of a pass of the package: all others of the package."""
 
@@ -126,8 +129,8 @@ class Rewriter:
 
     def rows(self, value: fx.Node) -> fx.Node:
         """Rows of the active sites of a dense spatial value."""
-        layout = value.meta.get("layout")
-        assert isinstance(layout, Layout) and layout.is_rows and layout.level is not None, ir.describe(value)
+        layout = layout_of(value)
+        assert layout.is_rows and layout.level is not None, ir.describe(value)
         if value.target is ir.unpack:
             return value.args[0]  # type: ignore[return-value]
         for user in value.users:
@@ -139,9 +142,9 @@ class Rewriter:
         return node
 
     def load(self, slot: Slot, spec: ValueSpec, before: fx.Node) -> fx.Node:
-        """A recorded value; the slot's name is made unique by its origin and kind, and shared by equal requests."""
-        identity = (slot.origin, slot.kind)
-        known = next((s for s in self.program.slots.values() if (s.origin, s.kind) == identity), None)
+        """A recorded value; the slot's name is made unique by its origin, and equal requests share a slot."""
+        identity = (slot.origin, slot.kind, slot.of)
+        known = next((s for s in self.program.slots.values() if (s.origin, s.kind, s.of) == identity), None)
         if known is None:
             known = self._unique(slot)
             self.program.slots[known.name] = known
@@ -165,7 +168,7 @@ class Rewriter:
             kind: another form that the canvas is recorded in, whose readers get a canvas.
             of: name of the slot that such a canvas is only right together with.
         """
-        layout: Layout = value.meta["layout"]
+        layout = layout_of(value)
         assert layout.level is not None
         slot = self.slot(name, value, kind or Canvas(), of)
         return self.load(slot, layout.packed.spec(spec_of(value), self.site_count(layout.level)), before)
@@ -231,7 +234,7 @@ class Rewriter:
 
     def row_spec(self, node: fx.Node) -> ValueSpec:
         """Spec of the rows of a dense node."""
-        layout: Layout = node.meta["layout"]
+        layout = layout_of(node)
         return layout.row_spec(spec_of(node))
 
     def replace(self, node: fx.Node, rows: fx.Node) -> None:
@@ -243,7 +246,7 @@ class Rewriter:
                 user.replace_all_uses_with(rows)
                 self.graph.erase_node(user)
         if node.users:
-            slot = Slot(slot_name(node, "output"), node.meta["origin"], Dense(), node.meta["layout"])
+            slot = self.slot(slot_name(node, "output"), node, Dense())
             base = self.load(slot, spec_of(node), node)
             dense = self.call(ir.unpack, (rows, base), spec_of(node), node)
             dense.meta["layout"] = node.meta["layout"]
@@ -258,7 +261,19 @@ class Rewriter:
 
     def slot(self, name: str, value: fx.Node, kind: SlotKind, of: str = "") -> Slot:
         """A slot for a dense value; ``of`` names the slot that it is stored about, if its kind needs one."""
-        return Slot(name, value.meta["origin"], kind, value.meta["layout"], of)
+        return Slot(name, value.meta["origin"], kind, layout_of(value), of)
+
+
+def layout_of(value: fx.Node) -> Layout:
+    """The layout of a dense value.
+
+    Raises:
+        VerificationError: whoever made it gave it none.
+    """
+    layout = value.meta.get("layout")
+    if not isinstance(layout, Layout):
+        raise VerificationError(f"{ir.describe(value)} is read as a dense value, but {NO_LAYOUT}.")
+    return layout
 
 
 def slot_name(node: fx.Node, what: str) -> str:

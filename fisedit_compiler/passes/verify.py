@@ -14,7 +14,7 @@ from fisedit_compiler.errors import VerificationError
 from fisedit_compiler.graph import ir
 from fisedit_compiler.graph.layout import Layout
 from fisedit_compiler.graph.specs import ValueSpec, has_spec, spec_of
-from fisedit_compiler.passes.base import Program
+from fisedit_compiler.passes.base import NO_LAYOUT, Program
 from fisedit_compiler.slots.registry import check_kind
 
 
@@ -38,9 +38,7 @@ def verify(program: Program, after: str) -> None:
             _check_load(node, program, origins, after)
         elif node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
             if has_spec(node) and "layout" not in node.meta and _reads_sites(node):
-                raise _broken(
-                    after, node, "reads dense values with sites but has no layout; Rewriter.exchange gives one"
-                )
+                raise _broken(after, node, f"reads dense values with sites, but {NO_LAYOUT}")
             if "spec" not in node.meta and "expr" not in node.meta:
                 raise _broken(after, node, "has no spec")
             if node.target._schema.is_mutable:
@@ -98,8 +96,14 @@ def _check_load(node: fx.Node, program: Program, origins: Mapping[str, fx.Node],
     problem = slot.kind.problem(slot, spec_of(origins[slot.origin]), spec_of(node))
     if problem:
         raise _broken(after, node, problem)
-    if slot.of and slot.of not in program.slots:
-        raise _broken(after, node, f"slot {slot.name} is stored about slot {slot.of}, which is not there")
+    about = [slot.name]
+    while slot.of:
+        if slot.of not in program.slots:
+            raise _broken(after, node, f"slot {slot.name} is stored about slot {slot.of}, which is not there")
+        if slot.of in about:
+            raise _broken(after, node, f"slots are stored about each other: {', '.join((*about, slot.of))}")
+        about.append(slot.of)
+        slot = program.slots[slot.of]
 
 
 def _packed(value: fx.Node) -> ValueSpec:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fisedit_compiler.errors import VerificationError
-from fisedit_compiler.extend import GraphPass, Pass, Program, Rewriter, spec_of
+from fisedit_compiler.extend import Canvas, GraphPass, Pass, Program, Rewriter, spec_of
 from tests.support.compiled_zoo import make_mask, record_run
 from tests.support.pass_tools import (
     CHANNELS,
@@ -133,7 +133,7 @@ def test_both_orders_at_once_and_without_them() -> None:
 
 
 def test_a_dense_value_without_a_layout_is_named_with_its_pass() -> None:
-    words = r"After pass tests\.forgetful: .*silu.* has no layout; Rewriter\.exchange gives one"
+    words = r"After pass tests\.forgetful: .*silu.* has no layout: set node\.meta.*Rewriter\.exchange"
     with pytest.raises(VerificationError, match=words):
         compile_small(module(), extra_passes=[Forgetful])
 
@@ -142,3 +142,25 @@ def test_the_reasons_of_all_passes_are_shown() -> None:
     running = Forward(lambda m, x: m.conv(torch.cumsum(x, 2)), conv=nn.Conv2d(CHANNELS, CHANNELS, 1))
     found = reasons(program_of(compile_small(running, extra_passes=[RefusingToo, Refusing])))
     assert "tests.refusing: sums run on; tests.refusing_too: sums run on" in found.values()
+
+
+@pytest.mark.parametrize("how", ["rows", "canvas", "row_spec", "replace", "slot"])
+def test_so_is_one_that_is_asked_for_its_sites_in_the_same_pass(how: str) -> None:
+    class Asking(Forgetful):
+        name = "tests.asking"
+
+        def rewrite(self, node: fx.Node, rewriter: Rewriter) -> str | None:
+            made = rewriter.call(aten.silu.default, (node,), spec_of(node), node)
+            asked = {
+                "rows": lambda: rewriter.rows(made),
+                "canvas": lambda: rewriter.canvas(made, "made", node),
+                "row_spec": lambda: rewriter.row_spec(made),
+                "replace": lambda: rewriter.replace(made, made),
+                "slot": lambda: rewriter.slot("made", made, Canvas()),
+            }
+            node.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
+            asked[how]()
+            return None
+
+    with pytest.raises(VerificationError, match=r"silu.* is read as a dense value, but it has no layout"):
+        compile_small(module(), extra_passes=[Asking])

@@ -21,6 +21,7 @@ from fisedit_compiler.extend import (
     SlotNode,
     ValueSpec,
     register_slot_kind,
+    spec_of,
 )
 from fisedit_compiler.graph.site_order import SITES
 from fisedit_compiler.masks import ellipse_mask
@@ -225,3 +226,55 @@ def test_a_kind_that_holds_no_dense_values_cannot_be_what_rows_are_put_over(
     monkeypatch.setattr("fisedit_compiler.passes.base.Dense", Else)
     with pytest.raises(VerificationError, match=r"whose kind tests\.else holds no dense values"):
         compile_block()
+
+
+class About(Canvas):
+    """A canvas that is only right together with another slot."""
+
+    name: ClassVar[str] = "tests.about"
+    holds: ClassVar[Literal["value", "packed", "else"]] = "else"
+
+    def store(self, graph: fx.Graph, slot: Slot, value: fx.Node, other: SlotNode) -> fx.Node:
+        if slot.of:
+            other(slot.of)
+        return super().store(graph, slot, value, other)
+
+
+def compile_about(monkeypatch: pytest.MonkeyPatch, about: dict[str, str]) -> SparseModule:
+    """The first convolution reads slot ``a``; ``about`` says which slot each is about."""
+
+    def canvas(self: Rewriter, value: fx.Node, name: str, before: fx.Node) -> fx.Node:
+        if name != "first.input":
+            return CANVAS(self, value, name, before)
+        layout = value.meta["layout"]
+        self.program.slots.update({slot: self.slot(slot, value, About(), of) for slot, of in about.items()})
+        spec = layout.packed.spec(spec_of(value), self.site_count(layout.level))
+        return self.load(self.program.slots["a"], spec, before)
+
+    register_slot_kind(About)
+    monkeypatch.setattr(Rewriter, "canvas", canvas)
+    return compile_block()
+
+
+def test_slots_about_slots_about_slots_are_all_recorded(kinds: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = compile_about(monkeypatch, {"c": "", "b": "c", "a": "b"})
+    base = torch.randn(2, 4, 16, 24)
+    with compiled.record() as recording:
+        before = compiled(sample=base)
+    assert {"a", "b", "c"} <= set(recording.calls[0].slots)
+    with compiled.edit(recording, MASK):
+        assert torch.equal(compiled(sample=changed(base, MASK))[..., ~MASK], before[..., ~MASK])
+
+
+@pytest.mark.parametrize(
+    ("about", "words"),
+    [
+        ({"a": "gone"}, "stored about slot gone, which is not there"),
+        ({"b": "a", "a": "b"}, "about each other: a, b, a"),
+    ],
+)
+def test_slots_about_none_or_each_other_are_refused(
+    about: dict[str, str], words: str, kinds: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(VerificationError, match=words):
+        compile_about(monkeypatch, about)

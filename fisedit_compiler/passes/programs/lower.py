@@ -8,7 +8,7 @@ After:  ``scatter_sites(f(permute(gather_sites(flatten(x), active, 2))), slot_ou
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ def lower(program: Program) -> None:
         _lower_unpack(node, rewriter)
     graph.eliminate_dead_code()
     loaded = {str(node.args[0]) for node in ir.nodes_calling(graph, [ir.load])}
-    loaded |= {program.slots[name].of for name in loaded}
+    loaded = {name for first in loaded for name in _with_what_it_is_about(first, program)}
     program.slots = {name: slot for name, slot in program.slots.items() if name in loaded}
     _Inputs(program).replace_markers()
     graph.eliminate_dead_code()
@@ -117,6 +117,12 @@ def _in_order(value: fx.Node, order: SiteOrder, node: fx.Node, rewriter: Rewrite
         return value
     site = order.site_dim
     return rewriter.call(aten.flatten.using_ints, (value, site, site + 1), spec, node)
+
+
+def _with_what_it_is_about(name: str, program: Program) -> Iterator[str]:
+    while name:
+        yield name
+        name = program.slots[name].of
 
 
 class _Inputs:
