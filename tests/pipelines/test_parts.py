@@ -80,18 +80,27 @@ def test_every_copy_of_a_batch_has_its_own(editor: Editor, base: Any) -> None:
         assert set(edit.recordings) == {"unet", DECODER} and editor.edit(edit, "a bird", mask=MASK).unchanged_outside
 
 
-def test_an_edit_that_is_stopped_says_so_whatever_its_last_part_missed(editor: Editor, base: Any) -> None:
+@pytest.mark.parametrize("what", ["generate", "edit", "edit of an edit", "edit_many", "load"])
+def test_a_run_that_is_stopped_says_so_whatever_its_last_part_missed(what: str, editor: Editor, base: Any) -> None:
     pipe = editor.pipe
     step = type(pipe.scheduler).step
+    run = {
+        "generate": lambda: editor.generate("a dog", seed=3, num_inference_steps=4),
+        "edit": lambda: editor.edit(base, "a dog", mask=MASK),
+        "edit of an edit": lambda: editor.edit(edited, "a fox", mask=OTHER),
+        "edit_many": lambda: editor.edit_many(base, ["a dog", "a fox"], mask=[MASK, OTHER]),
+        "load": lambda: editor.load(base.image, "a cat", num_inference_steps=4),
+    }[what]
+    edited = editor.edit(base, "a dog", mask=MASK)
 
     def stopping(*arguments: Any, **options: Any) -> Any:
         pipe._interrupt = True
         return step(*arguments, **options)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(RecordingError, match="was stopped after 1 of 4 steps"):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RecordingError, match=r"was stopped after 1 of \d steps"):
         patch.setattr(type(pipe.scheduler), "step", stopping)
-        editor.edit(base, "a dog", mask=MASK)
-    assert editor.edit(base, "a dog", mask=MASK).unchanged_outside
+        run()
+    assert editor.edit(edited, "a fox", mask=OTHER).unchanged_outside
 
 
 def test_without_recordings_and_beside_the_original(editor: Editor, base: Any) -> None:
