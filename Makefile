@@ -1,4 +1,4 @@
-# Everything runs from a virtual environment that the first target builds, with the versions of constraints.txt.
+# Everything runs from a virtual environment that each target builds if it is not there, with the versions of constraints.txt.
 # Only python3 (3.11 or newer) and a package index are needed. `make PYTHON=python3.12 test` picks another Python.
 
 PYTHON ?= python3

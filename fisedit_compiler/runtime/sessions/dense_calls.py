@@ -139,7 +139,7 @@ class DenseCalls:
             raise ConfigError(
                 f"reuse_maps() was given columns for {self.columns.shape[-1]} tokens, but the text of this call has "
                 f"{length}: pass one column for every token of the edited prompt, padding included "
-                "(pipelines.words.token_columns(..., length=...))."
+                "(pipelines.editing.words.token_columns(..., length=...))."
             )
         if self._on_device is None:
             self._on_device = self.columns.expand(base.batch, length).contiguous().to(call.sample.device)
