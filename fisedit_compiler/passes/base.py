@@ -257,7 +257,10 @@ class Rewriter:
         """A slot whose natural name is taken by another value gets its producer's name as suffix."""
         if slot.name not in self.program.slots:
             return slot
-        return replace(slot, name=f"{slot.name}.{slot.origin}")
+        name, number = f"{slot.name}.{slot.origin}", 2
+        while name in self.program.slots:  # a third form of one value, and further ones
+            name, number = f"{slot.name}.{slot.origin}.{number}", number + 1
+        return replace(slot, name=name)
 
     def slot(self, name: str, value: fx.Node, kind: SlotKind, of: str = "") -> Slot:
         """A slot for a dense value; ``of`` names the slot that it is stored about, if its kind needs one."""

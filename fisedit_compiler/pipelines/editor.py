@@ -98,10 +98,15 @@ class Editor:
         return self
 
     def close(self) -> None:
-        """Put the UNet the editor was given back into the pipeline; closing twice is fine."""
-        if not self._closed:
-            self._parts.restore()
-        self._closed = True
+        """Put the UNet the editor was given back into the pipeline; closing twice is fine.
+
+        Raises:
+            ModeError: another thread's run of the pipeline is going on; close the editor after it.
+        """
+        with only_run_of(self.pipe):  # exchanging a module in the middle of a run would spoil it
+            if not self._closed:
+                self._parts.restore()
+            self._closed = True
 
     def generate(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import TypeVar
 
 from fisedit_compiler.errors import ConfigError
@@ -22,6 +23,15 @@ def register_slot_kind(kind: _Kind) -> _Kind:
         raise ConfigError(f"A slot kind is a subclass of fisedit_compiler.extend.SlotKind; got {kind!r}.")
     if "name" not in vars(kind):
         raise ConfigError(f"Slot kind {kind.__qualname__} has no `name` of its own; listings and pages show it.")
+    if not isinstance(kind.name, str) or not re.fullmatch(r"[\w.-]+", kind.name):
+        raise ConfigError(
+            f"Slot kind {kind.__qualname__} is called {kind.name!r}; say letters, digits, dots and dashes."
+        )
+    if kind.holds not in ("value", "packed", "else") or not 0 <= kind.rounding < 1:
+        raise ConfigError(
+            f'Slot kind {kind.name!r}: holds is "value", "packed" or "else", and rounding a share from 0 to 1; got '
+            f"{kind.holds!r} and {kind.rounding!r}."
+        )
     if inspect.isabstract(kind):
         missing = " and ".join(f"{name}()" for name in sorted(kind.__abstractmethods__))
         raise ConfigError(f"Slot kind {kind.name!r} does not say everything: define {missing}.")

@@ -164,6 +164,17 @@ class TestRegistering:
         with pytest.raises(ConfigError, match=r"define batch_axes\(\) and recorded\(\) and store\(\)"):
             register_slot_kind(kind_called("tests.mine", SlotKind))
 
+    @pytest.mark.parametrize("text", ["", " ", "a b", "a\nb", 3, None, [], "[red]"])
+    def test_a_name_that_pages_cannot_show_is_refused(self, text: object) -> None:
+        with pytest.raises(ConfigError, match="say letters, digits, dots and dashes"):
+            register_slot_kind(type("Mine", (Canvas,), {"name": text}))
+
+    @pytest.mark.parametrize("fields", [{"holds": "nonsense"}, {"holds": "else", "rounding": -1.0},
+                                        {"holds": "else", "rounding": float("nan")}])  # fmt: skip
+    def test_what_a_kind_says_of_itself_is_checked(self, fields: dict[str, object]) -> None:
+        with pytest.raises(ConfigError, match="rounding a share from 0 to 1"):
+            register_slot_kind(kind_called("tests.mine", **fields))
+
     def test_something_else_is_refused(self) -> None:
         with pytest.raises(ConfigError, match=r"subclass of fisedit_compiler\.extend\.SlotKind"):
             register_slot_kind(dict)  # type: ignore[type-var]

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fisedit_compiler.slots.statistics import Statistics
 from tests.support.pass_tools import (
+    CHANNELS,
     Forward,
     assert_equals_oracle,
     assert_full_mask_is_dense,
@@ -17,6 +19,8 @@ from tests.support.pass_tools import (
     program_of,
     reasons,
 )
+
+GROUPS = (1, 2, CHANNELS // 2, CHANNELS)
 
 
 def normed(**norm: Any) -> Forward:
@@ -96,3 +100,17 @@ def test_on_a_map_whose_width_comes_first(norm: str) -> None:
     )
     assert any("width comes before height" in reason for reason in reasons(program_of(compiled)).values())
     assert_full_mask_is_dense(compiled)
+
+
+@pytest.mark.parametrize("norm", ["recorded", "incremental"])
+def test_many_norms_of_one_value_have_statistics_each(norm: str) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.conv(x)
+        values = [functional.silu(functional.group_norm(y, groups)) for groups in GROUPS]
+        return m.out(values[0] + values[1] + values[2] + values[3])
+
+    convs = {name: nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1) for name in ("conv", "out")}
+    compiled = compile_small(Forward(forward, **convs), norm=norm)
+    assert_equals_oracle(compiled)
+    kinds = [slot.kind.name for slot in program_of(compiled).slots]
+    assert kinds.count("statistics") == len(GROUPS)
