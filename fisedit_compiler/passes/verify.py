@@ -45,6 +45,20 @@ def verify(program: Program, after: str) -> None:
                 raise _broken(after, node, "mutates an argument; passes must stay functional")
 
 
+def verify_functional(graph: fx.Graph) -> None:
+    """Check that what slot kinds made of a graph writes to nothing: neither to a recording nor to the caller's tensors.
+
+    Raises:
+        VerificationError: a node writes to its argument; names it.
+    """
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            raise VerificationError(
+                f"{ir.describe(node)} writes to its argument. What a slot kind's store(), load() and store_rows() make "
+                "must be functional, or it changes recordings and the caller's tensors; call the operation without _."
+            )
+
+
 def verify_complete(program: Program) -> None:
     """No spatial operation is left dense without a recorded reason, and every slot has one spec."""
     for node in program.graph.nodes:

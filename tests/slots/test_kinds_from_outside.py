@@ -278,3 +278,31 @@ def test_slots_about_none_or_each_other_are_refused(
 ) -> None:
     with pytest.raises(VerificationError, match=words):
         compile_about(monkeypatch, about)
+
+
+@pytest.mark.parametrize("where", ["store", "store_rows", "load"])
+def test_a_kind_that_writes_in_place_is_refused_when_it_is_compiled(
+    where: str, kinds: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would change the recording at every edit, or the caller's own sample."""
+
+    @register_slot_kind
+    class InPlace(Canvas):
+        name = "tests.in_place"
+        holds = "else"
+
+        def store(self, graph: fx.Graph, slot: Slot, value: fx.Node, other: SlotNode) -> fx.Node:
+            return self.doubled(graph, super().store(graph, slot, value, other), where == "store")
+
+        def store_rows(self, graph: fx.Graph, slot: Slot, rows: fx.Node, other: SlotNode) -> fx.Node:
+            return self.doubled(graph, rows, where == "store_rows")
+
+        def load(self, graph: fx.Graph, slot: Slot, stored: fx.Node, loaded: ValueSpec, other: LoadedNode) -> fx.Node:
+            return self.doubled(graph, stored, where == "load")
+
+        def doubled(self, graph: fx.Graph, value: fx.Node, in_place: bool) -> fx.Node:
+            return graph.call_function(aten.mul_.Tensor if in_place else aten.mul.Tensor, (value, 2))
+
+    replace_canvases(monkeypatch, InPlace())
+    with pytest.raises(VerificationError, match=r"mul_.* writes to its argument.*slot kind"):
+        compile_block()

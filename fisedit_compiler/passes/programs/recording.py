@@ -20,6 +20,7 @@ from fisedit_compiler.graph import ir
 from fisedit_compiler.graph.inputs import loaded_slot
 from fisedit_compiler.kernels.traits import traits_of
 from fisedit_compiler.passes.base import Program
+from fisedit_compiler.passes.verify import verify_functional
 from fisedit_compiler.slots.base import Slot
 
 aten = torch.ops.aten
@@ -44,6 +45,7 @@ def recording_graph(program: Program) -> fx.Graph:
         store(name)
     graph.output((*_flat(outputs), *(stored[name] for name in program.slots)))
     graph.eliminate_dead_code()
+    verify_functional(graph)
     graph.lint()
     return graph
 
@@ -87,6 +89,7 @@ def with_updates(program: Program) -> tuple[fx.Graph, tuple[SlotUpdate, ...]]:
         rows_only = update.dim is not None
         stores.append(slot.kind.store_rows(graph, slot, value, loaded.__getitem__) if rows_only else value)
     graph.output((*_flat(outputs), *stores))
+    verify_functional(graph)
     graph.lint()
     return graph, tuple(update for update, _ in ordered)
 

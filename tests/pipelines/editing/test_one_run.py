@@ -28,6 +28,7 @@ RUNS: dict[str, Callable[[Editor, Generation], Any]] = {
     "edit": lambda editor, base: editor.edit(base, "a dog", mask=MASK),
     "edit_many": lambda editor, base: editor.edit_many(base, ["a dog", "a fox"], mask=MASK),
     "dense": lambda editor, base: editor.dense(base, "a dog"),
+    "close": lambda editor, base: editor.close(),
 }
 
 
