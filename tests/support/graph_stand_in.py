@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -22,9 +23,15 @@ class FakeGraph:
     """Stands for ``torch.cuda.CUDAGraph``: what was "captured" is run again."""
 
     capturing: FakeGraph | None = None
+    alive: WeakSet[FakeGraph] = WeakSet()
 
     def __init__(self) -> None:
+        FakeGraph.alive.add(self)
         self.captured: list[Callable[[], None]] = []
+        self.memory = object()
+
+    def pool(self) -> object:
+        return self.memory
 
     def replay(self) -> None:
         for run in self.captured:
@@ -103,8 +110,11 @@ def traced_compile(step: nn.Module, **_: Any) -> Callable[..., Any]:
 
 
 @contextmanager
-def fake_capture(graph: FakeGraph, **_: Any) -> Iterator[None]:
-    """Stands for ``torch.cuda.graph``."""
+def fake_capture(graph: FakeGraph, pool: object = None, **_: Any) -> Iterator[None]:
+    """Stands for ``torch.cuda.graph``: as there, a pool of memory is gone with the last graph in it."""
+    if pool is not None:
+        assert any(other.memory is pool for other in FakeGraph.alive), "the pool of memory is gone"
+        graph.memory = pool
     FakeGraph.capturing = graph
     try:
         yield
@@ -121,7 +131,6 @@ def patch_cuda(monkeypatch: pytest.MonkeyPatch, compile: Callable[..., Any] = fa
     monkeypatch.setattr(torch, "compile", compile)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", fake_capture)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)

@@ -119,7 +119,6 @@ class GraphPool:
         self._graphs: OrderedDict[tuple[Any, ...], _Graph] = OrderedDict()
         self._layouts: dict[tuple[Any, ...], SlotLayout] = {}
         self._plans = PaddedPlans(self.inputs)
-        self._memory: Any = None
 
     def prepare(self, plan: SitePlan) -> PaddedPlan:
         """A plan padded to its bucket; recent ones are kept."""
@@ -217,9 +216,9 @@ class GraphPool:
             for _ in range(2):
                 body()
         torch.cuda.current_stream().wait_stream(stream)
-        if self._memory is None:
-            self._memory = torch.cuda.graph_pool_handle()
-        with compiling("CUDA graph"), capturing(graph.graph, self._memory):
+        # A pool of memory ends with the last graph in it, so that it is the graphs', not kept beside them.
+        memory = next((other.graph.pool() for other in self._graphs.values()), None)
+        with compiling("CUDA graph"), capturing(graph.graph, memory):
             graph.outputs.extend(body())
 
 
