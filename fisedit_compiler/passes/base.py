@@ -25,7 +25,7 @@ from fisedit_compiler.graph import ir
 from fisedit_compiler.graph.layout import Layout
 from fisedit_compiler.graph.site_order import is_identity
 from fisedit_compiler.graph.sizes import HEIGHT, WIDTH, SizeBuilder, row_symbol
-from fisedit_compiler.graph.specs import ValueSpec, spec_of
+from fisedit_compiler.graph.specs import ValueSpec, has_spec, spec_of
 from fisedit_compiler.slots.base import Slot, SlotKind
 from fisedit_compiler.slots.canvas import Canvas
 from fisedit_compiler.slots.dense import Dense
@@ -210,7 +210,20 @@ class Rewriter:
         return node
 
     def exchange(self, node: fx.Node, target: Any, args: Sequence[Any]) -> fx.Node:
-        """Another call in the place of one that computes the same, dense or on rows; it takes over its facts."""
+        """Another call in the place of one that computes the same, dense or on rows; it takes over its facts.
+
+        After the pass, the verifier calls it once with example sizes: it must give the shape and dtype of ``node``.
+
+        Raises:
+            VerificationError: ``node`` is no call of this graph with one value.
+        """
+        if not isinstance(node, fx.Node) or node.graph is not self.graph or node._erased:
+            raise VerificationError(f"Rewriter.exchange got {node!r}, which is no node of the program's graph.")
+        if node.op != "call_function" or not has_spec(node):
+            raise VerificationError(
+                f"Rewriter.exchange got {ir.describe(node)}, which is a {node.op} or has several values; it exchanges "
+                "calls with one value."
+            )
         with self.graph.inserting_before(node):
             other = ir.call(self.graph, target, args, spec=spec_of(node), source=node)
         other.meta = dict(node.meta)

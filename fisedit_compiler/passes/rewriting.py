@@ -19,6 +19,7 @@ from fisedit_compiler.passes.instruments import Instruments
 from fisedit_compiler.passes.order import REWRITES, ordered
 from fisedit_compiler.passes.programs.lower import lower
 from fisedit_compiler.passes.verify import verify, verify_complete
+from fisedit_compiler.passes.written_calls import calls_of, verify_calls
 
 
 def rewrite(captured: CapturedGraph, config: SparsifyConfig, instruments: Instruments | None = None) -> Program:
@@ -41,8 +42,11 @@ def rewrite(captured: CapturedGraph, config: SparsifyConfig, instruments: Instru
     program = Program(captured, copy_graph(captured.graph), config)
     for rewrite_class in passes:
         with instruments.watch(rewrite_class.name, program.graph):
+            before = None if rewrite_class in REWRITES else calls_of(program.graph)
             rewrite_class().run(program)
             verify(program, rewrite_class.name)
+            if before is not None:
+                verify_calls(program.graph, before, rewrite_class.name)
     record_refusals(program)
     verify_complete(program)
     with instruments.watch("lower", program.graph):

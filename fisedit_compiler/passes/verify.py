@@ -38,11 +38,11 @@ def verify(program: Program, after: str) -> None:
             _check_load(node, program, origins, after)
         elif node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
             if has_spec(node) and "layout" not in node.meta and _reads_sites(node):
-                raise _broken(after, node, f"reads dense values with sites, but {NO_LAYOUT}")
+                raise broken(after, node, f"reads dense values with sites, but {NO_LAYOUT}")
             if "spec" not in node.meta and "expr" not in node.meta:
-                raise _broken(after, node, "has no spec")
+                raise broken(after, node, "has no spec")
             if node.target._schema.is_mutable:
-                raise _broken(after, node, "mutates an argument; passes must stay functional")
+                raise broken(after, node, "mutates an argument; passes must stay functional")
 
 
 def verify_functional(graph: fx.Graph) -> None:
@@ -65,12 +65,12 @@ def verify_complete(program: Program) -> None:
         layout = node.meta.get("layout")
         dense = node.op == "call_function" and node.target not in ir.MARKERS and node.meta.get("varies")
         if dense and isinstance(layout, Layout) and layout.is_rows and node.name not in program.refusals:
-            raise _broken("the last one", node, "is a spatial operation left dense without a recorded reason")
+            raise broken("the last one", node, "is a spatial operation left dense without a recorded reason")
     specs: dict[str, ValueSpec] = {}
     for node in ir.nodes_calling(program.graph, [ir.load]):
         known = specs.setdefault(str(node.args[0]), spec_of(node))
         if known != spec_of(node):
-            raise _broken("the last one", node, f"loads slot {node.args[0]} as {spec_of(node)} and as {known}")
+            raise broken("the last one", node, f"loads slot {node.args[0]} as {spec_of(node)} and as {known}")
 
 
 def _reads_sites(node: fx.Node) -> bool:
@@ -83,19 +83,19 @@ def _check_pack(node: fx.Node, after: str) -> None:
     value = node.args[0]
     layout = value.meta.get("layout") if isinstance(value, fx.Node) and has_spec(value) else None
     if not isinstance(value, fx.Node) or not isinstance(layout, Layout) or not layout.is_rows:
-        raise _broken(after, node, "packs a value without sites")
+        raise broken(after, node, "packs a value without sites")
     if value.target is ir.unpack:
-        raise _broken(after, node, "packs what was just unpacked; use Rewriter.rows")
+        raise broken(after, node, "packs what was just unpacked; use Rewriter.rows")
     _expect(after, node, spec_of(node), _packed(value))
 
 
 def _check_unpack(node: fx.Node, program: Program, after: str) -> None:
     rows, base = node.args
     if not isinstance(rows, fx.Node) or not isinstance(base, fx.Node):
-        raise _broken(after, node, "needs rows and a base value")
+        raise broken(after, node, "needs rows and a base value")
     slot = program.slots.get(str(base.args[0])) if base.target is ir.load else None
     if slot is not None and slot.kind.holds != "value":
-        raise _broken(after, node, f"is put over slot {slot.name}, whose kind {slot.kind.name} holds no dense values")
+        raise broken(after, node, f"is put over slot {slot.name}, whose kind {slot.kind.name} holds no dense values")
     _expect(after, node, spec_of(rows), _packed(node))
     _expect(after, node, spec_of(base), spec_of(node))
 
@@ -103,19 +103,19 @@ def _check_unpack(node: fx.Node, program: Program, after: str) -> None:
 def _check_load(node: fx.Node, program: Program, origins: Mapping[str, fx.Node], after: str) -> None:
     slot = program.slots.get(str(node.args[0]))
     if slot is None:
-        raise _broken(after, node, f"loads slot {node.args[0]}, which nothing stores")
+        raise broken(after, node, f"loads slot {node.args[0]}, which nothing stores")
     if slot.origin not in origins:
-        raise _broken(after, node, f"slot {slot.name} comes from {slot.origin}, which the dense graph does not have")
+        raise broken(after, node, f"slot {slot.name} comes from {slot.origin}, which the dense graph does not have")
     check_kind(slot.kind)
     problem = slot.kind.problem(slot, spec_of(origins[slot.origin]), spec_of(node))
     if problem:
-        raise _broken(after, node, problem)
+        raise broken(after, node, problem)
     about = [slot.name]
     while slot.of:
         if slot.of not in program.slots:
-            raise _broken(after, node, f"slot {slot.name} is stored about slot {slot.of}, which is not there")
+            raise broken(after, node, f"slot {slot.name} is stored about slot {slot.of}, which is not there")
         if slot.of in about:
-            raise _broken(after, node, f"slots are stored about each other: {', '.join((*about, slot.of))}")
+            raise broken(after, node, f"slots are stored about each other: {', '.join((*about, slot.of))}")
         about.append(slot.of)
         slot = program.slots[slot.of]
 
@@ -127,10 +127,11 @@ def _packed(value: fx.Node) -> ValueSpec:
 
 def _expect(after: str, node: fx.Node, actual: ValueSpec, expected: ValueSpec) -> None:
     if actual != expected:
-        raise _broken(after, node, f"has {actual} where {expected} is due")
+        raise broken(after, node, f"has {actual} where {expected} is due")
 
 
-def _broken(after: str, node: fx.Node, problem: str) -> VerificationError:
+def broken(after: str, node: fx.Node, problem: str) -> VerificationError:
+    """The error for a node that a pass left as it must not be."""
     return VerificationError(f"After pass {after}: {ir.describe(node)} {problem}. {_remedy(after)}")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakSet
 
 import pytest
@@ -23,7 +23,7 @@ class FakeGraph:
     """Stands for ``torch.cuda.CUDAGraph``: what was "captured" is run again."""
 
     capturing: FakeGraph | None = None
-    alive: WeakSet[FakeGraph] = WeakSet()
+    alive: ClassVar[WeakSet[FakeGraph]] = WeakSet()
 
     def __init__(self) -> None:
         FakeGraph.alive.add(self)
