@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 
 from fisedit_compiler.config import SparsifyConfig
-from fisedit_compiler.errors import ModeError
 from fisedit_compiler.masks import Box, MaskLike, Polygon
 from fisedit_compiler.module import SparseModule
 from fisedit_compiler.pipelines.detectors import MaskDetector
@@ -65,7 +64,6 @@ class Editor:
         self.config = config
         self.progress = progress
         self._parts = Parts(pipe, config, EDITOR_CONFIG)
-        self._closed = False
 
     def __enter__(self) -> Editor:
         return self
@@ -92,21 +90,19 @@ class Editor:
             ModeError: the editor was closed, or someone else replaced ``pipe.unet`` meanwhile.
             CaptureError: the UNet cannot be captured.
         """
-        if self._closed:
-            raise ModeError("this Editor is closed; make a new Editor(pipe)")
         self._parts.prepare(self._driver.shows_progress)
         return self
 
     def close(self) -> None:
         """Put the UNet the editor was given back into the pipeline; closing twice is fine.
 
+        Waits while another thread compiles.
+
         Raises:
             ModeError: another thread's run of the pipeline is going on; close the editor after it.
         """
         with only_run_of(self.pipe):  # exchanging a module in the middle of a run would spoil it
-            if not self._closed:
-                self._parts.restore()
-            self._closed = True
+            self._parts.restore()
 
     def generate(
         self,

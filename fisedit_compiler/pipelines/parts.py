@@ -122,6 +122,7 @@ class Parts:
         self._compiled: dict[Part, SparseModule] = {
             part: module for part, module in self._given.items() if is_compiled(module)
         }
+        self.given_back = False
 
     def __getitem__(self, name: str) -> SparseModule:
         """The compiled module of a part that is ready."""
@@ -136,9 +137,10 @@ class Parts:
         """Compile what is not yet, and put it in its place.
 
         Raises:
-            ModeError: someone else replaced a module meanwhile.
+            ModeError: the modules were given back, or someone else replaced one meanwhile.
             CaptureError: a module cannot be captured.
         """
+        self._check_kept()
         for part, compiled in list(self._compiled.items()):  # a copy: another thread may be compiling
             if part.find(self.pipe) is not compiled:
                 place = f"pipe.{part.name}"
@@ -155,13 +157,25 @@ class Parts:
         """Compile what no other thread did meanwhile."""
         with shown(shows_progress):
             for part, module in self._given.items():
+                self._check_kept()
                 if part not in self._compiled:
                     compiled = part.compiled(module, self.config)
                     part.put(self.pipe, compiled)
                     self._compiled[part] = compiled
 
+    def _check_kept(self) -> None:
+        if self.given_back:
+            raise ModeError("this Editor is closed; make a new Editor(pipe)")
+
+    @one_at_a_time
     def restore(self) -> None:
-        """Put the modules the pipeline was given with back, where nobody else put another."""
+        """Put the modules the pipeline was given with back, where nobody else put another; once and for all.
+
+        Waits for another thread that compiles: what it puts into the pipeline would stay there.
+        """
+        if self.given_back:
+            return
+        self.given_back = True
         for part, compiled in self._compiled.items():
             if part.find(self.pipe) is compiled:
                 part.put(self.pipe, self._given[part])

@@ -101,3 +101,29 @@ def test_pipelines_that_share_their_models_run_at_once() -> None:
     found = together([lambda number=number: made(number) for number in range(len(editors))])
     for now, then in zip(found, expected, strict=True):
         assert all(map(torch.equal, now, then))
+
+
+def test_an_editor_that_is_closed_while_it_compiles_leaves_nothing_behind(
+    tiny_pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Closing waits; what is asked for after it is refused."""
+    given, editor = tiny_pipe.unet, Editor(tiny_pipe)
+    compiling, closed = threading.Event(), threading.Event()
+
+    def slowly(module: Any, config: Any) -> Any:
+        compiling.set()
+        closed.wait(0.2)  # where closing does not wait, it is through by then
+        return torch.nn.Identity()
+
+    monkeypatch.setattr("fisedit_compiler.api.sparsify", slowly)
+
+    def close() -> None:
+        compiling.wait(WAIT)
+        editor.close()
+        closed.set()
+
+    together([editor.prepare, close])
+    assert tiny_pipe.unet is given
+    with pytest.raises(ModeError, match="this Editor is closed"):
+        editor.prepare()
+    editor.close()
