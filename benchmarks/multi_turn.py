@@ -2,13 +2,15 @@
 
 Two tables in one report. ``memory``: a base and ten edits, each of the one before, against a recording of its own for
 each; bytes are counted by storage, so what is shared counts once. ``time``: ``edit_many`` of four prompts with one
-mask against four edits one after the other, both with text encoder and VAE.
+mask against four edits one after the other, both with text encoder and VAE. Everything runs as the Editor does it by
+default: its statistics of norms (``--norm`` names others), and every edit is recorded.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from benchmarks.support.harness import (
     prepare,
     versions,
 )
+from fisedit_compiler.pipelines import EDITOR_CONFIG
 
 BASE = "a cat on the left and a rocket on the right, blue background"
 PROMPTS = tuple(
@@ -80,13 +83,11 @@ def duration(editor: Any, base: Any, options: argparse.Namespace, device: torch.
     mask = ellipse_mask(height, width, LEFT)
 
     def together(stopwatch: Stopwatch) -> None:
-        edits = stopwatch.time("together", lambda: editor.edit_many(base, PROMPTS, mask=mask, record=False))
+        edits = stopwatch.time("together", lambda: editor.edit_many(base, PROMPTS, mask=mask))
         stopwatch.add("together_unet", 1e3 * sum(seconds for edit in edits for _, seconds in edit.report.calls))
 
     def one_by_one(stopwatch: Stopwatch) -> None:
-        edits = stopwatch.time(
-            "one_by_one", lambda: [editor.edit(base, prompt, mask=mask, record=False) for prompt in PROMPTS]
-        )
+        edits = stopwatch.time("one_by_one", lambda: [editor.edit(base, prompt, mask=mask) for prompt in PROMPTS])
         stopwatch.add("one_by_one_unet", 1e3 * sum(seconds for edit in edits for _, seconds in edit.report.calls))
 
     stopwatch = alternate([together, one_by_one], repeats=options.repeats, warmup=options.warmup, device=device)
@@ -123,6 +124,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=positive, default=10, help="of the scheduler; UNet calls of an edit")
     parser.add_argument("--turns", type=positive, default=10, help="edits in the chain")
     parser.add_argument("--warmup", type=positive, default=1, help="untimed repeats before the timed ones")
+    parser.add_argument("--norm", default=EDITOR_CONFIG.norm, help="SparsifyConfig.norm; the default is the Editor's")
     return parser.parse_args(arguments)
 
 
@@ -135,7 +137,7 @@ def main(arguments: list[str] | None = None) -> Report:
 
     facts = machine(device)
     pipe = load_pipeline(device=device, dtype=dtype)
-    with Editor(pipe, progress=False) as editor:
+    with Editor(pipe, replace(EDITOR_CONFIG, norm=options.norm), progress=False) as editor:
         base = editor.generate(BASE, seed=7, num_inference_steps=options.steps, height=options.size, width=options.size)
         rows = [memory(editor, base, options.turns), duration(editor, base, options, device)]
     settings = {
@@ -143,12 +145,16 @@ def main(arguments: list[str] | None = None) -> Report:
         "latents": list(base.latents[0].shape),
         "steps": options.steps,
         "dtype": str(dtype).removeprefix("torch."),
+        "norm": options.norm,
+        "record": True,
+        "turns": options.turns,
         "repeats": options.repeats,
         "warmup": options.warmup,
     }
     report = Report("multi_turn", settings, facts, versions(), rows)
     report.publish(
-        draw(rows, f"{settings['model']}, latents {settings['latents']}, {options.steps} steps"), options.json
+        draw(rows, f"{settings['model']}, latents {settings['latents']}, {options.steps} steps, norm {options.norm}"),
+        options.json,
     )
     return report
 

@@ -12,7 +12,16 @@ from typing import ClassVar
 import pytest
 import torch
 
-from benchmarks import compile_time, dense_calls, model_key, multi_turn, product_parts, step_latency, wrapper_overhead
+from benchmarks import (
+    compile_time,
+    dense_calls,
+    model_key,
+    multi_turn,
+    norms,
+    product_parts,
+    step_latency,
+    wrapper_overhead,
+)
 from benchmarks.support.harness import Report, Stopwatch, Timing, alternate, machine, versions
 from benchmarks.support.subjects import make_call, square_mask
 from tests.support.zoo import ZOO
@@ -114,9 +123,20 @@ def test_dense_calls_are_what_their_rows_say():
     assert [row["map_bytes"] for row in report.rows] == [0, 0, batch * heads * sites * tokens * element_size, 0, 0]
 
 
+def test_norms_times_either_statistics_with_and_without_a_recording():
+    size = ["--height", "16", "--width", "16", "--repeats", "1", "--warmup", "1"]
+    rows = norms.main(["--fractions", "0.15", *size]).rows
+    assert [(row["norm"], row["record"]) for row in rows] == [
+        (norm, record) for norm in norms.NORMS for record in (False, True)
+    ]
+    assert rows[0]["ratio"] == 1.0
+    assert rows[0]["recording_mib_per_call"] < rows[2]["recording_mib_per_call"], "incremental statistics keep more"
+
+
 @pytest.mark.slow
 def test_multi_turn_counts_bytes_and_times_both_ways():
     report = multi_turn.main(["--size", "64", "--steps", "2", "--turns", "3", "--repeats", "1"])
+    assert (report.settings["norm"], report.settings["record"]) == ("incremental", True), "as the Editor runs"
     memory, time = report.rows
     assert memory["as_recordings_mib"] == pytest.approx(3 * memory["base_mib"], rel=0.01)
     assert 0 < memory["turns_mib"] < memory["as_recordings_mib"]
