@@ -118,16 +118,23 @@ class EditReport:
             ("sparse", self.sparse_calls, self.sparse_ms),
         ):
             if median is not None:
-                part = f", {self.partial_calls} of them in part" if kind == "dense" and self.partial_calls else ""
-                lines.append(f"{kind:<9} {count} calls{part}, {median:.1f} ms each (median)")
+                partly = self._partly(count) if kind == "dense" else ""
+                each = " each (median)" if count > 1 else ""
+                lines.append(f"{kind:<9} {_calls(count)}{partly}, {median:.1f} ms{each}")
         if self.skipped_calls:
-            lines.append(f"skipped   {self.skipped_calls} calls")
+            lines.append(f"skipped   {_calls(self.skipped_calls)}")
         read, added = self.recording_bytes / 2**20, self.own_bytes / 2**20
         lines.append(f"recording {read:.1f} MiB read, {added:.1f} MiB added")
         lines.append(f"wall      {self.wall_seconds:.2f} s")
         if self.note:
             lines.append(f"note      {self.note}")
         return "\n".join(lines)
+
+    def _partly(self, count: int) -> str:
+        """How many of the dense calls took a part of their result from the recording."""
+        if not self.partial_calls:
+            return ""
+        return ", partly recorded already" if count == 1 else f" ({self.partial_calls} partly recorded already)"
 
     def _regions(self) -> list[str]:
         count = len(self.regions)
@@ -141,3 +148,7 @@ class EditReport:
     def _median_ms(self, kind: str) -> float | None:
         times = [seconds for seen, seconds in self.calls if seen == kind]
         return 1000.0 * statistics.median(times) if times else None
+
+
+def _calls(count: int) -> str:
+    return f"{count} call{'s' * (count != 1)}"
