@@ -37,15 +37,22 @@ tables use these words:
 - *Dense, same seed* is the second caption, drawn by the unmodified model from the base's noise. It has all of the edit,
   and it keeps nothing of the base on purpose.
 - *Directional similarity* says how well the change of the picture, from base to edit, points where the change of the
-  caption points (CLIP embeddings, Gal et al. 2022).
-- *Image similarity* says how much of the base is left in the eyes of CLIP.
+  caption points: the cosine of the two changes (CLIP embeddings, Gal et al. 2022). It is 0 where nothing changed.
+- *Image similarity* says how much of the base is left in the eyes of CLIP: the cosine of the embeddings of base and
+  edit.
 - *Outside the mask* are the same pixels for all methods of a pair: those that the automatic mask of the sparse edit
-  leaves alone.
-- The *distance* is LPIPS-style, not LPIPS. It uses unit-length features of all layers of the CLIP's vision tower.
-- *FID* compares sets of CLIP features, unless the run names another extractor. Compare it within one table only.
+  leaves alone. Equal pictures count as 100 dB. For SSIM and the distance the base's pixels replace the inside, so that
+  windows that reach into it see no change there.
+- The *distance* is LPIPS-style, not LPIPS. It uses squared differences of unit-length features of all layers of the
+  CLIP's vision tower.
+- *FID* compares sets of CLIP features, unless the run names another extractor. FIDs of few pictures are too large, so
+  compare it within one table only.
 - The *changed object* is found by looking. On a plain background it is what differs from a smooth backdrop in the base
   and in the dense regeneration, without shadows. In a scene the largest parts in which the two pictures differ stand
-  for it. This is an approximation, so the tables keep it apart.
+  for it. This is an approximation, so the tables keep it apart: a mountain that moved behind the object counts as
+  object. *Outside the objects* are all other pixels.
+- *Seconds* are wall time from prompt to picture, without what had to be prepared for the comparison. They are medians,
+  since the first edit of a process may compile.
 """
 
 _APPROXIMATIONS = """Every row edits inside the same mask from the first call on: the one that the default edit found.
