@@ -1,4 +1,4 @@
-"""The second door: ``torch.compile(unet, backend="fisedit")``, with the passes and the runtime of ``sparsify``.
+"""``torch.compile(unet, backend="fisedit")``: the passes and the runtime of ``sparsify``, behind Dynamo's guards.
 
     unet = torch.compile(pipe.unet, backend="fisedit", options={"norm": "incremental"})
     with dynamo.record(unet) as recording: ...

@@ -1,4 +1,8 @@
-"""The ops of the sparse program, one per file; importing this package registers ``torch.ops.fisedit``."""
+"""The ops of the sparse program, one per file; importing this package registers ``torch.ops.fisedit``.
+
+An op is what it means, its traits and its kernels. When it is used is for the passes to say. May import ``geometry``
+and the rooms below.
+"""
 
 from __future__ import annotations
 

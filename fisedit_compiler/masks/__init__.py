@@ -3,7 +3,7 @@
 Pure functions only: no model, no recording and no file is written here. ``convert`` takes what a user has, ``painted``
 says which pixels of an image count, ``shapes`` draws boxes, ellipses and polygons, ``morphology`` opens, grows and
 sieves masks and lists their regions, ``feather`` gives the weights of a soft border. Site plans, which turn a mask into
-index tables, live in ``fisedit_compiler.geometry``.
+index tables, live in ``fisedit_compiler.geometry``. May import ``images``, ``progress`` and the rooms below.
 """
 
 from fisedit_compiler.masks.convert import MaskLike, mask_pixels, to_site_mask

@@ -2,7 +2,8 @@
 
 What lives here: finding the weights shipped with the package, loading a ``StableDiffusionPipeline`` or the
 evaluation CLIP from a directory, and choosing a scheduler by name. Nothing here compiles, records or edits,
-and nothing here ever reaches for the network: a model is a directory on this machine.
+and nothing here ever reaches for the network: a model is a directory on this machine. May import ``images``,
+``progress`` and the rooms below.
 """
 
 from fisedit_compiler.models.loading import (

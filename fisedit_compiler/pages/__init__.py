@@ -1,7 +1,7 @@
 """Pages that open without a network, rendered by Jinja2. A template is a file beside the module that fills it in.
 
 Whatever a template is given is escaped; a piece that is rendered already (:class:`markupsafe.Markup`) is not. A name
-that a template uses and is not given is an error.
+that a template uses and is not given is an error. Nothing here knows what a page is about. May import ``errors`` only.
 """
 
 from __future__ import annotations

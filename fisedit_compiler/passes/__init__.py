@@ -1,4 +1,8 @@
-"""The rewrite passes: each one file in ``rewrites/``, the loop that runs them in ``rewriting.py``."""
+"""The rewrite passes: each one file in ``rewrites/``, the loop that runs them in ``rewriting.py``.
+
+A graph becomes other graphs here. Nothing runs them, and what is captured stays as it was. May import ``slots`` and the
+rooms below.
+"""
 
 from __future__ import annotations
 

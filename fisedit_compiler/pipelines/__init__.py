@@ -1,4 +1,8 @@
-"""The diffusers side: the Editor, its results, the detectors of the automatic mask, and drawings of them."""
+"""The diffusers side: the Editor, its results, the detectors of the automatic mask, and drawings of them.
+
+Nothing here looks into a graph or a program: a compiled UNet is used through its modes, as users do. May import
+``dynamo``, ``api``, ``extend`` and the rooms below.
+"""
 
 from fisedit_compiler.pipelines.detectors import (
     DetectedMask,

@@ -1,10 +1,14 @@
 """The shape of the repository: no circle of imports, no long file, no crowded room, and tests where their subject is.
 
-Which room may import from which is checked by ``lint-imports`` (``pyproject.toml``).
+Which room may import from which is checked by ``lint-imports`` (``pyproject.toml``). That every room's docstring says
+the same is checked here.
 """
 
 from __future__ import annotations
 
+import ast
+import re
+import tomllib
 from collections import Counter
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -31,6 +35,26 @@ def sources() -> list[Path]:
         for folder in ("fisedit_compiler", "benchmarks", "tests", "examples", "docs")
         for path in (ROOT / folder).rglob("*.py")
     ]
+
+
+@pytest.mark.parametrize(
+    "init", sorted((ROOT / "fisedit_compiler").rglob("*/__init__.py")), ids=lambda path: path.parent.name
+)
+def test_a_room_says_what_it_may_import(init: Path) -> None:
+    """The rooms right below it, none but those and its like. A room in a room names its owner."""
+    (said,) = re.findall(
+        r"May\s+import\s+(.*?)\.(?:\s|$)", ast.get_docstring(ast.parse(init.read_text())) or "", re.DOTALL
+    )
+    named = set(re.findall(r"``(\w+)``", said))
+    *owners, room = init.parent.relative_to(ROOT / "fisedit_compiler").parts
+    if owners:
+        assert named == set(owners)
+        return
+    layers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]["layers"]
+    names = [set(re.findall(r"\w+", layer)) for layer in layers]
+    (own,) = (number for number, rooms in enumerate(names) if room in rooms)
+    alike = names[own] if ":" in layers[own] else set()
+    assert names[own + 1] <= named <= names[own + 1] | alike - {room}
 
 
 @pytest.mark.parametrize("package", ["fisedit_compiler", "benchmarks"])

@@ -9,6 +9,8 @@ through an allow-list (``targets.py``), the graph through a check of every field
 their owner, written whole or not at all, and carry a digest (``store.py``). Whatever is wrong with a file or the
 folder, the model is captured as if there were no cache, and a warning says so once.
 
+Nothing here captures or rewrites a graph. May import what the room ``capture`` may.
+
 ``FISEDIT_CACHE_DIR`` selects the folder; the default is ``fisedit_compiler`` where the platform keeps caches of a user
 (``XDG_CACHE_HOME`` or ``~/.cache`` on Linux).
 """

@@ -2,7 +2,8 @@
 
 ``structure.py`` reads everything that a forward can read (by ``reader.py``, ``values.py`` and ``functions.py``),
 ``weights.py`` the contents of parameters and buffers, ``watch.py`` notices changes between two calls, ``model.py`` puts
-the three together. ``notes.py`` and ``snapshot.py`` tell what a forward wrote itself. Nothing here runs the module.
+the three together. ``notes.py`` and ``snapshot.py`` tell what a forward wrote itself. Nothing here runs the module. May
+import what the room ``capture`` may.
 """
 
 from fisedit_compiler.capture.keys.model import ModelKey, ModelState

@@ -1,1 +1,4 @@
-"""What pictures are measured by."""
+"""What pictures are measured by, and what must hold of the figures.
+
+No edit is made here (``methods/``) and nothing is written (``results/``). May import what the room ``evaluation`` may.
+"""

@@ -1,1 +1,4 @@
-"""The ways to edit that are compared."""
+"""The ways to edit that are compared.
+
+A method makes pictures; it measures none (``measures/``). May import what the room ``evaluation`` may.
+"""

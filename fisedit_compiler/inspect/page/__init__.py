@@ -1,4 +1,7 @@
-"""``fisedit inspect``: one page that shows what the compiler made of a model. Opens in a browser without a network."""
+"""``fisedit inspect``: one page that shows what the compiler made of a model. Opens in a browser without a network.
+
+The facts come from ``inspect``; here they are only drawn. May import what the room ``inspect`` may.
+"""
 
 from __future__ import annotations
 

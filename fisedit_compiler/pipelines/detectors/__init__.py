@@ -1,4 +1,8 @@
-"""The automatic mask: detectors that find the region of an edit, one rule a file, and their registry."""
+"""The automatic mask: detectors that find the region of an edit, one rule a file, and their registry.
+
+A detector sees latents and decides on a mask; it calls no UNet (``editing/``). May import what the room ``pipelines``
+may.
+"""
 
 from fisedit_compiler.pipelines.detectors.base import DetectedMask, DetectionContext, MaskDetector
 from fisedit_compiler.pipelines.detectors.early_difference import EarlyDifference

@@ -1,1 +1,4 @@
-"""An editable generation of a picture that no model made."""
+"""An editable generation of a picture that no model made.
+
+It is made here, not edited (``editing/``). May import what the room ``pipelines`` may.
+"""

@@ -1,4 +1,8 @@
-"""What holds the slots of a recorded call: the interface, and the stores there are."""
+"""What holds the slots of a recorded call: the interface, and the stores there are.
+
+Others read through :class:`SlotStore` and have one made by :func:`hold`. A store knows no run. May import what the room
+``recordings`` may.
+"""
 
 from __future__ import annotations
 
