@@ -26,6 +26,10 @@ class VerificationError(FiseditError):
     """A graph left by a pass breaks an invariant; always a defect of the pass, never of the user's model."""
 
 
+class SlotKindError(VerificationError):
+    """A kind of recorded values contradicts itself, or a method of it raised; always a defect of the kind."""
+
+
 class LoweringError(FiseditError, RuntimeError):
     """A right program could not be turned into code for its device: Inductor, Triton or a CUDA graph refused it.
 

@@ -96,8 +96,8 @@ class Expectations:
         if node.name in self._pinned:
             self.pinned[node.name] = value.pinned
         for slot in self._slots.get(node.name, ()):
-            self.slots[slot.name] = slot.kind.recorded(slot, value.base)
-            self.edited_slots[slot.name] = slot.kind.edited(slot, value.base, value.pinned)
+            self.slots[slot.name] = slot.recorded(value.base)
+            self.edited_slots[slot.name] = slot.edited(value.base, value.pinned)
 
 
 def is_dense(node: fx.Node) -> bool:
@@ -183,8 +183,8 @@ class Judge:
         """
         found, right = actual.get(slot.name), expected[slot.name]
         if isinstance(found, Tensor) and (found.shape, found.dtype) == (right.shape, right.dtype):
-            found = slot.kind.read(slot, found, {**expected, **actual})
-            right = slot.kind.read(slot, right, expected)
+            found = slot.read(found, {**expected, **actual})
+            right = slot.read(right, expected)
         layout = slot.layout if slot.kind.holds == "value" else None
         return self.close(origin, what, found, right, layout, rounding=slot.kind.rounding)
 

@@ -100,7 +100,7 @@ class PinnedInterpreter(fx.Interpreter):
             value, slot = self.env[source], rounded.get(source.name)
             if slot is None:
                 return value
-            return replace(value, pinned=self._pin(source, value.pinned, slot.kind.pinned(slot, value.base)))
+            return replace(value, pinned=self._pin(source, value.pinned, slot.pinned(value.base)))
 
         return fx.map_arg(node.args, operand), fx.map_arg(node.kwargs, operand)
 

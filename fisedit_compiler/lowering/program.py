@@ -21,7 +21,7 @@ from fisedit_compiler.capture.captured import CapturedGraph
 from fisedit_compiler.capture.export import capture
 from fisedit_compiler.compiling import made_once, one_at_a_time
 from fisedit_compiler.config import SparsifyConfig
-from fisedit_compiler.errors import ConfigError
+from fisedit_compiler.errors import ConfigError, SlotKindError
 from fisedit_compiler.geometry.block_sizes import ConvLayer
 from fisedit_compiler.geometry.conv_tables import ConvKey
 from fisedit_compiler.graph import ir
@@ -185,8 +185,8 @@ def _compile_cached(captured: CapturedGraph, config: SparsifyConfig, seconds: fl
     """Compile a capture from disk; ``None`` if that fails, since the fault may be the file's."""
     try:
         return compile_captured(captured, config, capture_seconds=seconds)
-    except ConfigError:
-        raise  # the user's mistake: another capture would meet it, too
+    except (ConfigError, SlotKindError):
+        raise  # the user's mistake, or a kind's: another capture would meet it, too
     except Exception as error:
         logger.warning(
             "a capture from disk could not be compiled (%s: %s); the model is captured again",

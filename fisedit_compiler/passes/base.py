@@ -20,7 +20,7 @@ from torch import fx
 
 from fisedit_compiler.capture.captured import CapturedGraph
 from fisedit_compiler.config import SparsifyConfig
-from fisedit_compiler.errors import VerificationError
+from fisedit_compiler.errors import FiseditError, VerificationError
 from fisedit_compiler.graph import ir
 from fisedit_compiler.graph.layout import Layout
 from fisedit_compiler.graph.site_order import is_identity
@@ -29,6 +29,7 @@ from fisedit_compiler.graph.specs import ValueSpec, has_spec, spec_of
 from fisedit_compiler.slots.base import Slot, SlotKind
 from fisedit_compiler.slots.canvas import Canvas
 from fisedit_compiler.slots.dense import Dense
+from fisedit_compiler.slots.registry import check_kind
 
 NO_LAYOUT = 'it has no layout: set node.meta["layout"], or write it by Rewriter.exchange'
 """What is wrong with a dense value that a pass made and said nothing of its sites, and the remedy."""
@@ -44,6 +45,7 @@ class Program:
         captured: the dense graph, left as captured and simplified; the recording graph is made from it.
         graph: the working graph.
         slots: recorded values asked for so far, by name.
+        loaded: what readers get of each slot, by name (filled when the graph is lowered).
         refusals: why an operation stays dense, by node name (filled at the end for whatever is left).
     """
 
@@ -51,6 +53,7 @@ class Program:
     graph: fx.Graph
     config: SparsifyConfig
     slots: dict[str, Slot] = field(default_factory=dict)
+    loaded: dict[str, ValueSpec] = field(default_factory=dict)
     refusals: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -92,11 +95,28 @@ class Pass(GraphPass):
         rewriter = Rewriter(program)
         for node in list(program.graph.nodes):
             if node.op == "call_function" and self.looks_for(node.target) and self.wants(node):
-                reason = self.rewrite(node, rewriter)
+                reason = self._rewritten(node, rewriter)
                 if reason:
                     known = [node.meta["refused"]] if "refused" in node.meta else []
                     node.meta["refused"] = "; ".join([*known, f"{self.name}: {reason}"])
         program.graph.eliminate_dead_code()
+
+    def _rewritten(self, node: fx.Node, rewriter: Rewriter) -> str | None:
+        """What :meth:`rewrite` returned; an error of another package gets a name and a place."""
+        cause: Exception | None = None
+        try:
+            reason: Any = self.rewrite(node, rewriter)
+            if reason is None or isinstance(reason, str):
+                return reason
+            problem = f"returned {reason!r}, and returns None, or why the node stays dense, in words"
+        except FiseditError:
+            raise
+        except Exception as error:
+            problem, cause = f"raised {type(error).__name__}: {error}", error
+        raise VerificationError(
+            f"Pass {self.name} ({type(self).__module__}.{type(self).__qualname__}) at {ir.describe(node)} {problem}. "
+            f"Mend the pass, or leave it out with SparsifyConfig(disabled_passes={{{self.name!r}}})."
+        ) from cause
 
     def wants(self, node: fx.Node) -> bool:
         """Whether this call of such an operation is: its output is spatial and varies."""
@@ -143,6 +163,7 @@ class Rewriter:
 
     def load(self, slot: Slot, spec: ValueSpec, before: fx.Node) -> fx.Node:
         """A recorded value; the slot's name is made unique by its origin, and equal requests share a slot."""
+        check_kind(slot.kind, slot.name)
         identity = (slot.origin, slot.kind, slot.of)
         known = next((s for s in self.program.slots.values() if (s.origin, s.kind, s.of) == identity), None)
         if known is None:

@@ -10,15 +10,17 @@ from torch import fx
 
 from fisedit_compiler.capture.captured import CapturedGraph
 from fisedit_compiler.config import SparsifyConfig
+from fisedit_compiler.errors import FiseditError, VerificationError
 from fisedit_compiler.graph import ir
 from fisedit_compiler.graph.ir import copy_graph
 from fisedit_compiler.graph.layout import Layout
 from fisedit_compiler.graph.layout_rules import LayoutRules
-from fisedit_compiler.passes.base import Pass, Program
+from fisedit_compiler.passes.base import GraphPass, Pass, Program
 from fisedit_compiler.passes.instruments import Instruments
 from fisedit_compiler.passes.order import REWRITES, ordered
+from fisedit_compiler.passes.programs.agreement import check_slots
 from fisedit_compiler.passes.programs.lower import lower
-from fisedit_compiler.passes.verify import verify, verify_complete
+from fisedit_compiler.passes.verify import remedy, verify, verify_complete
 from fisedit_compiler.passes.written_calls import calls_of, verify_calls
 
 
@@ -33,6 +35,7 @@ def rewrite(captured: CapturedGraph, config: SparsifyConfig, instruments: Instru
     Raises:
         ConfigError: ``config`` names an unknown or a required pass, or passes that cannot be put in order.
         LayoutError: an output has no sites to keep.
+        SlotKindError: a kind of slots contradicts itself.
         VerificationError: a pass left a graph that breaks an invariant.
     """
     instruments = instruments or Instruments()
@@ -43,7 +46,7 @@ def rewrite(captured: CapturedGraph, config: SparsifyConfig, instruments: Instru
     for rewrite_class in passes:
         with instruments.watch(rewrite_class.name, program.graph):
             before = None if rewrite_class in REWRITES else calls_of(program.graph)
-            rewrite_class().run(program)
+            run_pass(rewrite_class, program)
             verify(program, rewrite_class.name)
             if before is not None:
                 verify_calls(program.graph, before, rewrite_class.name)
@@ -51,7 +54,25 @@ def rewrite(captured: CapturedGraph, config: SparsifyConfig, instruments: Instru
     verify_complete(program)
     with instruments.watch("lower", program.graph):
         lower(program)
+    check_slots(program)
     return program
+
+
+def run_pass(rewrite_class: type[GraphPass], program: Program) -> None:
+    """Run one pass.
+
+    Raises:
+        VerificationError: it raised something that is no error of this package; names it.
+    """
+    try:
+        rewrite_class().run(program)
+    except FiseditError:
+        raise
+    except Exception as error:
+        where = f"{rewrite_class.__module__}.{rewrite_class.__qualname__}"
+        raise VerificationError(
+            f"Pass {rewrite_class.name} ({where}) raised {type(error).__name__}: {error}. {remedy(rewrite_class.name)}"
+        ) from error
 
 
 def mark_varying(captured: CapturedGraph) -> None:

@@ -6,6 +6,7 @@ A failure here is a defect of a pass, not of the user's model; the message names
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NoReturn
 
 import torch
 from torch import fx
@@ -15,7 +16,9 @@ from fisedit_compiler.graph import ir
 from fisedit_compiler.graph.layout import Layout
 from fisedit_compiler.graph.specs import ValueSpec, has_spec, spec_of
 from fisedit_compiler.passes.base import NO_LAYOUT, Program
-from fisedit_compiler.slots.registry import check_kind
+from fisedit_compiler.slots.asking import refuse
+from fisedit_compiler.slots.base import Slot
+from fisedit_compiler.slots.registry import check_kind, is_own
 
 
 def verify(program: Program, after: str) -> None:
@@ -27,7 +30,7 @@ def verify(program: Program, after: str) -> None:
     try:
         program.graph.lint()
     except RuntimeError as error:
-        raise VerificationError(f"After pass {after}: the graph is malformed ({error}). {_remedy(after)}") from error
+        raise VerificationError(f"After pass {after}: the graph is malformed ({error}). {remedy(after)}") from error
     origins = {node.name: node for node in program.captured.graph.nodes}
     for node in program.graph.nodes:
         if node.target is ir.pack:
@@ -106,18 +109,31 @@ def _check_load(node: fx.Node, program: Program, origins: Mapping[str, fx.Node],
         raise broken(after, node, f"loads slot {node.args[0]}, which nothing stores")
     if slot.origin not in origins:
         raise broken(after, node, f"slot {slot.name} comes from {slot.origin}, which the dense graph does not have")
-    check_kind(slot.kind)
-    problem = slot.kind.problem(slot, spec_of(origins[slot.origin]), spec_of(node))
+    check_kind(slot.kind, slot.name)
+    problem = slot.problem(spec_of(origins[slot.origin]), spec_of(node))
     if problem:
-        raise broken(after, node, problem)
+        _refuse_slot(after, node, slot, problem)
     about = [slot.name]
     while slot.of:
         if slot.of not in program.slots:
-            raise broken(after, node, f"slot {slot.name} is stored about slot {slot.of}, which is not there")
+            _refuse_slot(after, node, slot, f"slot {slot.name} is stored about slot {slot.of}, which is not there")
         if slot.of in about:
-            raise broken(after, node, f"slots are stored about each other: {', '.join((*about, slot.of))}")
+            circle = ", ".join((*about, slot.of))
+            _refuse_slot(after, node, slot, f"slots are stored about each other: {circle}")
         about.append(slot.of)
         slot = program.slots[slot.of]
+
+
+def _refuse_slot(after: str, node: fx.Node, slot: Slot, problem: str) -> NoReturn:
+    """Refuse a slot that a pass asks for and its kind cannot be: the pass's fault, unless the kind is from outside."""
+    if is_own(slot.kind):
+        raise broken(after, node, f"asks kind {slot.kind.name!r} for slot {slot.name}: {problem}")
+    refuse(
+        slot,
+        f"pass {after} asks for it in {ir.describe(node)}, and {problem}",
+        remedy="Let the rewrite ask for another kind, such as Canvas(), and for the slots that it is about, or return "
+        "a reason, so that the operation stays dense; or mend the kind",
+    )
 
 
 def _packed(value: fx.Node) -> ValueSpec:
@@ -132,10 +148,11 @@ def _expect(after: str, node: fx.Node, actual: ValueSpec, expected: ValueSpec) -
 
 def broken(after: str, node: fx.Node, problem: str) -> VerificationError:
     """The error for a node that a pass left as it must not be."""
-    return VerificationError(f"After pass {after}: {ir.describe(node)} {problem}. {_remedy(after)}")
+    return VerificationError(f"After pass {after}: {ir.describe(node)} {problem}. {remedy(after)}")
 
 
-def _remedy(after: str) -> str:
+def remedy(after: str) -> str:
+    """What to do about a defect of a pass."""
     return (
         "This is a defect of the pass, not of your model; "
         f"SparsifyConfig(disabled_passes={{{after!r}}}) avoids it until it is mended."

@@ -34,7 +34,7 @@ def after_sparse_call(
         if update.dim is None:
             changes[slot.name] = updates[slot.name]
         else:
-            changes[slot.name] = slot.kind.written(slot, known.get(slot.name), edit)
+            changes[slot.name] = slot.written(known.get(slot.name), edit)
     return EditedSlots(base, changes, slots)
 
 
@@ -45,7 +45,7 @@ def pinned_updates(program: CompiledProgram, turn: Turn, outputs: Sequence[Tenso
     rows = {}
     for output, value in zip(program.outputs, outputs, strict=True):
         if output.slot is not None and output.slot in updated:
-            form = slots[output.slot].kind.row_form(slots[output.slot])
+            form = slots[output.slot].row_form()
             rows[output.slot] = form.gather(value, turn.sites[form.level])
     return rows
 

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from fisedit_compiler.graph.layout import Layout
 from fisedit_compiler.graph.specs import ValueSpec
+from fisedit_compiler.slots.asking import ask
 from fisedit_compiler.slots.row_form import RowForm
 from fisedit_compiler.slots.turn import Edit
 from fisedit_compiler.slots.written import Written, WrittenRows
@@ -28,7 +29,7 @@ LoadedNode = Callable[[str, ValueSpec], fx.Node]
 
 @dataclass(frozen=True)
 class Slot:
-    """One recorded value.
+    """One recorded value. Its methods ask its kind, and refuse in words an answer that no slot can have.
 
     Attributes:
         name: place in the user's model, such as ``down_blocks.0.resnets.1.conv1.input``.
@@ -44,30 +45,69 @@ class Slot:
     layout: Layout
     of: str = ""
 
+    def store(self, graph: fx.Graph, value: fx.Node, other: SlotNode) -> fx.Node:
+        """See :meth:`SlotKind.store`, as of all below."""
+        return ask(self, "store", graph, self, value, other)
+
+    def stored_spec(self, loaded: ValueSpec) -> ValueSpec:
+        return ask(self, "stored_spec", self, loaded)
+
+    def load(self, graph: fx.Graph, stored: fx.Node, loaded: ValueSpec, other: LoadedNode) -> fx.Node:
+        return ask(self, "load", graph, self, stored, loaded, other)
+
+    def store_rows(self, graph: fx.Graph, rows: fx.Node, other: SlotNode) -> fx.Node:
+        return ask(self, "store_rows", graph, self, rows, other)
+
+    def problem(self, value: ValueSpec, loaded: ValueSpec) -> str:
+        return ask(self, "problem", self, value, loaded)
+
+    def row_form(self) -> RowForm:
+        return ask(self, "row_form", self)
+
+    def written(self, before: Written | None, edit: Edit) -> Written:
+        return ask(self, "written", self, before, edit)
+
+    def batch_axes(self, axis: int) -> tuple[int | None, int | None] | None:
+        return ask(self, "batch_axes", self, axis)
+
+    def recorded(self, value: Tensor) -> Tensor:
+        return ask(self, "recorded", self, value)
+
+    def edited(self, base: Tensor, edited: Tensor) -> Tensor:
+        return ask(self, "edited", self, base, edited)
+
+    def read(self, stored: Tensor, slots: Mapping[str, Tensor]) -> Tensor:
+        return ask(self, "read", self, stored, slots)
+
+    def pinned(self, value: Tensor) -> Tensor:
+        return ask(self, "pinned", self, value)
+
 
 @dataclass(frozen=True)
 class SlotKind(ABC):
     """How values are recorded.
 
     A kind that has parameters is a frozen dataclass; kinds of equal parameters are equal, and equal requests for a
-    value share a slot. ``slot`` is always the slot in question.
+    value share a slot. ``slot`` is always the slot in question. Whether the methods agree is tried on an example when a
+    program with slots of the kind is compiled (``agreement/``).
 
     Attributes:
         name: what listings, pages and recordings call it.
         holds: whether what is stored is the dense ``value`` as it is, the value in ``packed`` form (a map as
-            ``[B, S, C]``), or something ``else``. Outputs are recorded as values; inputs are compared with packed ones.
+            ``[B, S, C]``), something ``else`` that gives it back to readers, or what is only ``derived`` from it, such
+            as statistics. Outputs are recorded as values; inputs are compared with packed ones.
         rounding: largest relative error, of a value's largest element, of what readers get back of what was recorded.
     """
 
     name: ClassVar[str]
-    holds: ClassVar[Literal["value", "packed", "else"]] = "else"
+    holds: ClassVar[Literal["value", "packed", "else", "derived"]] = "else"
     rounding: ClassVar[float] = 0.0
 
     # -- in graphs -------------------------------------------------------------------------------
 
     @abstractmethod
     def store(self, graph: fx.Graph, slot: Slot, value: fx.Node, other: SlotNode) -> fx.Node:
-        """What the recording graph returns of a dense value; ``other`` gives what it returns of another slot."""
+        """What the recording graph returns of a dense value; ``other`` gives what it returns of slot ``slot.of``."""
 
     def stored_spec(self, slot: Slot, loaded: ValueSpec) -> ValueSpec:
         """Spec of what is stored, where readers are to get ``loaded``."""
@@ -75,11 +115,11 @@ class SlotKind(ABC):
 
     def load(self, graph: fx.Graph, slot: Slot, stored: fx.Node, loaded: ValueSpec, other: LoadedNode) -> fx.Node:
         """What readers in a step graph get of what is stored, which is to be ``loaded``; ``other`` gives what they get
-        of another slot."""
+        of slot ``slot.of``."""
         return stored
 
     def store_rows(self, graph: fx.Graph, slot: Slot, rows: fx.Node, other: SlotNode) -> fx.Node:
-        """What an edit keeps of the rows it computed; ``other`` gives what its readers got of another slot."""
+        """What an edit keeps of the rows it computed; ``other`` gives what its readers got of slot ``slot.of``."""
         return rows
 
     def problem(self, slot: Slot, value: ValueSpec, loaded: ValueSpec) -> str:

@@ -20,7 +20,7 @@ class Canvas(SlotKind):
     """The packed value, which the sparse operation reads at sites that an edit leaves alone."""
 
     name: ClassVar[str] = "canvas"
-    holds: ClassVar[Literal["value", "packed", "else"]] = "packed"
+    holds: ClassVar[Literal["value", "packed", "else", "derived"]] = "packed"
 
     def store(self, graph: fx.Graph, slot: Slot, value: fx.Node, other: SlotNode) -> fx.Node:
         order = slot.layout.packed

@@ -16,7 +16,7 @@ class Dense(SlotKind):
     """The dense value; exact, since outside the mask outputs are the recorded bits."""
 
     name: ClassVar[str] = "dense"
-    holds: ClassVar[Literal["value", "packed", "else"]] = "value"
+    holds: ClassVar[Literal["value", "packed", "else", "derived"]] = "value"
 
     def store(self, graph: fx.Graph, slot: Slot, value: fx.Node, other: SlotNode) -> fx.Node:
         return value

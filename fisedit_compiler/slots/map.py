@@ -6,7 +6,7 @@ stored from and the graphs that read them.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor, fx
 
@@ -19,6 +19,7 @@ class Map(SlotKind):
     """The map as it is."""
 
     name: ClassVar[str] = "map"
+    holds: ClassVar[Literal["value", "packed", "else", "derived"]] = "derived"
 
     def store(self, graph: fx.Graph, slot: Slot, value: fx.Node, other: SlotNode) -> fx.Node:
         return value

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, fx
@@ -35,6 +35,7 @@ class SiteSums(SlotKind):
     """
 
     name: ClassVar[str] = "site_sums"
+    holds: ClassVar[Literal["value", "packed", "else", "derived"]] = "derived"
     groups: int
     channels: int
 

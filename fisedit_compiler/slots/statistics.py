@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, fx
@@ -25,6 +25,7 @@ class Statistics(SlotKind):
     """
 
     name: ClassVar[str] = "statistics"
+    holds: ClassVar[Literal["value", "packed", "else", "derived"]] = "derived"
     groups: int
     corrected: bool
 

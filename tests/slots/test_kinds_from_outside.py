@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import ClassVar, Literal
 
 import pytest
@@ -10,94 +10,33 @@ import torch
 from torch import Tensor, fx, nn
 
 from fisedit_compiler import SparseModule, SparsifyConfig, sparsify
-from fisedit_compiler.errors import ConfigError, VerificationError
+from fisedit_compiler.errors import ConfigError, SlotKindError, VerificationError
 from fisedit_compiler.extend import (
     Canvas,
-    Channel,
     LoadedNode,
     Rewriter,
+    RowForm,
     Slot,
-    SlotKind,
     SlotNode,
     ValueSpec,
     register_slot_kind,
     spec_of,
 )
-from fisedit_compiler.graph.site_order import SITES
 from fisedit_compiler.masks import ellipse_mask
 from fisedit_compiler.slots import registry
+from tests.support.kinds_from_outside import (
+    CANVAS,
+    ROUNDING,
+    SCALE_BYTES,
+    EightBits,
+    compile_block,
+    replace_canvases,
+)
 
-CANVAS = Rewriter.canvas
 aten = torch.ops.aten
-EIGHT_BITS = torch.float8_e4m3fn
-LARGEST = torch.finfo(EIGHT_BITS).max
-SCALE_BYTES = 4
 MASK = ellipse_mask(16, 24, (0.2, 0.2, 0.6, 0.6))
 INNER = ellipse_mask(16, 24, (0.35, 0.35, 0.45, 0.45))
 SECOND = ellipse_mask(16, 24, (0.4, 0.1, 0.8, 0.5))
-ROUNDING = 2**-4
-"""Of float8 with three bits behind the point."""
-
-
-def scaled(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows in eight bits, and by what to multiply them, one number a row."""
-    scale = (rows.abs().amax(-1, keepdim=True).float() / LARGEST).clamp(min=1e-12)
-    return (rows.float() / scale).to(EIGHT_BITS), scale
-
-
-class EightBits(Canvas):
-    """A canvas of bytes ``[B, S, C + 4]``: float8 values of a token, then the float32 that they are multiples of."""
-
-    name: ClassVar[str] = "tests.eight_bits"
-    holds: ClassVar[Literal["value", "packed", "else"]] = "else"
-    rounding: ClassVar[float] = ROUNDING
-
-    def store(self, graph: fx.Graph, slot: Slot, value: fx.Node, other: SlotNode) -> fx.Node:
-        return self.store_rows(graph, slot, super().store(graph, slot, value, other), other)
-
-    def store_rows(self, graph: fx.Graph, slot: Slot, rows: fx.Node, other: SlotNode) -> fx.Node:
-        def call(target: Callable[..., object], *args: object) -> fx.Node:
-            return graph.call_function(target, args)  # type: ignore[arg-type]
-
-        largest = call(aten.amax.default, call(aten.abs.default, rows), [-1], True)
-        scale = call(aten.div.Tensor, call(aten.to.dtype, largest, torch.float32), LARGEST)
-        scale = call(aten.clamp.default, scale, 1e-12)
-        values = call(aten.to.dtype, call(aten.div.Tensor, call(aten.to.dtype, rows, torch.float32), scale), EIGHT_BITS)
-        return call(aten.cat.default, [call(aten.view.dtype, part, torch.uint8) for part in (values, scale)], -1)
-
-    def stored_spec(self, slot: Slot, loaded: ValueSpec) -> ValueSpec:
-        return ValueSpec((*loaded.shape[:-1], loaded.shape[-1] + SCALE_BYTES), torch.uint8)
-
-    def load(self, graph: fx.Graph, slot: Slot, stored: fx.Node, loaded: ValueSpec, other: LoadedNode) -> fx.Node:
-        def part(start: int, stop: int, dtype: torch.dtype) -> fx.Node:
-            cut = graph.call_function(aten.slice.Tensor, (stored, -1, start, stop))
-            own = graph.call_function(aten.clone.default, (cut,), {"memory_format": torch.contiguous_format})
-            return graph.call_function(aten.view.dtype, (own, dtype))
-
-        channels = int(loaded.shape[-1])
-        values = graph.call_function(aten.to.dtype, (part(0, channels, EIGHT_BITS), torch.float32))
-        scale = part(channels, channels + SCALE_BYTES, torch.float32)
-        return graph.call_function(aten.to.dtype, (graph.call_function(aten.mul.Tensor, (values, scale)), loaded.dtype))
-
-    def problem(self, slot: Slot, value: ValueSpec, loaded: ValueSpec) -> str:
-        last = slot.layout.packed.axes[-1]
-        if last == SITES or not isinstance(slot.layout.roles[last], Channel) or not loaded.shape[-1].is_Integer:
-            return f"stores a scale a token, and {slot.layout} does not end with channels of a fixed number"
-        return super().problem(slot, value, loaded)
-
-    def recorded(self, slot: Slot, value: Tensor) -> Tensor:
-        values, scale = scaled(super().recorded(slot, value))
-        return torch.cat([values.view(torch.uint8), scale.contiguous().view(torch.uint8)], -1)
-
-    def read(self, slot: Slot, stored: Tensor, slots: Mapping[str, Tensor]) -> Tensor:
-        values = stored[..., :-SCALE_BYTES].contiguous().view(EIGHT_BITS)
-        return values.float() * stored[..., -SCALE_BYTES:].contiguous().view(torch.float32)
-
-    def pinned(self, slot: Slot, value: Tensor) -> Tensor:
-        order = slot.layout.packed
-        values, scale = scaled(order.from_dense(value))
-        sizes = [value.shape[axis] for axis in order.site_axes]
-        return order.to_dense((values.float() * scale).to(value.dtype), sizes)
 
 
 @pytest.fixture
@@ -105,32 +44,6 @@ def kinds(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a test registers is forgotten after it."""
     monkeypatch.setattr(registry, "_KINDS", dict(registry._KINDS))
     yield
-
-
-def replace_canvases(monkeypatch: pytest.MonkeyPatch, kind: SlotKind) -> None:
-    """Every canvas that a rewrite of the compiler asks for is of another kind."""
-    known = CANVAS
-
-    def canvas(self: Rewriter, value: fx.Node, name: str, before: fx.Node) -> fx.Node:
-        return known(self, value, name, before, kind=kind)
-
-    monkeypatch.setattr(Rewriter, "canvas", canvas)
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)
-
-    def forward(self, sample: Tensor) -> Tensor:
-        return self.second(torch.nn.functional.silu(self.first(sample)))
-
-
-def compile_block() -> SparseModule:
-    config = SparsifyConfig(cache=False, dense_above=1.0)
-    torch.manual_seed(0)
-    example = {"sample": torch.randn(2, 4, 16, 24)}
-    return sparsify(Block().eval().requires_grad_(False), config, example_inputs=example)
 
 
 @pytest.fixture
@@ -164,7 +77,9 @@ def test_check_expects_what_the_kind_says(compiled: SparseModule) -> None:
     assert {"tests.eight_bits", "dense"} == {row.kind for row in report.programs[0].slots}
 
 
-def test_check_finds_a_kind_that_reads_something_else(kinds: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kind_that_reads_something_else_is_refused_when_it_is_compiled(
+    kinds: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Doubled(EightBits):
         name = "tests.doubled"
 
@@ -172,10 +87,8 @@ def test_check_finds_a_kind_that_reads_something_else(kinds: None, monkeypatch: 
             return graph.call_function(aten.mul.Tensor, (super().load(graph, slot, stored, loaded, other), 2))
 
     replace_canvases(monkeypatch, register_slot_kind(Doubled)())
-    compiled = compile_block()
-    with compiled.record():
-        compiled(sample=torch.randn(2, 4, 16, 24))
-    assert not compiled.check(MASK)
+    with pytest.raises(SlotKindError, match=r"first\.input.*tests\.doubled.*does not give back what store\(\) took"):
+        compile_block()
 
 
 def two_edits(compiled: SparseModule, copies: int) -> tuple[Tensor, Tensor, torch.dtype]:
@@ -202,6 +115,79 @@ def test_an_edit_of_an_edit_and_of_copies(compiled: SparseModule, copies: int, m
     assert (stored_as, plain) == (torch.uint8, torch.float32)
     for found, expected in zip(rounded, exact, strict=True):
         assert 0 < (found - expected).abs().max() < ROUNDING * expected.abs().max()
+
+
+class SitesFirst(Canvas):
+    """A canvas ``[S, B, C]``."""
+
+    name: ClassVar[str] = "tests.sites_first"
+    holds: ClassVar[Literal["value", "packed", "else", "derived"]] = "else"
+
+    def store(self, graph: fx.Graph, slot: Slot, value: fx.Node, other: SlotNode) -> fx.Node:
+        return self.store_rows(graph, slot, super().store(graph, slot, value, other), other)
+
+    def store_rows(self, graph: fx.Graph, slot: Slot, rows: fx.Node, other: SlotNode) -> fx.Node:
+        moved = graph.call_function(aten.permute.default, (rows, [1, 0, 2]))
+        return graph.call_function(aten.clone.default, (moved,), {"memory_format": torch.contiguous_format})
+
+    def stored_spec(self, slot: Slot, loaded: ValueSpec) -> ValueSpec:
+        batch, sites, channels = loaded.shape
+        return ValueSpec((sites, batch, channels), loaded.dtype)
+
+    def load(self, graph: fx.Graph, slot: Slot, stored: fx.Node, loaded: ValueSpec, other: LoadedNode) -> fx.Node:
+        return graph.call_function(aten.permute.default, (stored, [1, 0, 2]))
+
+    def row_form(self, slot: Slot) -> RowForm:
+        assert slot.layout.level is not None
+        return RowForm(slot.layout.level, 0)
+
+    def batch_axes(self, slot: Slot, axis: int) -> tuple[int | None, int | None]:
+        return 1, 1
+
+    def recorded(self, slot: Slot, value: Tensor) -> Tensor:
+        return super().recorded(slot, value).transpose(0, 1)
+
+    def read(self, slot: Slot, stored: Tensor, slots: Mapping[str, Tensor]) -> Tensor:
+        return stored.transpose(0, 1)
+
+
+class WithText(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)
+        self.text = nn.Linear(6, 8)
+
+    def forward(self, sample: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        text = self.text(encoder_hidden_states.mean(1))[:, :, None, None]
+        return self.second(torch.nn.functional.silu(self.first(sample) + text))
+
+
+@pytest.mark.parametrize("kind", [Canvas, SitesFirst])
+def test_samples_that_are_not_first_are_not_composed(
+    kind: type[Canvas], kinds: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a call whose first sample is recorded already, an edit leaves the slots that its own recording would have."""
+    register_slot_kind(kind)
+
+    def canvas(self: Rewriter, value: fx.Node, name: str, before: fx.Node) -> fx.Node:
+        return CANVAS(self, value, name, before, kind=kind() if name == "second.input" else Canvas())
+
+    monkeypatch.setattr(Rewriter, "canvas", canvas)
+    sample, text = torch.randn(2, 4, 16, 24), torch.randn(2, 5, 6)
+    other = torch.stack([text[0], torch.randn(5, 6)])
+    inputs = {"sample": sample, "encoder_hidden_states": text}
+    config = SparsifyConfig(cache=False, dense_above=1.0)
+    compiled = sparsify(WithText().eval().requires_grad_(False), config, example_inputs=inputs)
+    with compiled.record() as recording:
+        compiled(**inputs)
+    with compiled.record() as whole:
+        compiled(sample=sample, encoder_hidden_states=other)
+    with compiled.edit(recording, record=True) as session:
+        compiled(sample=sample, encoder_hidden_states=other)
+    assert session.computed_samples == [1 if kind is Canvas else 2]
+    assert session.result is not None
+    for name, slot in session.result.calls[0].slots.items():
+        torch.testing.assert_close(slot, whole.slot(0, name))
 
 
 def test_a_kind_that_nobody_registered_is_refused_when_it_is_compiled(
@@ -232,7 +218,7 @@ class About(Canvas):
     """A canvas that is only right together with another slot."""
 
     name: ClassVar[str] = "tests.about"
-    holds: ClassVar[Literal["value", "packed", "else"]] = "else"
+    holds: ClassVar[Literal["value", "packed", "else", "derived"]] = "else"
 
     def store(self, graph: fx.Graph, slot: Slot, value: fx.Node, other: SlotNode) -> fx.Node:
         if slot.of:
@@ -301,7 +287,7 @@ def test_a_kind_that_writes_in_place_is_refused_when_it_is_compiled(
             return self.doubled(graph, stored, where == "load")
 
         def doubled(self, graph: fx.Graph, value: fx.Node, in_place: bool) -> fx.Node:
-            return graph.call_function(aten.mul_.Tensor if in_place else aten.mul.Tensor, (value, 2))
+            return graph.call_function(aten.mul_.Tensor if in_place else aten.mul.Tensor, (value, 1))
 
     replace_canvases(monkeypatch, InPlace())
     with pytest.raises(VerificationError, match=r"mul_.* writes to its argument.*slot kind"):

@@ -129,7 +129,7 @@ class _Inputs:
     """One placeholder per slot and per site table, behind the call's own inputs, and what readers get of each slot."""
 
     def __init__(self, program: Program) -> None:
-        self.graph, self.slots = program.graph, program.slots
+        self.graph, self.slots, self.specs = program.graph, program.slots, program.loaded
         self._last = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
         self._made: dict[Input, fx.Node] = {}
         self._loaded: dict[str, fx.Node] = {}
@@ -149,9 +149,10 @@ class _Inputs:
         """What readers of a slot get, made at the graph's insertion point unless it is there already."""
         if name not in self._loaded:
             slot = self.slots[name]
-            meta = {"spec": slot.kind.stored_spec(slot, spec), "varies": True}
+            self.specs[name] = spec
+            meta = {"spec": slot.stored_spec(spec), "varies": True}
             stored = self._placeholder(SlotInput(name), "slot_" + re.sub(r"\W", "_", name), meta)
-            self._loaded[name] = found = slot.kind.load(self.graph, slot, stored, spec, self._load)
+            self._loaded[name] = found = slot.load(self.graph, stored, spec, self._load)
             if found is not stored:
                 found.meta.update(spec=spec, loads=name)
         return self._loaded[name]

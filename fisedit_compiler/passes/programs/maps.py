@@ -164,7 +164,7 @@ def _record(graph: fx.Graph, nodes: list[fx.Node], slots: Iterable[Slot]) -> Non
         with graph.inserting_after(node):
             item = ir.call(graph, MAP, (call.query, call.key, call.scale), spec=_map_spec(node), source=node)
             item.meta.update(layout=node.meta["layout"], varies=True)
-            maps[slot.name] = slot.kind.store(graph, slot, item, maps.__getitem__)
+            maps[slot.name] = slot.store(graph, item, maps.__getitem__)
     output = next(node for node in graph.nodes if node.op == "output")
     output.args = ((*_flat(output.args[0]), *maps.values()),)
     graph.lint()

@@ -38,7 +38,7 @@ def recording_graph(program: Program) -> fx.Graph:
     def store(name: str) -> fx.Node:
         if name not in stored:
             slot = program.slots[name]
-            stored[name] = slot.kind.store(graph, slot, by_origin[slot.origin], store)
+            stored[name] = slot.store(graph, by_origin[slot.origin], store)
         return stored[name]
 
     for name in program.slots:
@@ -76,22 +76,26 @@ def with_updates(program: Program) -> tuple[fx.Graph, tuple[SlotUpdate, ...]]:
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     outputs = graph.graph_copy(program.graph, mapping)
-    updated: dict[str, tuple[SlotUpdate, fx.Node]] = {}
-    for node in list(graph.nodes):
-        for update, value in _updates_of(node, program.slots):
-            if update.slot not in updated:
-                updated[update.slot] = (update, value)
     loaded = {name: node for node in graph.nodes if (name := loaded_slot(node))}
-    ordered = [updated[name] for name in program.slots if name in updated]
+    updates = slot_updates(program)
     stores = []
-    for update, value in ordered:
+    for update, value in updates:
+        rows_only, copied = update.dim is not None, mapping[value]
         slot = program.slots[update.slot]
-        rows_only = update.dim is not None
-        stores.append(slot.kind.store_rows(graph, slot, value, loaded.__getitem__) if rows_only else value)
+        stores.append(slot.store_rows(graph, copied, loaded.__getitem__) if rows_only else copied)
     graph.output((*_flat(outputs), *stores))
     verify_functional(graph)
     graph.lint()
-    return graph, tuple(update for update, _ in ordered)
+    return graph, tuple(update for update, _ in updates)
+
+
+def slot_updates(program: Program) -> list[tuple[SlotUpdate, fx.Node]]:
+    """What an edit changes of its slots, in their order, with the nodes of the lowered graph that it is made of."""
+    updated: dict[str, tuple[SlotUpdate, fx.Node]] = {}
+    for node in program.graph.nodes:
+        for update, value in _updates_of(node, program.slots):
+            updated.setdefault(update.slot, (update, value))
+    return [updated[name] for name in program.slots if name in updated]
 
 
 def _updates_of(node: fx.Node, slots: Mapping[str, Slot]) -> list[tuple[SlotUpdate, fx.Node]]:
@@ -105,7 +109,7 @@ def _updates_of(node: fx.Node, slots: Mapping[str, Slot]) -> list[tuple[SlotUpda
             continue
         new = node if update.new is None else node.args[update.new]
         assert isinstance(new, fx.Node)
-        found.append((SlotUpdate(slot.name, None if update.new is None else slot.kind.row_form(slot).dim), new))
+        found.append((SlotUpdate(slot.name, None if update.new is None else slot.row_form().dim), new))
     return found
 
 

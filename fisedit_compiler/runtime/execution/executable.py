@@ -36,7 +36,7 @@ from fisedit_compiler.runtime.execution.cuda_graphs import GraphPool, HoistedNam
 from fisedit_compiler.runtime.execution.dense_module import DenseModule
 from fisedit_compiler.runtime.execution.hoisting import HoistCache, Hoisted
 from fisedit_compiler.runtime.execution.in_order import InOrder
-from fisedit_compiler.runtime.execution.recorded_samples import are_independent
+from fisedit_compiler.runtime.execution.recorded_samples import are_first, are_independent
 from fisedit_compiler.runtime.execution.sample_axes import BatchAxes, batch_axes
 from fisedit_compiler.tensors.contents import Later
 
@@ -303,8 +303,9 @@ class Executable:
 
     @cached_property
     def independent_samples(self) -> bool:
-        """Whether a call may be made with some samples of its batch only."""
-        return are_independent(self.program.captured.graph, self.program.signature)
+        """Whether a call may be made with some samples of its batch only, and its slots be composed of samples."""
+        program = self.program
+        return are_independent(program.captured.graph, program.signature) and are_first(program.slots)
 
     def text_length(self, tensors: Mapping[str, Tensor]) -> int:
         """How many tokens a call's text has: columns of its cross-attention maps."""

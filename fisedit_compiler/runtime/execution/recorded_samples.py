@@ -6,7 +6,7 @@ two is recorded already.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ from fisedit_compiler.graph.specs import ValueSpec
 
 if TYPE_CHECKING:
     from fisedit_compiler.recordings.recording import CallRecord
+    from fisedit_compiler.slots.base import Slot
 
 Comparison = tuple[list[bool], list[bool]]
 """Per sample, whether its spatial inputs, and whether all its inputs, are the recorded ones."""
@@ -41,6 +42,12 @@ def are_independent(graph: fx.Graph, signature: CallSignature) -> bool:
             spec = node.meta.get("spec")
             shapes |= {s.shape for s in (spec if isinstance(spec, tuple) else (spec,)) if isinstance(s, ValueSpec)}
     return all(_is_by_sample(shape) for shape in shapes)
+
+
+def are_first(slots: Iterable[Slot]) -> bool:
+    """Whether the samples of all slots are first in what is stored, as they are first in the dense values."""
+    found = (slot.batch_axes(0) for slot in slots)
+    return all(axes is not None and axes[0] == 0 for axes in found)
 
 
 def _is_by_sample(shape: tuple[sympy.Expr, ...]) -> bool:

@@ -30,9 +30,12 @@ def batch_axes(program: CompiledProgram) -> tuple[BatchAxes, BatchAxes]:
     for slot in program.slots:
         axis = samples[nodes[slot.origin]]
         assert not isinstance(axis, Mixed)
-        found = (None, None) if axis is None else slot.kind.batch_axes(slot, axis)
+        found = (None, None) if axis is None else slot.batch_axes(axis)
         if found is None or (slot.name in outputs and axis != 0):
             shape = list(spec_of(nodes[slot.origin]).shape)
-            raise ConfigError(f"copies: {slot.name} is {shape}, whose samples are not first; make the edits one by one")
+            why = "whose samples are not first"
+            if found is None and axis == 0:
+                why = f"whose samples its kind {slot.kind.name!r} cannot take apart"
+            raise ConfigError(f"copies: {slot.name} is {shape}, {why}; make the edits one by one")
         values[slot.name], rows[slot.name] = found
     return values, rows

@@ -1,0 +1,6 @@
+"""Whether what a kind of slots says agrees with itself, tried on a small example."""
+
+from fisedit_compiler.slots.agreement.check import check_agreement
+from fisedit_compiler.slots.agreement.example import Use
+
+__all__ = ["Use", "check_agreement"]
