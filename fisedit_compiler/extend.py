@@ -37,6 +37,8 @@ get of it, what an edit writes. A rewrite asks for the value by it:
 
     recorded = rewriter.canvas(tokens, slot_name(node, "tokens"), node, kind=Halved())
 
+Whether it keeps what a kind promises (``docs/contracts.md``) is tried when a program is compiled.
+
 ``examples/third_party_op.py`` does all of it for two operations.
 """
 
@@ -54,6 +56,7 @@ from fisedit_compiler.graph.axis_roles import Batch, Channel, Joined, Sites
 from fisedit_compiler.graph.layout import Layout, opaque
 from fisedit_compiler.graph.layout_rules import LAYOUT_RULES, LayoutRule
 from fisedit_compiler.graph.specs import ValueSpec, elements, has_spec, nbytes, spec_of
+from fisedit_compiler.kernels.guarded import guarded
 from fisedit_compiler.kernels.providers import Provider, half_precision
 from fisedit_compiler.kernels.registry import Op
 from fisedit_compiler.kernels.registry import define_op as _define_op
@@ -229,14 +232,37 @@ def define_op(
         The operation; calling it dispatches, and ``.overload`` is what rules are registered for.
 
     Raises:
-        ConfigError: the name has no namespace, or the compiler's or PyTorch's.
+        ConfigError: the name has no namespace, or the compiler's or PyTorch's; the schema, a function or a provider is
+            none.
     """
     namespace, _, name = schema.partition("(")[0].rpartition("::")
     if not namespace or namespace in ("fisedit", "aten", "prims"):
         raise ConfigError(
             f"An operation needs the namespace of its package, such as mylib::{name}(...); got {schema!r}."
         )
-    return _define_op(schema, reference, fake, traits=traits, providers=providers)
+    qualified = f"{namespace}::{name}"
+    _check_parts(qualified, reference, fake, traits, providers)
+    try:
+        named = [guarded(provider, qualified, fake) for provider in providers]
+        return _define_op(schema, reference, fake, traits=traits, providers=named)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{qualified} cannot be defined: {reason}. Mend {schema!r} or its providers.") from error
+
+
+def _check_parts(op: str, reference: object, fake: object, traits: object, providers: Sequence[object]) -> None:
+    functions: dict[str, object] = {"reference": reference, "fake": fake}
+    for provider in providers:
+        if not isinstance(provider, Provider):
+            raise ConfigError(f"{op}: its providers have {provider!r}, which is no fisedit_compiler.extend.Provider.")
+        functions[f"kernel of provider {provider.name!r}"] = provider.kernel
+        if provider.supports is not None:
+            functions[f"supports of provider {provider.name!r}"] = provider.supports
+    for what, function in functions.items():
+        if not callable(function):
+            raise ConfigError(f"{op}: its {what} is {function!r}, and must be a function.")
+    if not isinstance(traits, OpTraits):
+        raise ConfigError(f"{op}: its traits are {traits!r}, and must be an OpTraits.")
 
 
 def _register(operation: Any, rules: dict[Any, Any], what: str) -> Callable[[_Rule], _Rule]:

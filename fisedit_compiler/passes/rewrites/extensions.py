@@ -43,6 +43,11 @@ class Extensions(Pass):
                 f"The rewrite rule {_name(rule)} failed on {place}: {type(error).__name__}: {error}. Mend the rule, or "
                 'leave it out with SparsifyConfig(disabled_passes={"extensions"}): the operation then runs densely.'
             ) from error
+        if reason is not None and not isinstance(reason, str):
+            raise VerificationError(
+                f"The rewrite rule {_name(rule)} returned {reason!r} for {place}. Return None after "
+                "rewriter.replace(node, rows), or in words why the operation must stay dense."
+            )
         if reason is None and any(other is node for other in rewriter.graph.nodes):
             raise VerificationError(
                 f"The rewrite rule {_name(rule)} left {place} in the graph and gave no reason. Replace it with "
