@@ -51,9 +51,9 @@ def guarded(provider: Provider, op: str, fake: Callable[..., Any]) -> Provider:
         try:
             answer = supports(*args, **kwargs)
         except Exception as error:
-            refuse(f"supports() raised {type(error).__name__}: {error}", error)
+            refuse(f"its `supports` raised {type(error).__name__}: {error}", error)
         if answer is not True and not isinstance(answer, str):
-            refuse(f"supports() gave {answer!r}, and gives True, or in a few words why it passes the operands over")
+            refuse(f"its `supports` gave {answer!r}, and gives True, or in a few words why it passes the operands over")
         return answer
 
     return Provider(provider.name, provider.dispatch_key, kernel, None if supports is None else asked)

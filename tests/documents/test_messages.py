@@ -10,6 +10,7 @@ import asyncio
 import builtins
 import contextvars
 import copy
+import dataclasses
 import inspect
 import re
 import threading
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import numpy
 import pytest
+import sympy
 import torch
 import typer
 from diffusers import StableDiffusionPipeline
@@ -31,8 +33,8 @@ from tests.documents.test_names import PACKAGE, ROOT, wrong_names
 FILLED_IN = "\0"
 """Stands for what an f-string fills in."""
 OTHERS = (
-    asyncio, builtins, contextvars, copy, threading, torch, torch.Tensor, torch.nn.Module, numpy, numpy.ma.MaskedArray,
-    Image, Image.Image, StableDiffusionPipeline, DDIMScheduler,
+    asyncio, builtins, contextvars, copy, dataclasses, threading, torch, torch.Tensor, torch.nn.Module, numpy,
+    numpy.ma.MaskedArray, sympy, Image, Image.Image, StableDiffusionPipeline, DDIMScheduler,
 )  # fmt: skip
 """Whose functions and methods messages may name beside the package's own."""
 DOORS = ("api", "config", "module", "pipelines/editor", "dynamo/backend")
@@ -162,7 +164,7 @@ def called_in(files: tuple[Path, ...]) -> dict[str, set[str]]:
 @cache
 def words() -> set[str]:
     """Names of all arguments: the package's, and those of functions that messages speak of."""
-    others = (StableDiffusionPipeline.__call__, DDIMScheduler.__init__, torch.compile)
+    others = (StableDiffusionPipeline.__call__, DDIMScheduler.__init__, torch.compile, dataclasses.dataclass)
     found = {name for function in others for name in inspect.signature(function).parameters}
     return found.union(*parameters().values())
 
