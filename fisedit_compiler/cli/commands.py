@@ -123,6 +123,35 @@ def inspect(
             Console().print(f"wrote {path}", markup=False, soft_wrap=True, highlight=False)
 
 
+@app.command(name="compile")
+def compile_ahead(
+    model: Annotated[
+        Path | None,
+        typer.Argument(help="Directory of a Stable Diffusion pipeline (diffusers layout); else the embedded one."),
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Of the pictures to come: 768 or 768x512 (height x width); else the model's own.")
+    ] = None,
+    guidance: Annotated[bool, typer.Option(help="Whether they are made with guidance.")] = True,
+    device: Annotated[str, typer.Option(help="Where they are made: cpu, cuda, cuda:1 ...")] = "cpu",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16; else float16 on a GPU and float32 on a CPU.")
+    ] = None,
+    progress: Annotated[bool, typer.Option(help="Show progress bars.")] = True,
+) -> None:
+    """Compile a pipeline's UNet now, so that its first edit in another process waits for less."""
+    console = Console()
+    with _clean_errors():
+        from fisedit_compiler.cli.compile_model import compile_model
+
+        _check_device(device)
+        made = compile_model(model, size=_size(size), guidance=guidance, device=device, dtype=dtype, progress=progress)
+    what = "the program and its code" if made.lowered else "the program; calls run eagerly there, so it needs no code"
+    console.print(f"compiled for {device} in {made.seconds:.0f} s: {what}", highlight=False, soft_wrap=True)
+    for name, folder in made.folders.items():
+        console.print(f"{name} in {folder}", markup=False, highlight=False, soft_wrap=True)
+
+
 @app.command(name="eval")
 def evaluate(
     pairs: Annotated[
@@ -270,6 +299,16 @@ def _set_threads(threads: int | None) -> None:
     if threads > most:
         raise FiseditError(f"--threads {threads} is more than this machine can use; name {most} or fewer")
     torch.set_num_threads(threads)
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    """Height and width of ``768`` or ``768x512``."""
+    if text is None:
+        return None
+    numbers = text.lower().split("x")
+    if len(numbers) > 2 or not all(number.isdecimal() and int(number) for number in numbers):
+        raise FiseditError(f"--size {text} is no size; name pixels, such as 768, or height and width, such as 768x512")
+    return int(numbers[0]), int(numbers[-1])
 
 
 def _check_guidance(guidance: float) -> None:

@@ -26,6 +26,7 @@ from fisedit_compiler.pipelines.editing.driver import Driver
 from fisedit_compiler.pipelines.editing.one_run import only_run_of
 from fisedit_compiler.pipelines.editing.runs import DenseRun, Edit, Generation
 from fisedit_compiler.pipelines.editing.steps import KeepLatents
+from fisedit_compiler.pipelines.editing.warm_up import warm_up
 from fisedit_compiler.pipelines.instruments import timed_calls
 from fisedit_compiler.pipelines.inversion.load import DdimInversion, Loaded, Method, load
 from fisedit_compiler.pipelines.inversion.pictures import ImageLike
@@ -80,17 +81,34 @@ class Editor:
 
     @property
     def _ready(self) -> Parts:
-        self.prepare()
+        self._parts.prepare(self._driver.shows_progress)
         return self._parts
 
-    def prepare(self) -> Editor:
+    def prepare(
+        self,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        guidance_scale: float = 5.0,
+        options: Mapping[str, Any] | None = None,
+    ) -> Editor:
         """Compile the UNet now instead of on the first use, and put it into the pipeline; returns the editor.
+
+        On a GPU a short run and an edit of it are made, so that the first edit of this size waits for nothing. What is
+        compiled stays on disk for the next process; ``fisedit compile`` does the same from a shell.
+
+        Args:
+            height: of the pictures to come, in pixels; the model's own size if left out.
+            width: likewise.
+            guidance_scale: of the runs to come; 1 or less turns guidance off and halves the batch.
+            options: as in :meth:`generate`, for a pipeline that needs some.
 
         Raises:
             ModeError: the editor was closed, or someone else replaced ``pipe.unet`` meanwhile.
             CaptureError: the UNet cannot be captured.
+            LoweringError: no code can be made for it, and its ``backend`` is ``"inductor"``.
         """
-        self._parts.prepare(self._driver.shows_progress)
+        warm_up(self, height=height, width=width, guidance_scale=guidance_scale, options=options)
         return self
 
     def close(self) -> None:

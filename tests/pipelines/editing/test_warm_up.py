@@ -1,0 +1,96 @@
+"""``Editor.prepare()``: where calls are lowered the first edit finds everything made; elsewhere nothing runs ahead."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from fisedit_compiler import Editor, SparsifyConfig
+from fisedit_compiler.runtime.execution.cuda_graphs import GraphPool
+from tests.support.graph_stand_in import fake_compile, patch_cuda
+from tests.support.tiny_pipeline import make_tiny_pipeline
+
+MASK = torch.zeros(16, 16, dtype=torch.bool)
+MASK[2:7, 3:9] = True
+
+
+@pytest.fixture
+def pipe() -> Any:
+    return make_tiny_pipeline()
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What is compiled and captured, in order, as a GPU would."""
+    known: list[str] = []
+
+    def compile(*args: Any, **kwargs: Any) -> Any:
+        known.append("compiled")
+        return fake_compile(*args, **kwargs)
+
+    capture = GraphPool._capture
+
+    def captured(*args: Any) -> Any:
+        known.append("captured")
+        return capture(*args)
+
+    patch_cuda(monkeypatch, compile)
+    monkeypatch.setattr(GraphPool, "_capture", captured)
+    monkeypatch.setattr(SparsifyConfig, "backend_on", lambda config, kind: "inductor")
+    yield known
+
+
+def test_the_first_edit_finds_everything_made(made: list[str], pipe: Any) -> None:
+    with Editor(pipe, SparsifyConfig(norm="incremental", dense_above=1.0)) as editor:
+        assert editor.prepare() is editor
+        assert made == ["captured", "compiled"], "one compilation, for an edit that is recorded"
+        base = editor.generate("a cat", seed=3, num_inference_steps=3)
+        edit = editor.edit(base, "a dog", mask=MASK)
+        assert edit.report.sparse_calls == 3 and edit.unchanged_outside
+        assert made.count("compiled") == 1
+
+
+def test_a_run_ahead_changes_no_later_one(made: list[str], pipe: Any) -> None:
+    with Editor(pipe) as editor:
+        expected = editor.generate("a cat", seed=3, num_inference_steps=3)
+        state = torch.get_rng_state()
+        editor.prepare()
+        assert torch.equal(torch.get_rng_state(), state)
+        assert torch.equal(editor.generate("a cat", seed=3, num_inference_steps=3).latents[-1], expected.latents[-1])
+
+
+def test_sizes_and_guidance_are_those_of_the_runs_to_come(
+    made: list[str], pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Size] = []
+    with Editor(pipe) as editor:
+        editor.compiled.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+        editor.prepare(height=48, width=32, guidance_scale=1.0)
+    height, width = 48 // pipe.vae_scale_factor, 32 // pipe.vae_scale_factor
+    assert set(seen) == {torch.Size((1, pipe.unet.config.in_channels, height, width))}
+
+
+def test_a_pipeline_that_wants_more_is_left_to_its_first_use(
+    made: list[str], pipe: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check_inputs(*args: Any, **kwargs: Any) -> None:
+        raise TypeError("image must be passed")
+
+    monkeypatch.setattr(pipe, "check_inputs", check_inputs)
+    with Editor(pipe) as editor, caplog.at_level(logging.WARNING):
+        editor.prepare()
+        assert pipe.unet is editor.compiled
+    (warning,) = [record.getMessage() for record in caplog.records if "ahead" in record.getMessage()]
+    assert "image must be passed" in warning and "options=" in warning
+
+
+def test_on_a_cpu_nothing_runs_ahead(pipe: Any) -> None:
+    calls: list[Any] = []
+    with Editor(pipe) as editor:
+        editor.compiled.register_forward_pre_hook(lambda *args: calls.append(args))
+        editor.prepare()
+        assert not calls and pipe.unet is editor.compiled
