@@ -1,8 +1,8 @@
 """What does it cost to know what a module is: when a mode is entered, and between two calls of a run?
 
 Times the key of a UNet of a published size, untrained: its structure read whole (once, and after a change), its key
-when nothing changed (entered modes; contents of all weights are compared), and the look between two calls, timed inside
-an edit, where the processor's caches are as a run leaves them.
+when nothing changed (contents of all weights are compared), the look between two calls, timed inside an edit, where the
+processor's caches are as a run leaves them, and all of entering an edit and of leaving it, key and mask included.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ WHAT = {
     "structure": "structure, read whole",
     "key": "key when nothing changed",
     "glance": "look between two calls",
+    "enter": "entering an edit",
+    "leave": "leaving an edit",
 }
 
 
@@ -53,15 +56,21 @@ def measure(unet: torch.nn.Module, device: torch.device, *, repeats: int, warmup
     for name, run in runs.items():
         stopwatch = alternate([partial(_timed, name, run)], repeats=repeats, warmup=warmup, device=device)
         rows.append({"what": WHAT[name], **stopwatch[name].as_dict("host")})
-    return [*rows, {"what": WHAT["glance"], **looks(unet, calls=warmup + repeats, warmup=warmup).as_dict("host")}]
+    timings = looks(unet, calls=warmup + repeats, warmup=warmup)
+    return [*rows, *({"what": WHAT[name], **timing.as_dict("host")} for name, timing in timings.items())]
 
 
 def _timed(name: str, run: Callable[[], Any], stopwatch: Stopwatch) -> None:
     stopwatch.time(name, run)
 
 
-def looks(unet: torch.nn.Module, *, calls: int, warmup: int) -> Timing:
-    """Times of the looks between the calls of one edit of 5 % at 64 x 64 latents; they wait for nothing."""
+class _LeaveNow(Exception):
+    """Ends an edit before its first call."""
+
+
+def looks(unet: torch.nn.Module, *, calls: int, warmup: int) -> dict[str, Timing]:
+    """Times inside edits of 5 % at 64 x 64 latents: of the looks between the calls of one, which wait for nothing, and
+    of entering and leaving as many."""
     from fisedit_compiler import sparsify
     from fisedit_compiler.capture.keys import ModelState
 
@@ -86,7 +95,17 @@ def looks(unet: torch.nn.Module, *, calls: int, warmup: int) -> Timing:
                     call.dense(compiled)
         finally:
             ModelState.glance = glance  # type: ignore[method-assign]
-    return Timing(tuple(times[warmup:]))
+        entering, leaving = [], []
+        for _ in range(calls):
+            with suppress(_LeaveNow):
+                start = time.perf_counter()
+                with compiled.edit(recording, square_mask(0.05, 64, 64)):
+                    entering.append((time.perf_counter() - start) * 1e3)
+                    start = time.perf_counter()
+                    raise _LeaveNow
+            leaving.append((time.perf_counter() - start) * 1e3)
+    measured = {"glance": times, "enter": entering, "leave": leaving}
+    return {name: Timing(tuple(values[warmup:])) for name, values in measured.items()}
 
 
 def draw(rows: list[dict[str, Any]], title: str) -> Table:

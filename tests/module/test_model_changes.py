@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from fisedit_compiler import SparseModule, SparsifyConfig, sparsify
 from fisedit_compiler.errors import RecordingError
+from fisedit_compiler.runtime.execution.executable import Executable
 
 SAMPLE = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 TEXT = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(1))
@@ -207,3 +208,48 @@ def test_nothing_computed_from_earlier_weights_is_used_again(module: SparseModul
     config = SparsifyConfig(multiple=1, dense_above=1.0, cache=False)
     fresh = edited(sparsify(copy.deepcopy(module.original), config))
     assert torch.equal(after, fresh) and not torch.allclose(after, before)
+
+
+def bound(module: SparseModule) -> dict[str, Any]:
+    """What the only program of a module computes with, by path."""
+    (executable,) = module._programs.executables()
+    return executable._attributes
+
+
+def test_entering_walks_to_no_weight_that_is_where_it_was(
+    module: SparseModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walked: list[str] = []
+    resolve = Executable._resolve
+
+    def noted(executable: Executable, name: str) -> Any:
+        walked.append(name)
+        return resolve(executable, name)
+
+    monkeypatch.setattr(Executable, "_resolve", noted)
+    with module.record() as recording:
+        run(module)
+    for _ in range(2):
+        walked.clear()
+        with module.edit(recording, MASK):
+            run(module)
+    assert bound(module) and not walked
+
+
+def test_a_weight_exchanged_for_an_equal_one_is_the_one_that_runs_use(module: SparseModule) -> None:
+    with module.record() as recording:
+        run(module)
+    weight = module.original.conv.weight = nn.Parameter(module.original.conv.weight.clone(), requires_grad=False)
+    with module.edit(recording, MASK):
+        run(module)
+        assert bound(module)["conv.weight"] is weight
+
+
+def test_a_weight_that_was_another_while_a_program_took_it_is_let_go(module: SparseModule) -> None:
+    """A thread may exchange one and put it back between two looks, while another thread binds a program."""
+    with module.record() as recording:
+        output = run(module)
+    bound(module)["conv.weight"] = nn.Parameter(module.original.conv.weight * 3)
+    with module.edit(recording, MASK):
+        assert torch.allclose(run(module), output, atol=1e-5)
+        assert bound(module)["conv.weight"] is module.original.conv.weight

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from fisedit_compiler.capture.keys.notes import Note
 from fisedit_compiler.capture.keys.structure import Structure, read_structure
@@ -47,6 +48,11 @@ class ModelState:
             while len(self._parts) > self._kept:
                 del self._parts[next(iter(self._parts))]
         return self._current
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Parameters and buffers by path, as the structure was read last; one that has two paths may be under one."""
+        return {} if self._current is None else self._current.tensors
 
     @property
     def known(self) -> ModelKey:

@@ -71,9 +71,10 @@ class ProgramStore:
             return key
         # Weights that moved and are back may have been computed with meanwhile, in another thread.
         moved, self._moves = self._moves != self.state.moves, self.state.moves
+        tensors = self.state.tensors
         for (structure, _, _), executable in self._executables.items():
             if structure == key.structure:
-                executable.rebind()
+                executable.rebind(tensors)
             else:
                 # Its parameters may not exist any more. Should the structure come back, it is bound anew.
                 executable.unbind()
