@@ -94,15 +94,28 @@ def latent_difference(edited: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     Raises:
         MaskError: the two shapes differ, or the latents hold NaN or infinity.
     """
+    return difference_and_size(edited, base)[0]
+
+
+def difference_and_size(edited: torch.Tensor, base: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """:func:`latent_difference`, and the base's largest absolute latent; both are read from the device at once.
+
+    Raises:
+        MaskError: as there.
+    """
     if edited.shape != base.shape:
         raise MaskError(
             f"latents of shape {list(edited.shape)} cannot be compared with the base's "
             f"{list(base.shape)}; edit at the base's height and width"
         )
-    difference = (edited.float() - base.float()).abs().sum(dim=(0, 1)).cpu()
+    compared = base.float()
+    difference = (edited.float() - compared).abs().sum(dim=(0, 1))
+    *_, height, width = base.shape
+    found = torch.cat([difference.flatten(), compared.abs().amax().reshape(1)]).cpu()
+    difference, size = found[:-1].view(height, width), float(found[-1])
     if not bool(difference.isfinite().all()):
         raise MaskError(
             "the latents hold NaN or infinity, so no mask can be found; run in float32 or bfloat16, or "
             "check the scheduler's settings"
         )
-    return difference
+    return difference, size

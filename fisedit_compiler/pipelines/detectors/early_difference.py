@@ -16,7 +16,7 @@ from skimage import filters
 
 from fisedit_compiler import masks
 from fisedit_compiler.errors import ConfigError, MaskError
-from fisedit_compiler.pipelines.detectors.base import DetectedMask, MaskDetector, latent_difference
+from fisedit_compiler.pipelines.detectors.base import DetectedMask, MaskDetector, difference_and_size
 from fisedit_compiler.pipelines.detectors.registry import register_mask_detector
 
 
@@ -77,9 +77,9 @@ class EarlyDifference(MaskDetector):
         Raises:
             MaskError: the two shapes differ, or the latents hold NaN or infinity.
         """
-        self._heat = latent_difference(edited, base)
+        self._heat, size = difference_and_size(edited, base)
         self._split = None
-        if float(self._heat.max()) > self.floor * float(base.float().abs().max()):
+        if float(self._heat.max()) > self.floor * size:
             self._split = _split(self._heat, self.smoothing, self.threshold_share)
             self._quiet.append(self._split.quiet)
         self.steps += 1

@@ -18,9 +18,9 @@ from PIL import Image
 from fisedit_compiler.errors import RecordingError
 from fisedit_compiler.pipelines.callbacks import StepCallback, Tensors
 from fisedit_compiler.pipelines.editing import refusals
-from fisedit_compiler.pipelines.editing.run_scheduler import scheduler_of_a_run
 from fisedit_compiler.pipelines.editing.runs import RunSettings
 from fisedit_compiler.pipelines.inversion.corrections import Corrections
+from fisedit_compiler.pipelines.running.run_scheduler import scheduler_of_a_run
 from fisedit_compiler.progress import shown
 
 

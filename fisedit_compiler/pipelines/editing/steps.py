@@ -110,7 +110,7 @@ class FollowBase:
     @property
     def restored_steps(self) -> int:
         """Steps after which latents outside the mask differed from the base's and were set back."""
-        return sum(int(changed) for changed in self._restored)
+        return int(torch.stack(self._restored).sum()) if self._restored else 0
 
     def __call__(self, pipe: Any, step: int, timestep: Any, tensors: Tensors) -> Tensors:
         latents = tensors["latents"]

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 
 from fisedit_compiler.errors import ConfigError
+from fisedit_compiler.pipelines.running.copies import copies_behind
+from fisedit_compiler.pipelines.running.host_timesteps import read_on_host
 
 
 @contextmanager
@@ -29,7 +31,7 @@ def scheduler_of_a_run(pipe: Any, seed: int, copies: int = 1, own: Any = None) -
         own: a scheduler of the caller's, used as it is.
     """
     given = pipe.scheduler
-    pipe.scheduler = _watched(_seeded(_copied(given), seed, copies)) if own is None else own
+    pipe.scheduler = _watched(read_on_host(_seeded(_copied(given), seed, copies))) if own is None else own
     try:
         yield
     finally:
@@ -55,7 +57,7 @@ def _seeded(scheduler: Any, seed: int, copies: int) -> Any:
 
 
 def _watched(scheduler: Any) -> Any:
-    """Refuse the first step that draws numbers which the run's generator does not decide."""
+    """Refuse the first step that draws numbers which the run's generator does not decide; let none wait for a copy."""
     step: Callable[..., Any] = scheduler.step
     name = type(scheduler).__name__
 
@@ -63,7 +65,8 @@ def _watched(scheduler: Any) -> Any:
     def watched(*args: Any, **kwargs: Any) -> Any:
         device = next((value.device for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
         before = _global_states(device)
-        result = step(*args, **kwargs)
+        with copies_behind(device):
+            result = step(*args, **kwargs)
         if before != _global_states(device):
             raise ConfigError(
                 f"{name}.step() drew random numbers of its own, not from the generator it is given, so no edit could "

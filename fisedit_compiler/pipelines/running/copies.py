@@ -1,0 +1,70 @@
+"""Copies to the device that nobody waits for.
+
+A scheduler that draws noise from the run's generator draws it on the host and copies it; some copy a few coefficients
+at every step. torch waits for the device at such a copy, because the host could write to what is being copied. Here the
+copy is made from memory of its own, which the device can read by itself, so nothing has to be waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+@contextmanager
+def copies_behind(device: torch.device | None) -> Iterator[None]:
+    """Inside the block nobody waits for what ``Tensor.to`` and ``torch.tensor`` copy from the host to a CUDA device.
+
+    Args:
+        device: where the block computes.
+    """
+    if device is None or not is_behind(device):
+        yield
+        return
+    with _Copies():
+        yield
+
+
+class _Copies(TorchFunctionMode):
+    """Lets copies to the device start from pinned memory."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is Tensor.to and args[0].device.type == "cpu" and "non_blocking" not in kwargs and len(args) < 4:
+            target = _target((*args[1:], *kwargs.values()))
+            if target is not None and is_behind(target):
+                return function(pinned(args[0]), *args[1:], **{**kwargs, "non_blocking": True})
+        elif function is torch.tensor and not _holds_tensors(args[0]):
+            target = _target((kwargs.get("device"),))
+            if target is not None and is_behind(target):
+                return pinned(function(*args, **{**kwargs, "device": "cpu"})).to(target, non_blocking=True)
+        return function(*args, **kwargs)
+
+
+def is_behind(device: torch.device) -> bool:
+    """Whether a device computes behind the host."""
+    return device.type == "cuda"
+
+
+def pinned(value: Tensor) -> Tensor:
+    """A copy in memory that a CUDA device reads by itself; it is kept until that is done."""
+    return value.pin_memory()
+
+
+def _target(arguments: tuple[Any, ...]) -> torch.device | None:
+    """The device among the arguments of ``to``."""
+    for value in arguments:
+        if isinstance(value, Tensor):
+            return value.device
+        if isinstance(value, (torch.device, str)):
+            return torch.device(value)
+    return None
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, (list, tuple)) and any(map(_holds_tensors, value)))
