@@ -31,6 +31,7 @@ from fisedit_compiler.pipelines.instruments import timed_calls
 from fisedit_compiler.pipelines.inversion.load import DdimInversion, Loaded, Method, load
 from fisedit_compiler.pipelines.inversion.pictures import ImageLike
 from fisedit_compiler.pipelines.parts import UNET, Parts
+from fisedit_compiler.pipelines.running.texts import Texts
 
 Boxes = Box | Sequence[Box] | None
 Polygons = Polygon | Sequence[Polygon] | None
@@ -65,6 +66,7 @@ class Editor:
         self.config = config
         self.progress = progress
         self._parts = Parts(pipe, config, EDITOR_CONFIG)
+        self._texts = Texts()
 
     def __enter__(self) -> Editor:
         return self
@@ -391,7 +393,7 @@ class Editor:
 
     @property
     def _driver(self) -> Driver:
-        return Driver(self.pipe, self.progress)
+        return Driver(self.pipe, self.progress, self._texts)
 
     def _check_prompts(self, prompt: str, negative_prompt: str | None) -> None:
         refusals.check_prompt(self.pipe, prompt)

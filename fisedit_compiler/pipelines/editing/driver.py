@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +20,9 @@ from fisedit_compiler.pipelines.callbacks import StepCallback, Tensors
 from fisedit_compiler.pipelines.editing import refusals
 from fisedit_compiler.pipelines.editing.runs import RunSettings
 from fisedit_compiler.pipelines.inversion.corrections import Corrections
+from fisedit_compiler.pipelines.running.pixels import gives_tensors, pictures
 from fisedit_compiler.pipelines.running.run_scheduler import scheduler_of_a_run
+from fisedit_compiler.pipelines.running.texts import Texts
 from fisedit_compiler.progress import shown
 
 
@@ -31,10 +33,12 @@ class Driver:
     Attributes:
         pipe: the pipeline; its UNet may be exchanged between runs.
         progress: switches its progress bars on or off; ``None`` leaves that to the pipeline's own setting.
+        texts: what the text encoders made of the texts of earlier runs.
     """
 
     pipe: Any
     progress: bool | None = None
+    texts: Texts = field(default_factory=Texts)
 
     def settings(
         self,
@@ -167,8 +171,9 @@ class Driver:
         description: str,
     ) -> list[Image.Image]:
         corrections: Corrections | None = settings.corrections
+        tensors = gives_tensors(self.pipe, settings.options)
         counted = _Counted(callback if corrections is None else corrections.before(callback))
-        with self._progress_bar(description), shown(self.shows_progress):
+        with self._progress_bar(description), shown(self.shows_progress), self.texts.encoded_once(self.pipe):
             try:
                 output = self.pipe(
                     prompt=prompt,
@@ -181,7 +186,7 @@ class Driver:
                     latents=start,
                     callback_on_step_end=counted,
                     callback_on_step_end_tensor_inputs=["latents"],
-                    output_type="pil",
+                    output_type="pt" if tensors else "pil",
                     **settings.options,
                 )
             except RecordingError:
@@ -189,7 +194,7 @@ class Driver:
                     counted.check(self.pipe, description)  # what a later part missed is that the run was stopped
                 raise
         counted.check(self.pipe, description)
-        return list(output.images)
+        return pictures(output.images) if tensors else list(output.images)
 
     @contextmanager
     def _progress_bar(self, description: str) -> Iterator[None]:
