@@ -12,9 +12,6 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-import torch
-from PIL import Image
-
 from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.masks import Box, MaskLike, Polygon
 from fisedit_compiler.module import SparseModule
@@ -22,12 +19,11 @@ from fisedit_compiler.pipelines.detectors import MaskDetector
 from fisedit_compiler.pipelines.editing import refusals
 from fisedit_compiler.pipelines.editing.arguments import Asked, requests
 from fisedit_compiler.pipelines.editing.batch import run_edits
+from fisedit_compiler.pipelines.editing.dense_runs import generate_base, run_dense
 from fisedit_compiler.pipelines.editing.driver import Driver
 from fisedit_compiler.pipelines.editing.one_run import only_run_of
 from fisedit_compiler.pipelines.editing.runs import DenseRun, Edit, Generation
-from fisedit_compiler.pipelines.editing.steps import KeepLatents
 from fisedit_compiler.pipelines.editing.warm_up import warm_up
-from fisedit_compiler.pipelines.instruments import timed_calls
 from fisedit_compiler.pipelines.inversion.load import DdimInversion, Loaded, Method, load
 from fisedit_compiler.pipelines.inversion.pictures import ImageLike
 from fisedit_compiler.pipelines.parts import UNET, Parts
@@ -167,23 +163,7 @@ class Editor:
             width=width,
             options=options,
         )
-        keep = KeepLatents()
-
-        def run() -> tuple[Image.Image, torch.Tensor]:
-            with self._driver.kept_start() as start:
-                return self._driver.run(prompt, negative_prompt, settings, keep, "generate"), start[0]
-
-        with only_run_of(self.pipe):
-            (image, start), recordings = self._ready.record(maps, run)
-        return Generation(
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            settings=settings,
-            image=image,
-            latents=tuple(keep.latents),
-            initial_latents=start,
-            recordings=recordings,
-        )
+        return generate_base(self._driver, lambda: self._ready, prompt, negative_prompt, settings, maps)
 
     def load(
         self,
@@ -386,10 +366,7 @@ class Editor:
         refusals.check_same_scheduler(base.settings.scheduler, self.pipe.scheduler, base.settings.num_inference_steps)
         negative = base.negative_prompt if negative_prompt is None else negative_prompt
         self._check_prompts(prompt, negative)
-        keep = KeepLatents()
-        with only_run_of(self.pipe), timed_calls(self.compiled) as seconds:
-            image = self._driver.run(prompt, negative, base.settings, keep, "dense")
-        return DenseRun(image, keep.latents[-1], tuple(seconds))
+        return run_dense(self._driver, lambda: self.compiled, base, prompt, negative)
 
     @property
     def _driver(self) -> Driver:

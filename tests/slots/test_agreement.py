@@ -24,7 +24,7 @@ from fisedit_compiler.slots.dense import Dense
 from fisedit_compiler.slots.map import Map
 from fisedit_compiler.slots.site_sums import SiteSums
 from fisedit_compiler.slots.statistics import Statistics
-from tests.support.kinds_from_outside import EightBits
+from tests.slots.kinds_from_outside import EightBits
 from tests.support.layouts import LEVEL, ROLES
 
 GROUPS, CHANNELS = 3, 6

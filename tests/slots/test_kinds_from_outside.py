@@ -24,7 +24,7 @@ from fisedit_compiler.extend import (
 )
 from fisedit_compiler.masks import ellipse_mask
 from fisedit_compiler.slots import registry
-from tests.support.kinds_from_outside import (
+from tests.slots.kinds_from_outside import (
     CANVAS,
     ROUNDING,
     SCALE_BYTES,

@@ -26,7 +26,7 @@ from fisedit_compiler.graph.layout import Layout
 from fisedit_compiler.graph.sizes import BATCH, HEIGHT, WIDTH, row_symbol
 from fisedit_compiler.slots import registry
 from fisedit_compiler.slots.agreement import Use, check, check_agreement
-from tests.support.kinds_from_outside import CANVAS, Sound, broken, compile_block, refusal_of, replace_canvases
+from tests.slots.kinds_from_outside import CANVAS, Sound, broken, compile_block, refusal_of, replace_canvases
 from tests.support.layouts import LEVEL, ROLES
 
 aten = torch.ops.aten

@@ -13,7 +13,7 @@ from fisedit_compiler.errors import ConfigError
 from fisedit_compiler.extend import register_slot_kind
 from fisedit_compiler.slots import registry
 from fisedit_compiler.slots.asking import ANSWERS
-from tests.support.kinds_from_outside import Sound, broken, refusal_of
+from tests.slots.kinds_from_outside import Sound, broken, refusal_of
 
 
 @pytest.fixture(autouse=True)

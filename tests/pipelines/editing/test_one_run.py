@@ -122,7 +122,7 @@ def test_an_editor_that_is_closed_while_it_compiles_leaves_nothing_behind(
         editor.close()
         closed.set()
 
-    together([editor.prepare, close])
+    together([lambda: editor.compiled, close])
     assert tiny_pipe.unet is given
     with pytest.raises(ModeError, match="this Editor is closed"):
         editor.prepare()
