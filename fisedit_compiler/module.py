@@ -6,7 +6,7 @@ written in ``record_session.py`` and ``edit_session.py``; how programs are found
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +89,7 @@ class SparseModule(nn.Module):
 
     # -- modes -----------------------------------------------------------------------------------
 
-    def record(self, maps: int = 0) -> Mode[Recording]:
+    def record(self, maps: int = 0, *, outputs: Sequence[Any] | None = None) -> Mode[Recording]:
         """Record every call made inside the block: ``with compiled.record() as recording: pipe(...)``.
 
         Outputs are exactly those of the original module. A recording whose run raised stays ``complete=False``.
@@ -97,21 +97,22 @@ class SparseModule(nn.Module):
         Args:
             maps: of how many calls, from the first on, cross-attention maps are kept too, for
                 :meth:`EditSession.reuse_maps`; each has ``heads * sites * tokens`` values per layer and sample.
+            outputs: what the module itself gave for the first call, if that is known: compared instead of calling it.
 
         Raises:
             ConfigError: ``maps`` is no number of calls.
             ModeError: another mode is active in this thread or task, or the module is in training mode.
             RecordingError: maps are asked for and the module has no cross-attention that has one.
         """
-        return Mode(self._modes, "record", self._record(maps))
+        return Mode(self._modes, "record", self._record(maps, outputs))
 
-    def _record(self, maps: int) -> Body[Recording]:
+    def _record(self, maps: int, outputs: Sequence[Any] | None = None) -> Body[Recording]:
         if isinstance(maps, bool) or not isinstance(maps, int) or maps < 0:
             raise ConfigError(f"record(maps={maps!r}) must be a number of calls, 0 or more.")
         self._check_evaluating()
         run = self._modes.active
         recording = Recording(self._refresh(), self.sparsify_config.program_key())
-        session = RecordSession(recording, self._programs, maps)
+        session = RecordSession(recording, self._programs, maps, outputs)
         with self._followed():
             yield session, recording
         if not recording.calls and run is not None and run.passed_by:

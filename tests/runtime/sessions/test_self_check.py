@@ -17,7 +17,8 @@ from fisedit_compiler.capture.keys import structure
 from fisedit_compiler.compiling import COMPILING
 from fisedit_compiler.errors import CaptureError, RecordingError
 from fisedit_compiler.runtime.execution.executable import Executable
-from fisedit_compiler.runtime.sessions import self_check
+from fisedit_compiler.runtime.sessions import record_session, self_check
+from tests.support.zoo import ZOO
 
 SAMPLE = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 MASK = torch.zeros(8, 8, dtype=torch.bool)
@@ -341,3 +342,28 @@ def test_one_bit_is_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Executable, "record", off_by_one_bit)
     with pytest.raises(CaptureError, match="also when captured again"), sparse.record():
         sparse(SAMPLE)
+
+
+@pytest.mark.parametrize("given", ["right", "one bit off", "another number", "none"])
+def test_outputs_that_are_known_are_compared(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``record(outputs=...)``: what the module gave is compared instead of calling it again."""
+    model = ZOO["plain_conv"]()
+    inputs = model.make_inputs(1, 8, 8)
+    compiled = sparsify(model.module, SparsifyConfig(multiple=model.multiple, cache=False), example_inputs=inputs)
+    checked: list[Any] = []
+    original = record_session.record_checked
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        checked.append(arguments)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(record_session, "record_checked", counting)
+    with torch.no_grad():
+        own = compiled(**inputs)
+        outputs = {"right": [own], "one bit off": [own.nextafter(own + 1)], "another number": [own, own], "none": None}
+        with compiled.record(outputs=outputs["right"]):
+            compiled(**inputs)
+        assert len(checked) == 1, "a program is compared with the module once in any case"
+        with compiled.record(outputs=outputs[given]) as recording:
+            assert torch.equal(compiled(**inputs), own)
+    assert recording.complete and len(checked) == (1 if given == "right" else 2)
