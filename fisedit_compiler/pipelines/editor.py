@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 from fisedit_compiler.config import SparsifyConfig
@@ -32,6 +31,7 @@ from fisedit_compiler.pipelines.running.texts import Texts
 Boxes = Box | Sequence[Box] | None
 Polygons = Polygon | Sequence[Polygon] | None
 Mask = MaskLike | MaskDetector | None
+Names = Sequence[str] | None
 EDITOR_CONFIG = SparsifyConfig(norm="incremental")
 """How an Editor compiles a UNet unless told otherwise. New objects change the statistics of every norm; with recorded
 ones an edit looks less like the dense run (``docs/quality.md``), for less time and memory a call."""
@@ -40,36 +40,36 @@ ones an edit looks less like the dense run (``docs/quality.md``), for less time 
 class Editor:
     """Generate images with a diffusers pipeline and edit them, computing only what changes.
 
-    The pipeline's UNet is compiled on the first use (or ahead of it by ``prepare()``) and ``pipe.unet``
-    replaced by the compiled one; the original module is never patched, and ``close()`` or leaving a ``with``
-    block puts it back.
+    The UNet and the VAE's decoder are compiled on the first use (or ahead of it by ``prepare()``) and put into the
+    pipeline; the original modules are never patched, and ``close()`` or leaving a ``with`` block puts them back.
 
     ``pipe`` is a Stable-Diffusion-like pipeline that hands ``latents`` to its step callback; its UNet may be
     compiled already. ``config`` is a ``SparsifyConfig`` for that compilation, :data:`EDITOR_CONFIG` by default.
     ``progress`` switches the progress bars on or off; by default the pipeline's own setting counts
-    (``pipe.set_progress_bar_config(disable=...)``).
+    (``pipe.set_progress_bar_config(disable=...)``). ``parts`` names what is compiled: all that
+    :data:`~fisedit_compiler.pipelines.parts.PARTS` knows, or ``("unet",)`` to decode whole pictures.
 
     A pipeline makes one run at a time: its scheduler is the run's. Threads and tasks edit at once with a pipeline and
     an Editor each, which may share the compiled UNet and all other models.
 
     Raises:
-        ConfigError: the pipeline is not of that kind, or ``config`` was given for a compiled UNet.
+        ConfigError: the pipeline is not of that kind, ``config`` was given for a compiled UNet, or a part is unknown.
     """
 
-    def __init__(self, pipe: Any, config: SparsifyConfig | None = None, *, progress: bool | None = None) -> None:
+    def __init__(
+        self, pipe: Any, config: SparsifyConfig | None = None, *, progress: bool | None = None, parts: Names = None
+    ) -> None:
         refusals.check_pipeline(pipe)
         self.pipe = pipe
         self.config = config
         self.progress = progress
-        self._parts = Parts(pipe, config, EDITOR_CONFIG)
+        self._parts = Parts(pipe, config, EDITOR_CONFIG, parts)
         self._texts = Texts()
 
     def __enter__(self) -> Editor:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     @property
@@ -90,7 +90,7 @@ class Editor:
         guidance_scale: float = 5.0,
         options: Mapping[str, Any] | None = None,
     ) -> Editor:
-        """Compile the UNet now instead of on the first use, and put it into the pipeline; returns the editor.
+        """Compile now instead of on the first use, and put what is compiled into the pipeline; returns the editor.
 
         On a GPU a short run and an edit of it are made, so that the first edit of this size waits for nothing. What is
         compiled stays on disk for the next process; ``fisedit compile`` does the same from a shell.
@@ -110,9 +110,7 @@ class Editor:
         return self
 
     def close(self) -> None:
-        """Put the UNet the editor was given back into the pipeline; closing twice is fine.
-
-        Waits while another thread compiles.
+        """Put the original modules back; closing twice is fine. Waits while another thread compiles.
 
         Raises:
             ModeError: another thread's run of the pipeline is going on; close the editor after it.

@@ -1,94 +1,65 @@
-"""The parts of a pipeline that are compiled: which there are, how each is compiled, and their modes, entered together.
+"""The parts of a pipeline that are compiled, and their modes, entered together.
 
-A part is a module inside the pipeline, named by where it is: ``"unet"``, ``"vae.decoder"``. Only the UNet is one yet.
-Another is one registered function: it is then compiled with the pipeline, recorded with every base, and edits with the
-masks of the UNet's edits; neither the Editor nor its results know how many there are.
+A part is a module inside the pipeline, named by where it is: ``"unet"``, ``"vae.decoder"``. Another is one registered
+function: it is then compiled with the pipeline, recorded with every base, and edits with the masks of the UNet's edits;
+neither the Editor nor its results know how many there are. :func:`use` gives a stock pipeline its parts without an
+Editor.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeGuard, TypeVar
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
-import fisedit_compiler.api
 from fisedit_compiler.compiling import one_at_a_time
 from fisedit_compiler.config import SparsifyConfig
-from fisedit_compiler.errors import ConfigError, ModeError
+from fisedit_compiler.errors import CaptureError, ConfigError, LayoutError, ModeError, RecordingError
 from fisedit_compiler.module import SparseModule
+from fisedit_compiler.pipelines.part_registry import (
+    DECODER,
+    PARTS,
+    UNET,
+    CompiledPart,
+    Part,
+    PartRecording,
+    PartSession,
+    chosen_parts,
+    is_compiled,
+    register_part,
+)
 from fisedit_compiler.progress import shown
 from fisedit_compiler.recordings.recording import Recording
 from fisedit_compiler.runtime.sessions.edit_masks import EditMasks
 from fisedit_compiler.runtime.sessions.edit_session import EditSession
-from fisedit_compiler.runtime.sessions.modes import Mode
 
-UNET = "unet"
-"""The part that every step calls; reports and masks are about its calls."""
+__all__ = [
+    "DECODER",
+    "PARTS",
+    "UNET",
+    "Part",
+    "PartRecording",
+    "PartSession",
+    "Parts",
+    "PartsInUse",
+    "entered",
+    "is_compiled",
+    "of_unet",
+    "register_part",
+    "use",
+]
 
-Compile = Callable[[nn.Module, SparsifyConfig], SparseModule]
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-@dataclass(frozen=True)
-class Part:
-    """One kind of part.
-
-    Attributes:
-        name: the way to the module from the pipeline, attributes joined by dots; also the name of its recording.
-        compiled: compiles the module with the Editor's configuration.
-        keeps_maps: whether it has cross-attention maps to record.
-    """
-
-    name: str
-    compiled: Compile
-    keeps_maps: bool = False
-
-    def find(self, pipe: Any) -> Any:
-        """The module in a pipeline; ``None`` if that has none there."""
-        return functools.reduce(lambda owner, name: getattr(owner, name, None), self.name.split("."), pipe)
-
-    def put(self, pipe: Any, module: nn.Module) -> None:
-        """Put a module in its place."""
-        *way, last = self.name.split(".")
-        setattr(functools.reduce(getattr, way, pipe), last, module)
-
-
-PARTS: dict[str, Part] = {}
-
-
-def register_part(name: str, *, keeps_maps: bool = False) -> Callable[[Compile], Compile]:
-    """Decorator of the function that compiles a part; it makes the part known to Editors made from then on.
-
-    Its module is edited in the latent's lattice: its spatial input has the latents' height and width. The decorated
-    function gets the module and the Editor's configuration, and may change the latter for its module.
-
-    Args:
-        name: the way to the module from the pipeline, such as ``"vae.decoder"``.
-        keeps_maps: whether the module has cross-attention maps to record.
-
-    Raises:
-        ConfigError: the part is known already.
-    """
-    if name in PARTS:
-        raise ConfigError(f"there is a part {name!r} already")
-
-    def register(compiled: Compile) -> Compile:
-        PARTS[name] = Part(name, compiled, keeps_maps)
-        return compiled
-
-    return register
-
-
-@register_part(UNET, keeps_maps=True)
-def _compiled_unet(module: nn.Module, config: SparsifyConfig) -> SparseModule:
-    return fisedit_compiler.api.sparsify(module, config)
-
-
-def entered(modes: Mapping[str, Callable[[], Mode[T]]], body: Callable[[Mapping[str, T]], R]) -> R:
+def entered(modes: Mapping[str, Callable[[], AbstractContextManager[T]]], body: Callable[[Mapping[str, T]], R]) -> R:
     """Run ``body`` inside all modes, with what each of them gives.
 
     Each is entered by a ``with`` statement of its own, one inside the other: a mode that an ``ExitStack`` entered
@@ -108,42 +79,50 @@ def entered(modes: Mapping[str, Callable[[], Mode[T]]], body: Callable[[Mapping[
 class Parts:
     """The parts of one pipeline, compiled on the first use."""
 
-    def __init__(self, pipe: Any, config: SparsifyConfig | None, default: SparsifyConfig) -> None:
-        """``config`` is the user's choice and ``default`` what stands for none.
+    def __init__(
+        self, pipe: Any, config: SparsifyConfig | None, default: SparsifyConfig, names: Sequence[str] | None = None
+    ) -> None:
+        """``config`` is the user's choice, ``default`` what stands for none, and ``names`` the parts, all if left out.
 
         Raises:
-            ConfigError: a configuration was chosen for a UNet that is compiled already.
+            ConfigError: a configuration was chosen for a UNet that is compiled already, or there is no such part.
         """
         if config is not None and is_compiled(pipe.unet):
             raise ConfigError("pipe.unet is compiled already; leave config out, or pass the original UNet")
         self.pipe, self.config = pipe, config or default
-        found = {part: part.find(pipe) for part in PARTS.values()}
-        self._given: dict[Part, nn.Module] = {part: module for part, module in found.items() if module is not None}
-        self._compiled: dict[Part, SparseModule] = {
-            part: module for part, module in self._given.items() if is_compiled(module)
-        }
+        self._given: dict[Part, nn.Module] = {}
+        self._compiled: dict[Part, CompiledPart] = {}
+        self._refused: dict[Part, nn.Module] = {}
+        for part in chosen_parts(names):
+            module = part.find(pipe)
+            if module is not None:
+                self._given[part] = module
+                if is_compiled(module):
+                    self._compiled[part] = module
         self.given_back = False
 
     def __getitem__(self, name: str) -> SparseModule:
         """The compiled module of a part that is ready."""
-        return self._compiled[PARTS[name]]
+        return cast(SparseModule, self._compiled[PARTS[name]])
 
     @property
     def are_compiled(self) -> bool:
         """Whether nothing is left to compile."""
-        return len(self._compiled) == len(self._given)
+        return len(self._compiled) + len(self._refused) == len(self._given)
 
     def prepare(self, shows_progress: bool) -> None:
         """Compile what is not yet, and put it in its place.
 
         Raises:
             ModeError: the modules were given back, or someone else replaced one meanwhile.
-            CaptureError: a module cannot be captured.
+            CaptureError: a module cannot be captured, and the pipeline does not go on without.
         """
         self._check_kept()
-        for part, compiled in list(self._compiled.items()):  # a copy: another thread may be compiling
-            if part.find(self.pipe) is not compiled:
-                place = f"pipe.{part.name}"
+        for part in list(self._given):  # a copy: another thread may be compiling
+            if part.optional:
+                self._follow(part)
+            elif part in self._compiled and part.find(self.pipe) is not self._compiled[part]:
+                place = f"pipe.{part.way}"
                 kept = "editor.compiled" if part.name == UNET else "what was there"
                 raise ModeError(
                     f"{place} was replaced since this Editor compiled it; put the compiled {_called(part)} back "
@@ -152,15 +131,32 @@ class Parts:
         if not self.are_compiled:
             self._compile(shows_progress)
 
+    def _follow(self, part: Part) -> None:
+        """Take another module that was put in the place of a part."""
+        module = part.find(self.pipe)
+        if module is not None and module is not self._compiled.get(part, self._given[part]):
+            self._compiled.pop(part, None)
+            self._refused.pop(part, None)
+            self._given[part] = module
+            if is_compiled(module):
+                self._compiled[part] = module
+
     @one_at_a_time
     def _compile(self, shows_progress: bool) -> None:
         """Compile what no other thread did meanwhile."""
         with shown(shows_progress):
             for part, module in self._given.items():
                 self._check_kept()
-                if part not in self._compiled:
-                    compiled = part.compiled(module, self.config)
-                    part.put(self.pipe, compiled)
+                if part not in self._compiled and part not in self._refused:
+                    try:
+                        compiled = part.compiled(module, self.config)
+                    except (CaptureError, LayoutError) as error:
+                        if not part.optional:
+                            raise
+                        logger.warning("pipe.%s is not compiled and runs as it is: %s", part.name, error)
+                        self._refused[part] = module
+                        continue
+                    part.put(self.pipe, cast(nn.Module, compiled))
                     self._compiled[part] = compiled
 
     def _check_kept(self) -> None:
@@ -180,25 +176,42 @@ class Parts:
             if part.find(self.pipe) is compiled:
                 part.put(self.pipe, self._given[part])
 
-    def record(self, maps: int, body: Callable[[], R]) -> tuple[R, Mapping[str, Recording]]:
+    def recording(self, maps: int = 0) -> Mapping[str, Callable[[], AbstractContextManager[PartRecording]]]:
+        """By the name of each part, what makes its mode of recording; for ``maps`` see :meth:`record`."""
+
+        def mode(part: Part, compiled: CompiledPart) -> AbstractContextManager[PartRecording]:
+            return cast(SparseModule, compiled).record(maps=maps) if part.keeps_maps else compiled.record()
+
+        return {part.name: functools.partial(mode, part, compiled) for part, compiled in self._compiled.items()}
+
+    def editing(
+        self, recordings: Mapping[str, PartRecording], masks: Any, *, record: bool, copies: int
+    ) -> Mapping[str, Callable[[], AbstractContextManager[PartSession]]]:
+        """Likewise of editing, for the parts that there is a recording of; see :meth:`edit`."""
+
+        def mode(part: Part, compiled: CompiledPart) -> AbstractContextManager[PartSession]:
+            return compiled.edit(recordings[part.name], masks, record=record, copies=copies)
+
+        return {
+            part.name: functools.partial(mode, part, compiled)
+            for part, compiled in self._compiled.items()
+            if part.name in recordings
+        }
+
+    def record(self, maps: int, body: Callable[[], R]) -> tuple[R, Mapping[str, PartRecording]]:
         """Run ``body`` with all parts recording; returns its result and a recording by the name of each part.
 
         Args:
             maps: of how many calls cross-attention maps are kept, in parts that have any.
             body: runs the pipeline.
         """
-
-        def mode(part: Part, compiled: SparseModule) -> Mode[Recording]:
-            return compiled.record(maps=maps) if part.keeps_maps else compiled.record()
-
-        modes = {part.name: functools.partial(mode, part, compiled) for part, compiled in self._compiled.items()}
-        return entered(modes, lambda recordings: (body(), recordings))
+        return entered(self.recording(maps), lambda recordings: (body(), recordings))
 
     def edit(
         self,
-        recordings: Mapping[str, Recording],
+        recordings: Mapping[str, PartRecording],
         masks: EditMasks | None,
-        body: Callable[[Mapping[str, EditSession]], R],
+        body: Callable[[Mapping[str, PartSession]], R],
         *,
         record: bool,
         copies: int,
@@ -214,21 +227,101 @@ class Parts:
             record: whether the sessions keep recordings of the edits.
             copies: how many edits are made.
         """
-
-        def mode(part: Part, compiled: SparseModule) -> Mode[EditSession]:
-            return compiled.edit(recordings[part.name], masks, record=record, copies=copies)
-
-        modes = {
-            part.name: functools.partial(mode, part, compiled)
-            for part, compiled in self._compiled.items()
-            if part.name in recordings
-        }
-        return entered(modes, body)
+        return entered(self.editing(recordings, masks, record=record, copies=copies), body)
 
 
-def is_compiled(module: Any) -> TypeGuard[SparseModule]:
-    """Whether a module has the modes of one that ``sparsify`` returned."""
-    return callable(getattr(module, "record", None)) and callable(getattr(module, "edit", None))
+class PartsInUse:
+    """The parts of a stock pipeline inside :func:`use`, with their modes."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+
+    def __getitem__(self, name: str) -> Any:
+        """The compiled module of a part, such as ``used["unet"]``."""
+        return self._parts[name]
+
+    @contextmanager
+    def record(self, maps: int = 0) -> Iterator[Mapping[str, PartRecording]]:
+        """Record one run of the pipeline: ``with used.record() as recordings: pipe(prompt, ...)``.
+
+        Args:
+            maps: as for ``SparseModule.record``.
+        """
+        with _all(self._parts.recording(maps)) as recordings:
+            yield recordings
+
+    @contextmanager
+    def edit(
+        self, recordings: Mapping[str, PartRecording], mask: Any = None, *, record: bool = False, copies: int = 1
+    ) -> Iterator[Mapping[str, PartSession]]:
+        """Edit a recorded run: ``with used.edit(recordings, mask): pipe(new_prompt, ...)``.
+
+        Yields the session of each part; ``record`` and ``copies`` are as for ``SparseModule.edit``.
+
+        Args:
+            recordings: what :meth:`record` gave.
+            mask: as for ``SparseModule.edit``: in any form, for all parts.
+            record: keep recordings of the edits, ``sessions[name].results``.
+            copies: how many edits are made at once.
+
+        Raises:
+            RecordingError: there is no recording of the UNet among them, or it is none of this model.
+            MaskError: the mask does not fit.
+        """
+        unet = recordings.get(UNET) if isinstance(recordings, Mapping) else None
+        if not isinstance(unet, Recording):
+            raise RecordingError("edit() needs what `with used.record() as recordings:` gave, after that block")
+        read = mask
+        if mask is not None and unet.calls:  # read and grown once, for all parts
+            read = EditMasks.of(mask, copies, unet.height, unet.width, self._parts[UNET].sparsify_config.dilation)
+        with _all(self._parts.editing(recordings, read, record=record, copies=copies)) as sessions:
+            yield sessions
+
+
+@contextmanager
+def use(
+    pipe: Any,
+    config: SparsifyConfig | None = None,
+    *,
+    parts: Sequence[str] | None = None,
+    progress: bool = True,
+) -> Iterator[PartsInUse]:
+    """Compile the parts of a stock pipeline and put them into it; they are taken out again after the block.
+
+    Args:
+        pipe: a diffusers pipeline.
+        config: how the UNet is compiled, as for ``sparsify``.
+        parts: names of those to compile, all that are known if left out.
+        progress: whether compilation shows a bar.
+
+    Raises:
+        ConfigError: there is no such part, or ``config`` was given for a compiled UNet.
+        CaptureError: the UNet cannot be captured.
+    """
+    if getattr(pipe, "unet", None) is None:
+        raise ConfigError(f"{type(pipe).__name__} has no `unet`; use() takes a diffusers pipeline that has one")
+    found = Parts(pipe, config, SparsifyConfig(), parts)
+    try:
+        found.prepare(progress)
+        yield PartsInUse(found)
+    finally:
+        found.restore()
+
+
+@contextmanager
+def _all(modes: Mapping[str, Callable[[], AbstractContextManager[T]]]) -> Iterator[Mapping[str, T]]:
+    """Enter all modes, each by a ``with`` statement of its own; see :func:`entered`."""
+    if not modes:
+        yield {}
+        return
+    (name, mode), *others = modes.items()
+    with mode() as given, _all(dict(others)) as found:
+        yield {name: given, **found}
+
+
+def of_unet(sessions: Mapping[str, PartSession]) -> EditSession:
+    """The session of the UNet."""
+    return cast(EditSession, sessions[UNET])
 
 
 def _called(part: Part) -> str:

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks import (
     compile_time,
+    decoding,
     dense_calls,
     model_key,
     multi_turn,
@@ -131,6 +132,14 @@ def test_norms_times_either_statistics_with_and_without_a_recording():
     ]
     assert rows[0]["ratio"] == 1.0
     assert rows[0]["recording_mib_per_call"] < rows[2]["recording_mib_per_call"], "incremental statistics keep more"
+
+
+def test_decoding_measures_the_step_over_each_border():
+    few = ["--size", "32", "--fractions", "0.05", "--borders", "0", "6", "--repeats", "1"]
+    bare, bordered = decoding.main(few).rows
+    assert (bare["border"], bordered["border"]) == (0, 6) and bare["area"] < bordered["area"] < 1
+    assert bordered["step_mean"] < 0.1 * bare["step_mean"] and bordered["inside_psnr"] > bare["inside_psnr"]
+    assert bare["recording_mib"] == bordered["recording_mib"] > 0
 
 
 @pytest.mark.slow

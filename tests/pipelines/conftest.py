@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from fisedit_compiler.pipelines import Editor
+from fisedit_compiler.pipelines.parts import DECODER, PARTS
 from tests.support.tiny_pipeline import STEPS, PinnedUNet, make_tiny_pipeline
 
 
@@ -18,7 +19,8 @@ def tiny_pipe() -> Any:
 
 @pytest.fixture
 def pinned_editor(tiny_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Editor]:
-    """An Editor whose compiled UNet is the stand-in."""
+    """An Editor whose compiled UNet is the stand-in, and which leaves the VAE alone."""
+    monkeypatch.delitem(PARTS, DECODER)
     monkeypatch.setattr("fisedit_compiler.api.sparsify", lambda unet, config=None: PinnedUNet(unet))
     with Editor(tiny_pipe) as editor:
         yield editor

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from fisedit_compiler.pipelines.callbacks import Tensors
+from fisedit_compiler.pipelines.decoding.runs import DecodeEdit
 from fisedit_compiler.pipelines.detectors import DetectionContext, MaskDetector
 from fisedit_compiler.pipelines.editing.driver import Driver
 from fisedit_compiler.pipelines.editing.request import EditRequest
@@ -23,7 +24,7 @@ from fisedit_compiler.pipelines.editing.runs import Edit
 from fisedit_compiler.pipelines.editing.steps import FollowBase
 from fisedit_compiler.pipelines.editing.words import edit_columns
 from fisedit_compiler.pipelines.instruments import timed_calls
-from fisedit_compiler.pipelines.parts import UNET, Parts
+from fisedit_compiler.pipelines.parts import DECODER, UNET, Parts, PartSession, of_unet
 from fisedit_compiler.runtime.calls.call import CallKind
 from fisedit_compiler.runtime.sessions.edit_masks import EditMask, EditMasks
 from fisedit_compiler.runtime.sessions.edit_session import EditSession
@@ -47,7 +48,7 @@ class FollowEdits:
     """
 
     def __init__(
-        self, requests: Sequence[EditRequest], each: Sequence[FollowBase], sessions: Mapping[str, EditSession]
+        self, requests: Sequence[EditRequest], each: Sequence[FollowBase], sessions: Mapping[str, PartSession]
     ) -> None:
         self.each = each
         self.ended: dict[int, tuple[tuple[CallKind, float], ...]] = {}
@@ -61,7 +62,7 @@ class FollowEdits:
             with self._requests[number].naming():
                 kept.append(follow(pipe, step, timestep, {"latents": latents})["latents"])
             if follow.nothing is not None and number not in self.ended:
-                self.ended[number] = tuple(self._sessions[UNET].timings)
+                self.ended[number] = tuple(of_unet(self._sessions).timings)
         if self._searching and not any(follow.is_searching for follow in self.each):
             self._searching = False
             self._set_masks()
@@ -94,7 +95,7 @@ class _Run:
     """What is known of a run while it goes on, and after it."""
 
     follow: FollowEdits
-    sessions: Mapping[str, EditSession]
+    sessions: Mapping[str, PartSession]
     images: Sequence[Image.Image] = ()
     seconds: Sequence[float] = ()
 
@@ -128,11 +129,11 @@ def _run(driver: Driver, parts: Parts, requests: Sequence[EditRequest]) -> list[
     given = {key: EditMask.of(mask, dilation) for key, mask in distinct.items()}
     runs: list[_Run] = []
 
-    def run(sessions: Mapping[str, EditSession]) -> None:
+    def run(sessions: Mapping[str, PartSession]) -> None:
         each = [_follow(request, given.get(id(request.mask)), dilation) for request in requests]
         running = _Run(FollowEdits(requests, each, sessions), sessions)
         runs.append(running)
-        _reuse_maps(driver, requests, sessions[UNET])
+        _reuse_maps(driver, requests, of_unet(sessions))
         prompts, negatives = [one.prompt for one in requests], [one.negative_prompt for one in requests]
         with timed_calls(parts[UNET]) as seconds:
             running.images = driver.run_edits(prompts, negatives, first.base.settings, running.follow)
@@ -177,4 +178,6 @@ def _made(request: EditRequest, number: int, ran: _Run, count: int) -> Edit:
         return request.unchanged(follow.nothing, calls=calls, detection=follow.detection)
     recordings = {name: session.results[number] for name, session in ran.sessions.items() if session.results}
     seconds = [took / count for took in ran.seconds]
-    return request.edited(ran.images[number], follow, ran.sessions[UNET], recordings, seconds)
+    decoder = ran.sessions.get(DECODER)
+    decode = decoder.decodes[number] if isinstance(decoder, DecodeEdit) and decoder.decodes else None
+    return request.edited(ran.images[number], follow, of_unet(ran.sessions), recordings, seconds, decode)

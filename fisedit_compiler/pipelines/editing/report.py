@@ -41,6 +41,29 @@ class Detection:
 
 
 @dataclass(frozen=True)
+class Decoding:
+    """How the edit's picture was made of its latents.
+
+    Attributes:
+        kind: ``"sparse"``, ``"dense"``, or ``"skipped"`` for the base's picture.
+        area: share of the latent sites that the decoder computed: the mask and a border around it.
+        seconds: duration.
+        note: why it was dense, if there is more to say than that the mask is everywhere.
+    """
+
+    kind: str
+    area: float
+    seconds: float
+    note: str = ""
+
+    def __str__(self) -> str:
+        if self.kind == "skipped":
+            return "none, the picture is the base's"
+        what = f"{self.area:.1%} of the sites with a border" if self.kind == "sparse" else "the whole picture"
+        return f"{what}, {1000 * self.seconds:.1f} ms" + (f" ({self.note})" if self.note else "")
+
+
+@dataclass(frozen=True)
 class EditReport:
     """The cost of one edit; ``print(report)`` shows it.
 
@@ -61,6 +84,7 @@ class EditReport:
         regions: the connected regions of the mask, the largest first.
         feather: width in sites of the border in which the edit is blended with the base; 0 for a hard one.
         note: why nothing was run, or calls densely with a mask or without.
+        decode: how the picture was decoded; ``None`` if nothing was run, or by the pipeline's VAE alone.
     """
 
     mask_source: str
@@ -75,6 +99,7 @@ class EditReport:
     regions: Sequence[Region] = field(default=(), repr=False)
     feather: int = 0
     note: str = ""
+    decode: Decoding | None = None
 
     @property
     def threshold(self) -> float | None:
@@ -123,6 +148,8 @@ class EditReport:
                 lines.append(f"{kind:<9} {_calls(count)}{partly}, {median:.1f} ms{each}")
         if self.skipped_calls:
             lines.append(f"skipped   {_calls(self.skipped_calls)}")
+        if self.decode is not None:
+            lines.append(f"decoder   {self.decode}")
         read, added = self.recording_bytes / 2**20, self.own_bytes / 2**20
         lines.append(f"recording {read:.1f} MiB read, {added:.1f} MiB added")
         lines.append(f"wall      {self.wall_seconds:.2f} s")

@@ -16,13 +16,15 @@ from PIL import Image
 from fisedit_compiler import masks
 from fisedit_compiler.errors import ConfigError, FiseditError, MaskError
 from fisedit_compiler.masks import MaskLike
+from fisedit_compiler.pipelines.decoding.runs import Decode
 from fisedit_compiler.pipelines.detectors import MaskDetector, is_detector_name, make_mask_detector, mask_detectors
+from fisedit_compiler.pipelines.drawing.pictures import mask_to_pixels
 from fisedit_compiler.pipelines.drawing.seam import pasted
 from fisedit_compiler.pipelines.editing.region import cut
-from fisedit_compiler.pipelines.editing.report import Detection, EditReport
+from fisedit_compiler.pipelines.editing.report import Decoding, Detection, EditReport
 from fisedit_compiler.pipelines.editing.runs import Edit, Generation
 from fisedit_compiler.pipelines.editing.steps import FollowBase
-from fisedit_compiler.recordings.recording import Recording
+from fisedit_compiler.pipelines.parts import PartRecording
 from fisedit_compiler.runtime.sessions.edit_session import EditSession
 
 
@@ -96,6 +98,7 @@ class EditRequest:
             base=base,
             mask=empty,
             report=report,
+            pixels=torch.zeros(base.image.height, base.image.width, dtype=torch.bool, device="cpu"),
         )
 
     def edited(
@@ -103,8 +106,9 @@ class EditRequest:
         image: Image.Image,
         follow: FollowBase,
         session: EditSession,
-        recordings: Mapping[str, Recording],
+        recordings: Mapping[str, PartRecording],
         seconds: Sequence[float],
+        decode: Decode | None = None,
     ) -> Edit:
         """The edit whose run has ended.
 
@@ -114,6 +118,7 @@ class EditRequest:
             session: how the calls of the UNet ran.
             recordings: the edit's own, by part; none if it was not recorded.
             seconds: what each call took of this edit's time.
+            decode: how the picture was decoded; ``None`` if the pipeline's VAE did it alone.
         """
         found = follow.detected
         mask = follow.mask
@@ -136,12 +141,17 @@ class EditRequest:
             regions=masks.regions(mask),
             feather=0 if everywhere else self.feather,
             note="the prompt changes the whole picture: run densely" if everywhere else session.fallback or "",
+            decode=None if decode is None else Decoding(decode.kind, decode.area, decode.seconds, decode.note),
         )
+        pixels = None if decode is None else decode.pixels
+        if self.base.settings.corrections is not None:
+            pixels = torch.from_numpy(mask_to_pixels(mask, self.base.image))
+            image = pasted(image, self.base.image, mask)
         return Edit(
             prompt=self.prompt,
             negative_prompt=self.negative_prompt,
             settings=self.base.settings,
-            image=image if self.base.settings.corrections is None else pasted(image, self.base.image, mask),
+            image=image,
             latents=tuple(follow.latents),
             initial_latents=self.base.initial_latents,
             recordings=recordings,
@@ -149,6 +159,7 @@ class EditRequest:
             mask=mask,
             report=report,
             heat=None if found is None else found.heat,
+            pixels=pixels,
         )
 
 

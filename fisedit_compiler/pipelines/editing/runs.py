@@ -8,8 +8,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -20,6 +21,7 @@ from fisedit_compiler.tensors.bits import differs
 
 if TYPE_CHECKING:
     from fisedit_compiler.pipelines.drawing.figures import NotebookFigure
+    from fisedit_compiler.pipelines.parts import PartRecording
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,12 @@ class Generation:
     image: Image.Image = field(repr=False)
     latents: Sequence[torch.Tensor] = field(repr=False)
     initial_latents: torch.Tensor = field(repr=False)
-    recordings: Mapping[str, Recording] = field(repr=False)
+    recordings: Mapping[str, PartRecording] = field(repr=False)
 
     @property
     def recording(self) -> Recording | None:
         """What the UNet recorded; ``None`` for an edit made with ``record=False``."""
-        return self.recordings.get("unet")
+        return cast("Recording | None", self.recordings.get("unet"))
 
     @property
     def is_followed_exactly(self) -> bool:
@@ -92,12 +94,15 @@ class Edit(Generation):
             latents.
         report: what it cost.
         heat: the map behind an automatic mask, float32 ``[H, W]``.
+        pixels: bool ``[height, width]`` of the picture, on the CPU: the mask and the border around it that the decoder
+            computed. Outside, every pixel is the base's. ``None`` if the whole picture was decoded.
     """
 
     base: Generation = field(repr=False)
     mask: torch.Tensor = field(repr=False)
     report: EditReport
     heat: torch.Tensor | None = field(default=None, repr=False)
+    pixels: torch.Tensor | None = field(default=None, repr=False)
 
     @property
     def is_followed_exactly(self) -> bool:
@@ -110,6 +115,14 @@ class Edit(Generation):
         """Whether the final latents outside the mask are the base's, bit for bit."""
         outside = ~self.mask.to(self.latents[-1].device)
         return not bool(differs(self.latents[-1][..., outside], self.base.latents[-1][..., outside]).any())
+
+    @property
+    def unchanged_pixels_outside(self) -> bool:
+        """Whether the picture outside :attr:`pixels` is the base's, bit for bit; false if the whole was decoded."""
+        if self.pixels is None:
+            return False
+        changed = np.asarray(self.image) != np.asarray(self.base.image)
+        return not bool(changed[~self.pixels.numpy()].any())
 
     def show(self) -> NotebookFigure:
         """The base with the mask's outline, the heat map if there is one, and the edit, as a matplotlib figure.

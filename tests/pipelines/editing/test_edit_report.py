@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from fisedit_compiler.pipelines import EditReport
+from fisedit_compiler.pipelines.editing.report import Decoding
 
 DENSE, SPARSE, SKIPPED = ("dense", 0.2), ("sparse", 0.1), ("skipped", 0.0)
 
@@ -27,3 +30,14 @@ DENSE, SPARSE, SKIPPED = ("dense", 0.2), ("sparse", 0.1), ("skipped", 0.0)
 def test_calls_are_counted_in_words_that_agree(calls, partial, lines):
     text = str(EditReport("user", 0.1, calls=calls, partial_calls=partial))
     assert [line for line in text.splitlines() if line.split()[0] in ("dense", "sparse", "skipped")] == lines
+
+
+def test_how_the_picture_was_decoded() -> None:
+    report = EditReport(mask_source="user", area=0.05)
+    assert "decoder" not in str(report)
+    for decode, line in (
+        (Decoding("sparse", 0.165, 0.0801), "decoder   16.5% of the sites with a border, 80.1 ms"),
+        (Decoding("dense", 1.0, 0.37, "tiling is on"), "decoder   the whole picture, 370.0 ms (tiling is on)"),
+        (Decoding("skipped", 0.0, 0.0), "decoder   none, the picture is the base's"),
+    ):
+        assert line in str(replace(report, decode=decode)).splitlines()

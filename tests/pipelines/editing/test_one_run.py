@@ -17,6 +17,7 @@ from fisedit_compiler.errors import ModeError
 from fisedit_compiler.pipelines import Generation
 from tests.support.compiled import compiled_pipeline
 from tests.support.runs import WAIT, together
+from tests.support.tiny_pipeline import PinnedUNet
 
 STEPS = 3
 MASK = torch.zeros(16, 16, dtype=torch.bool)
@@ -107,13 +108,13 @@ def test_an_editor_that_is_closed_while_it_compiles_leaves_nothing_behind(
     tiny_pipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Closing waits; what is asked for after it is refused."""
-    given, editor = tiny_pipe.unet, Editor(tiny_pipe)
+    given, editor = (tiny_pipe.unet, tiny_pipe.vae), Editor(tiny_pipe)
     compiling, closed = threading.Event(), threading.Event()
 
-    def slowly(module: Any, config: Any) -> Any:
+    def slowly(module: Any, config: Any, example_inputs: Any = None) -> Any:
         compiling.set()
         closed.wait(0.2)  # where closing does not wait, it is through by then
-        return torch.nn.Identity()
+        return PinnedUNet(module)
 
     monkeypatch.setattr("fisedit_compiler.api.sparsify", slowly)
 
@@ -122,8 +123,8 @@ def test_an_editor_that_is_closed_while_it_compiles_leaves_nothing_behind(
         editor.close()
         closed.set()
 
-    together([lambda: editor.compiled, close])
-    assert tiny_pipe.unet is given
+    together([editor.prepare, close])
+    assert tiny_pipe.unet is given[0] and tiny_pipe.vae is given[1]
     with pytest.raises(ModeError, match="this Editor is closed"):
         editor.prepare()
     editor.close()
