@@ -13,8 +13,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -32,19 +31,12 @@ from tests.reference.active_sites import (
     token_mask,
 )
 from tests.reference.boundaries import is_pointwise_conv, normalised_as
+from tests.reference.held import HeldOutput, TapeEntry
 
 Norm = Literal["recorded", "incremental"]
 Attention = Literal["cached", "active"]
 
 BOUNDARIES = frozenset({"conv2d", "group_norm", "interpolate", "scaled_dot_product_attention"})
-
-
-@dataclass(frozen=True)
-class TapeEntry:
-    """The tensors one boundary read in the base run, in argument order (keyword arguments last)."""
-
-    function: str
-    tensors: tuple[Tensor, ...]
 
 
 class PinnedRun:
@@ -78,6 +70,7 @@ class PinnedRun:
         *,
         norm: Norm = "recorded",
         attention: Attention = "cached",
+        held: HeldOutput | None = None,
     ) -> Tensor:
         """Run the edit with inactive sites pinned to this base run.
 
@@ -86,6 +79,7 @@ class PinnedRun:
             active: for every resolution, a bool ``[H, W]`` tensor of the sites to compute again.
             norm: normalise by the base run's statistics, or by those of the map after pinning.
             attention: inactive keys and values are the base ones, or are left out.
+            held: what earlier calls of the edit computed below; kept by this call, or given back to it.
 
         Returns:
             ``[B, C, H, W]``: the edit at active sites, the base output, bit for bit, elsewhere.
@@ -98,12 +92,20 @@ class PinnedRun:
         check_masks(active)
         if not any(bool(mask.any()) for mask in active.values()):
             return self.base_output.clone()
-        return self._replay(edit_inputs, active, norm, attention)[0]
+        return self._replay(edit_inputs, active, norm, attention, held)[0]
 
-    def continued(self, edit_inputs: Mapping[str, Any], active: ActiveSites, *, norm: Norm = "recorded") -> PinnedRun:
+    def continued(
+        self,
+        edit_inputs: Mapping[str, Any],
+        active: ActiveSites,
+        *,
+        norm: Norm = "recorded",
+        held: HeldOutput | None = None,
+    ) -> PinnedRun:
         """The edit as a base run, from which other edits are replayed; same arguments and errors as ``replay``.
 
         Its tape has what every boundary saw after pinning. With recorded statistics the norms keep the first run's.
+        Of a call that was given held values, boundaries of coarser maps saw what they saw in the call that kept them.
         Only ``attention="cached"``, and no functions in ``pin_inputs_of``.
         """
         _check_choices(norm, "cached")
@@ -111,14 +113,22 @@ class PinnedRun:
         if self.pin_inputs_of:
             raise OracleError("continued() knows convolutions, norms, upsampling and attention only")
         run = copy.copy(self)
-        run.base_output, run.tape = self._replay(edit_inputs, active, norm, "cached")
+        run.base_output, run.tape = self._replay(edit_inputs, active, norm, "cached", held)
+        if held is not None:
+            run.tape = held.tape_of(run.tape, max(rows * columns for rows, columns in active))
         return run
 
     def _replay(
-        self, edit_inputs: Mapping[str, Any], active: ActiveSites, norm: Norm, attention: Attention
+        self,
+        edit_inputs: Mapping[str, Any],
+        active: ActiveSites,
+        norm: Norm,
+        attention: Attention,
+        held: HeldOutput | None,
     ) -> tuple[Tensor, list[TapeEntry]]:
         mode = _ReplayMode(self.tape, self.pin_inputs_of, active, norm, attention)
-        output = _call(self.module, edit_inputs, mode)
+        with nullcontext() if held is None else held.around_a_call():
+            output = _call(self.module, edit_inputs, mode)
         mode.check_finished()
         return torch.where(mask_of(output, active), output, self.base_output), mode.pinned_tape
 
