@@ -11,6 +11,8 @@ from fisedit_compiler.errors import ConfigError
 Norm = Literal["recorded", "incremental"]
 Attention = Literal["cached", "active"]
 Backend = Literal["auto", "eager", "inductor"]
+Reuse = Literal["off", "auto"] | float
+"""When calls of an edit may take what comes from coarser levels from earlier ones: never, or up to a tolerance."""
 RunsOn = Literal["eager", "inductor"]
 """What a backend comes to on one device."""
 BLOCK_SIZES = (1, 2, 4, 8)
@@ -38,6 +40,10 @@ class SparsifyConfig:
         block_size: sites along the side of the blocks that sparse convolutions are computed in: 1, 2, 4 or 8 at every
             level, or ``None`` for the size that a cost model chooses per level and mask, fitted to times measured on
             the device type (``geometry/block_costs.json``). Results are the same up to rounding.
+        reuse: whether calls of an edit may take what comes up from coarser levels from an earlier call of it, computing
+            the finest level only. A number is how far that may have moved in the base run since, as a share of its
+            norm. ``"auto"`` is the number that quality was measured with, and ``"off"`` where a model offers no place
+            to cut it; a number is refused there. ``compiled.edit(reuse=...)`` decides for one edit.
         disabled_passes: names of rewrite passes to leave out; their operations then run densely.
         extra_passes: your own rewrite passes (subclasses of :class:`fisedit_compiler.extend.Pass` or ``GraphPass``),
             each of which says what it comes ``after`` and ``before``.
@@ -61,6 +67,7 @@ class SparsifyConfig:
     backend: Backend = "auto"
     dense_above: float | None = None
     block_size: int | None = None
+    reuse: Reuse = "off"
     disabled_passes: frozenset[str] = field(default_factory=frozenset)
     extra_passes: tuple[type[Any], ...] = ()
     check_inputs: bool = True
@@ -90,6 +97,7 @@ class SparsifyConfig:
                 f"SparsifyConfig.block_size={size!r} must be one of {BLOCK_SIZES} sites, or None for the size that the "
                 "cost model chooses per level and mask."
             )
+        check_reuse(self.reuse, "SparsifyConfig.reuse")
         if self.multiple is not None and self.multiple < 1:
             raise ConfigError(f"SparsifyConfig.multiple={self.multiple!r} must be 1 or more.")
         object.__setattr__(self, "disabled_passes", frozenset(self.disabled_passes))
@@ -107,3 +115,14 @@ class SparsifyConfig:
             "disabled_passes": sorted(self.disabled_passes),
             "extra_passes": [f"{extra.__module__}.{extra.__qualname__}" for extra in self.extra_passes],
         }
+
+
+def check_reuse(value: Any, name: str) -> None:
+    """Refuse what says nothing about reuse across steps.
+
+    Raises:
+        ConfigError: names the argument.
+    """
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value not in ("off", "auto") if not number else not value > 0.0:
+        raise ConfigError(f"{name}={value!r} must be 'off', 'auto', or a tolerance above 0 such as 0.1.")

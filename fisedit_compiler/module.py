@@ -15,7 +15,7 @@ from torch import nn
 
 from fisedit_compiler.capture import ambient
 from fisedit_compiler.compiling import computing
-from fisedit_compiler.config import SparsifyConfig
+from fisedit_compiler.config import Reuse, SparsifyConfig
 from fisedit_compiler.errors import ConfigError, ModeError, RecordingError
 from fisedit_compiler.inspect.explain import TEXT_TOKENS, explain_module
 from fisedit_compiler.inspect.explain_session import explain_session
@@ -121,7 +121,13 @@ class SparseModule(nn.Module):
         self._recorded_calls = recording.num_calls
 
     def edit(
-        self, recording: Recording, mask: Any = None, *, record: bool = False, copies: int = 1
+        self,
+        recording: Recording,
+        mask: Any = None,
+        *,
+        record: bool = False,
+        copies: int = 1,
+        reuse: Reuse | None = None,
     ) -> Mode[EditSession]:
         """Replay a recorded run under changed inputs: ``with compiled.edit(recording, mask): pipe(new_prompt)``.
 
@@ -137,21 +143,26 @@ class SparseModule(nn.Module):
                 ``mask`` is one for all, or a sequence or stack ``[copies, H, W]`` of one each: then every copy computes
                 the sites of all masks, and outside its own returns what was recorded. With ``record``,
                 ``session.results`` has a recording for each copy.
+            reuse: whether calls may take what comes up from coarser levels from an earlier call; by default what
+                ``SparsifyConfig.reuse`` says.
 
         Raises:
             ModeError: another mode is active in this thread or task, or the module is in training mode.
-            ConfigError: ``copies`` is not a positive whole number.
+            ConfigError: ``copies`` is not a positive whole number, or ``reuse`` no tolerance that the model allows.
             NonFiniteError: the recorded run or the edit overflowed: NaN or infinity in its outputs.
             RecordingError: the recording is missing, unfinished, of another model or configuration, or the run
                 differs from it (resolution, batch, timesteps, number of calls, input outside the mask).
             MaskError: the mask does not fit the recording.
         """
-        return Mode(self._modes, "edit", self._edit(recording, mask, record, copies))
+        return Mode(self._modes, "edit", self._edit(recording, mask, record, copies, reuse))
 
-    def _edit(self, recording: Recording, mask: Any, record: bool, copies: int) -> Body[EditSession]:
+    def _edit(
+        self, recording: Recording, mask: Any, record: bool, copies: int, reuse: Reuse | None
+    ) -> Body[EditSession]:
         self._check_evaluating()
         self._check(recording)
-        session = EditSession(recording, self.sparsify_config, mask, record, copies, self._programs, explain_session)
+        config, programs = self.sparsify_config, self._programs
+        session = EditSession(recording, config, mask, record, copies, programs, explain_session, reuse)
         self._programs.serve(self._modes.count())
         try:
             with self._followed():

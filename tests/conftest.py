@@ -56,4 +56,5 @@ def _shared_modules_are_left_alone() -> Iterator[None]:
     """A compiled module that tests share is after each of them as it was, so that any order of tests will do."""
     yield
     if (zoo := sys.modules.get("tests.support.compiled_zoo")) is not None:
+        zoo.forget_cut_steps()
         zoo.check_shared_modules()

@@ -28,7 +28,7 @@ from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
 
 from fisedit_compiler.api import sparsify
 from fisedit_compiler.compiling import computing, made_once
-from fisedit_compiler.config import SparsifyConfig
+from fisedit_compiler.config import Reuse, SparsifyConfig
 from fisedit_compiler.dynamo.traced_call import REMEDY, TracedCall
 from fisedit_compiler.errors import ConfigError, ModeError
 from fisedit_compiler.module import SparseModule
@@ -98,7 +98,13 @@ def record(compiled: nn.Module, maps: int = 0) -> Mode[Recording]:
 
 
 def edit(
-    compiled: nn.Module, recording: Recording, mask: Any = None, *, record: bool = False, copies: int = 1
+    compiled: nn.Module,
+    recording: Recording,
+    mask: Any = None,
+    *,
+    record: bool = False,
+    copies: int = 1,
+    reuse: Reuse | None = None,
 ) -> Mode[EditSession]:
     """Replay a recorded run under changed inputs: ``with edit(compiled, recording, mask): pipe(new_prompt)``.
 
@@ -108,13 +114,15 @@ def edit(
         mask: what may change, as in :meth:`SparseModule.edit`.
         record: also make a recording of the edited run (``session.result``).
         copies: make so many edits at once, as in :meth:`SparseModule.edit`.
+        reuse: whether calls may take values from earlier ones, as in :meth:`SparseModule.edit`.
 
     Raises:
         ConfigError, ModeError, CaptureError: as :func:`record`.
         RecordingError, MaskError: as :meth:`SparseModule.edit`.
     """
     sparse = _ready(compiled)
-    return Mode(sparse._modes, "edit", _through(compiled, sparse, sparse._edit(recording, mask, record, copies)))
+    body = sparse._edit(recording, mask, record, copies, reuse)
+    return Mode(sparse._modes, "edit", _through(compiled, sparse, body))
 
 
 def sparse_module(compiled: nn.Module) -> SparseModule:

@@ -28,6 +28,7 @@ class Sources:
         batch: number of samples.
         columns: int64 ``[B, T]``, see :mod:`fisedit_compiler.passes.programs.maps`.
         addresses: int64 ``[slots]``, where the slots lie in memory.
+        held: rows that an earlier call of the run computed, by the name of the captured value.
     """
 
     call: Mapping[str, Any] = field(default_factory=dict)
@@ -37,6 +38,7 @@ class Sources:
     batch: int | None = None
     columns: Tensor | None = None
     addresses: Tensor | None = None
+    held: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,18 @@ class ColumnsInput(Input):
 
     def of(self, sources: Sources) -> Any:
         return sources.columns
+
+
+@dataclass(frozen=True)
+class HeldInput(Input):
+    """Rows that an earlier call of the run computed, with the axis that counts sites."""
+
+    kind: ClassVar[str] = "held"
+    value: str
+    dim: int
+
+    def of(self, sources: Sources) -> Any:
+        return sources.held[self.value]
 
 
 # -- of staged steps (``lowering/stage.py``) -----------------------------------------------------

@@ -1,14 +1,14 @@
 """``compiled.check(mask)``: the pinned and the packed program side by side, and the first node at which they part.
 
 Judged are, in this order: what a recording holds, hoisted values as the module's own cache gives them, every node of
-the sparse step, its outputs, and at last the step as the module runs it, also as an edit that records itself. The
-step's graph is interpreted; what Inductor and CUDA graphs make of it is compared if asked for (``lowered.py``). Finding
-the pass at fault is ``bisect.py``'s business.
+the sparse step, its outputs, and at last the step as the module runs it, also as an edit that records itself, and cut
+in two where the configuration reuses values across steps. The step's graph is interpreted; what Inductor and CUDA
+graphs make of it is compared if asked for (``lowered.py``). Finding the pass at fault is ``bisect.py``'s business.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ from fisedit_compiler.inspect.subject import Subject
 from fisedit_compiler.lowering.program import CompiledProgram
 from fisedit_compiler.recordings.stores import SlotStore, hold
 from fisedit_compiler.recordings.turns import after_sparse_call
+from fisedit_compiler.runtime.execution.held_rows import HeldRows
 from fisedit_compiler.runtime.execution.hoisting import HoistCache
 from fisedit_compiler.slots.turn import Turn
 
@@ -125,6 +126,9 @@ def check_subject(subject: Subject, hoisted: HoistCache) -> CheckReport:
                 found, after = _run(subject, slots, hoisted, update=True)
                 _judge_outputs(program, judge, "output of an edit that records", found, outputs)
                 _judge_edited_slots(program, judge, expected, after)
+            if not judge.differences and subject.reuses:
+                for what, found in _run_cut(subject, slots, hoisted):
+                    _judge_outputs(program, judge, what, found, outputs)
         except Stopped:
             pass  # the judge has noted where, and what follows would only echo it
     return CheckReport(judge.sorted(), judge.compared, str(subject))
@@ -224,6 +228,27 @@ def _judge_edited_slots(
     for slot in program.slots:
         origin = readers.get(SlotInput(slot.name), slot.origin)
         judge.close_slot(origin, f"slot {slot.name} after the edit", slot, after, expected.edited_slots)
+
+
+def _run_cut(subject: Subject, slots: SlotStore, hoisted: HoistCache) -> Iterator[tuple[str, list[Any]]]:
+    """The outputs of the cut step: of a full call, and of a shallow one that takes what the full one kept.
+
+    Both are the same call, so nothing has moved in between, and both must give what the step gives.
+    """
+    executable, held = subject.executable, HeldRows()
+    scalars = scalars_of(executable.program, subject.edited)
+    for what, shallow in (("output of a full call", False), ("output of a shallow call", True)):
+        outputs, _ = executable.step(
+            subject.edited,
+            slots,
+            subject.plan,
+            update=False,
+            scalars=scalars,
+            hoisted=hoisted,
+            held=held,
+            shallow=shallow,
+        )
+        yield what, outputs
 
 
 def _run(

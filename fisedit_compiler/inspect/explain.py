@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from fisedit_compiler.inspect.compiled import CompiledModule
     from fisedit_compiler.lowering.program import CompiledProgram
     from fisedit_compiler.runtime.execution.executable import Executable
+    from fisedit_compiler.runtime.sessions.reuse import ReusePlan
     from fisedit_compiler.slots.base import Slot
 
 Fate = Literal["rewritten", "hoisted", "fused", "kept", "refused"]
@@ -77,7 +78,11 @@ def explain_module(
 
 
 def explain_program(
-    executable: Executable, setting: Setting, plan: SitePlan | None = None, measured: Iterable[Measured] = ()
+    executable: Executable,
+    setting: Setting,
+    plan: SitePlan | None = None,
+    measured: Iterable[Measured] = (),
+    reuse: ReusePlan | None = None,
 ) -> ProgramExplanation:
     """Explain one program for one call.
 
@@ -86,6 +91,7 @@ def explain_program(
         setting: the call.
         plan: a plan in blocks of the mask, on any device.
         measured: calls that were timed; those that are comparable are put beside the costs.
+        reuse: which calls of an edit take values from earlier ones; without it, what the configuration says.
 
     Raises:
         PlanError: the model does not take calls of this size.
@@ -109,8 +115,9 @@ def explain_program(
         area=None if plan is None else plan.area,
         levels=() if plan is None else _levels(executable, plan, setting),
         slots=_slots(program, values),
-        work=_work(program, dense, values, setting, plan, tuple(measured)),
+        work=_work(program, dense, values, setting, plan, tuple(measured), reuse),
         kernels=_kernels(executable, values, setting, plan),
+        reuse=_reuse(program, reuse),
     )
 
 
@@ -244,6 +251,7 @@ def _work(
     setting: Setting,
     plan: SitePlan | None,
     measured: Sequence[Measured],
+    reuse: ReusePlan | None,
 ) -> tuple[Work, ...]:
     step = costs.graph_cost(program.step)
     flops, moved = dense.at(values)
@@ -254,6 +262,15 @@ def _work(
         flops, moved = step.at({**values, **costs.plan_sizes(program.step, plan)})
         timed = _comparable(measured, "sparse", plan.area, setting)
         rows.append(Work("step", "every call", step, flops, moved, timed))
+    if _is_on(program, reuse):
+        shallow = costs.graph_cost(program.reuse.shallow)
+        when = "in place of a step" if reuse is None else f"in {sum(reuse.shallow)} of {len(reuse.shallow)} calls"
+        if plan is None:
+            rows.append(Work("shallow step", when, shallow, None, None))
+        else:
+            flops, moved = shallow.at({**values, **costs.plan_sizes(program.reuse.shallow, plan)})
+            timed = _comparable(measured, "shallow", plan.area, setting)
+            rows.append(Work("shallow step", when, shallow, flops, moved, timed))
     graphs = [bundle.graph for bundle in program.bundles]
     specs = costs.placeholder_specs(program.captured.graph, graphs)
     for bundle in program.bundles:
@@ -262,6 +279,24 @@ def _work(
         flops, moved = cost.at(values)
         rows.append(Work(f"hoisted: {bundle.name}", f"when {inputs} changes", cost, flops, moved))
     return tuple(rows)
+
+
+def _is_on(program: CompiledProgram, reuse: ReusePlan | None) -> bool:
+    asked = program.config.reuse if reuse is None else reuse.asked
+    return asked != "off" and not isinstance(program.cut, str)
+
+
+def _reuse(program: CompiledProgram, reuse: ReusePlan | None) -> str:
+    if isinstance(program.cut, str):
+        return f"nothing can be reused across steps: {program.cut}"
+    place = f"a call can take {program.cut.place} from an earlier one"
+    if not _is_on(program, reuse):
+        return f"{place}; reuse is off"
+    if reuse is None:
+        return f"{place}; reuse={program.config.reuse!r}"
+    calls = ", ".join(str(number) for number, shallow in enumerate(reuse.shallow) if shallow)
+    count = f"{sum(reuse.shallow)} of {len(reuse.shallow)} calls do" + (f" (numbers {calls})" if calls else "")
+    return f"{place}; up to a movement of {reuse.tolerance:g} {count}"
 
 
 def _kernels(

@@ -23,4 +23,6 @@ def explain_session(session: EditSession) -> Explanation:
     executable, batch, element_size, device_type = session.ran
     size, calls = (recording.height, recording.width), recording.num_calls
     setting = Setting(*size, batch, TEXT_TOKENS, element_size, device_type, calls)
-    return Explanation((explain_program(executable, setting, session.plan, measured),), measured=measured)
+    return Explanation(
+        (explain_program(executable, setting, session.plan, measured, session.reuse),), measured=measured
+    )

@@ -125,7 +125,8 @@ class Work:
     """What one graph costs; see ``costs.py`` for what is counted.
 
     Attributes:
-        name: ``dense`` (the captured graph), ``step`` (the sparse one), or the name of a bundle of hoisted values.
+        name: ``dense`` (the captured graph), ``step`` (the sparse one), ``shallow step`` (what is left of
+            it where values are reused), or the name of a bundle of hoisted values.
         when: how often it runs.
         cost: formulas.
         flops: evaluated; ``None`` for what depends on a mask, without one.
@@ -179,6 +180,7 @@ class ProgramExplanation:
         slots: recorded bytes by kind of slot.
         work: FLOPs and bytes of the dense call, of the step, and of what is hoisted.
         kernels: what computes the step's operations; without a mask, for all sites in blocks of one.
+        reuse: where a call can take values from an earlier one, and which calls do, or why none can, as a sentence.
     """
 
     inputs: tuple[str, ...]
@@ -191,6 +193,7 @@ class ProgramExplanation:
     slots: tuple[SlotBytes, ...]
     work: tuple[Work, ...]
     kernels: tuple[OperationKernel, ...] = ()
+    reuse: str = ""
 
     @property
     def recorded_bytes(self) -> int:

@@ -33,7 +33,8 @@ class Stage:
             own stages. ``capture`` is without what computes nothing, as captures are kept on disk; ``stores`` also
             returns what an edit writes, and ``update`` is what hoisting leaves of it. On a GPU torch.compile gets
             ``step_cut``, which is made from ``step_staged``; likewise of ``update``. ``recording_maps``, ``reuse`` and
-            ``reuse_recording`` are there once cross-attention maps were asked for.
+            ``reuse_recording`` are there once cross-attention maps were asked for; ``full``, ``shallow``,
+            ``full_update`` and ``shallow_update`` once an edit reused what an earlier call of it computed.
         seconds: what the pass took.
         removed: call nodes it removed, by operation.
         added: call nodes it added, by operation.
@@ -159,7 +160,7 @@ def stages_of(program: CompiledProgram) -> Stages:
     Lowering is done again, too, also where nothing runs lowered.
     """
     from fisedit_compiler.graph.ir import copy_graph
-    from fisedit_compiler.lowering.lowered import LOWERABLE
+    from fisedit_compiler.lowering.lowered import CUT, LOWERABLE
     from fisedit_compiler.lowering.program import compile_captured
     from fisedit_compiler.passes import Instruments
 
@@ -175,6 +176,10 @@ def stages_of(program: CompiledProgram) -> Stages:
         again.make_lowered(name, Instruments(keep))
     if program.has_maps:
         again.make_maps(Instruments(keep))
+    if program.has_reuse:
+        again.__dict__["reuse"] = again.make_reuse(Instruments(keep))
+        for name in CUT:
+            again.make_lowered(name, Instruments(keep))
     return Stages(stages)
 
 

@@ -85,6 +85,12 @@ class Subject:
         """Whether the edit that records itself is run: where it is lowered, only if that was asked for."""
         return self.options.lowered or not self.executable.is_lowered(self.edited)
 
+    @property
+    def reuses(self) -> bool:
+        """Whether the cut step is run, too."""
+        program = self.executable.program
+        return self.runs_updates and program.config.reuse != "off" and not isinstance(program.cut, str)
+
     def of(self, executable: Executable) -> Subject:
         """The same calls for another program of the same captured graph, on a fresh recording."""
         plan = _plan(executable, self.mask, self.base[executable.program.spatial[0]])

@@ -63,10 +63,14 @@ def _program(program: ProgramExplanation) -> Iterator[RenderableType]:
         yield _kernels(program)
     yield _slots(program)
     yield _work(program)
+    if program.reuse:
+        yield Text(program.reuse)
     uncounted = dict.fromkeys(name for work in program.work for name in work.cost.uncounted)
     if uncounted:
         yield Text(f"bytes only, for want of a formula: {', '.join(uncounted)}")
-    for work in program.work[:2]:
+    for work in program.work[:3]:
+        if work.name.startswith("hoisted"):
+            break
         yield Text(f"FLOPs, {work.name} = {work.cost.flops}")
 
 

@@ -16,10 +16,13 @@ from fisedit_compiler.lowering.cut_products import cut_products
 from fisedit_compiler.lowering.stage import stage
 from fisedit_compiler.passes.instruments import Instruments
 
-Lowerable = Literal["step", "update"]
+Lowerable = Literal["step", "update", "reuse.full", "reuse.full_update", "reuse.shallow", "reuse.shallow_update"]
 """The graphs of a program that are lowered, by name."""
 
 LOWERABLE: tuple[Lowerable, ...] = ("step", "update")
+"""Those of every program."""
+CUT: tuple[Lowerable, ...] = ("reuse.full", "reuse.full_update", "reuse.shallow", "reuse.shallow_update")
+"""Those of a program whose step is cut."""
 
 
 def lowered_graph(name: Lowerable, graph: fx.Graph, slots: Sequence[str], instruments: Instruments) -> fx.Graph:
@@ -31,8 +34,9 @@ def lowered_graph(name: Lowerable, graph: fx.Graph, slots: Sequence[str], instru
         slots: names of all slots of the program, in order.
         instruments: told about both stages.
     """
-    with instruments.made(f"{name}_staged", graph, name) as made:
+    stage_name = name.removeprefix("reuse.")
+    with instruments.made(f"{stage_name}_staged", graph, stage_name) as made:
         made.graph = lowered = stage(graph, slots)
-    with instruments.watch(f"{name}_cut", lowered):
+    with instruments.watch(f"{stage_name}_cut", lowered):
         cut_products(lowered)
     return lowered

@@ -10,7 +10,9 @@ import logging
 import time
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
 from itertools import islice
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -36,6 +38,7 @@ from fisedit_compiler.passes.instruments import operations as operations_of
 from fisedit_compiler.passes.programs.hoist import Bundle, hoist
 from fisedit_compiler.passes.programs.maps import MapGraphs, map_graphs
 from fisedit_compiler.passes.programs.recording import SlotUpdate, recording_graph, with_updates
+from fisedit_compiler.passes.programs.reuse import Cut, ReuseGraphs, find_cut, reuse_graphs
 from fisedit_compiler.passes.simplify import simplify
 from fisedit_compiler.progress import compiling
 from fisedit_compiler.slots.base import Slot
@@ -107,15 +110,20 @@ class CompiledProgram:
         return self.signature.spatial_names
 
     def lowered(self, name: Lowerable) -> fx.Graph:
-        """What Inductor gets of :attr:`step` or :attr:`update`; made on first use, which ``reports`` then tell."""
+        """What Inductor gets of a graph of the program; made on first use, which ``reports`` then tell."""
         return made_once(self._lowered, name, lambda: self.make_lowered(name, Instruments()))
 
     @one_at_a_time
     def make_lowered(self, name: Lowerable, instruments: Instruments) -> fx.Graph:
         """Make what :meth:`lowered` gives under the eyes of ``instruments``."""
-        graph = lowered_graph(name, getattr(self, name), [slot.name for slot in self.slots], instruments)
+        graph = lowered_graph(name, attrgetter(name)(self), self.slots_of(name), instruments)
         self.reports.extend(instruments.reports)
         return graph
+
+    def slots_of(self, name: Lowerable) -> tuple[str, ...]:
+        """The slots that a graph may read, in order: a shallow call is not to bring others near."""
+        deep = self.cut.deep if "shallow" in name and isinstance(self.cut, Cut) else frozenset()
+        return tuple(slot.name for slot in self.slots if slot.name not in deep)
 
     @property
     def maps(self) -> MapGraphs:
@@ -131,6 +139,29 @@ class CompiledProgram:
     def make_maps(self, instruments: Instruments) -> MapGraphs:
         """Make :attr:`maps` under the eyes of ``instruments``."""
         graphs = map_graphs(self.captured, self.recording, instruments)
+        self.reports.extend(instruments.reports)
+        return graphs
+
+    @cached_property
+    def cut(self) -> Cut | str:
+        """Where a call may take what comes from coarser levels from an earlier one, or why it cannot, in words."""
+        return find_cut(self.captured.graph, self.step, {slot.name: slot for slot in self.slots})
+
+    @property
+    def reuse(self) -> ReuseGraphs:
+        """The graphs cut at :attr:`cut`, which there must be; made on first use, which ``reports`` then tell."""
+        return made_once(self.__dict__, "reuse", lambda: self.make_reuse(Instruments()))
+
+    @property
+    def has_reuse(self) -> bool:
+        """Whether :attr:`reuse` was made already."""
+        return "reuse" in self.__dict__
+
+    @one_at_a_time
+    def make_reuse(self, instruments: Instruments) -> ReuseGraphs:
+        """Make :attr:`reuse` under the eyes of ``instruments``."""
+        assert isinstance(self.cut, Cut), self.cut
+        graphs = reuse_graphs(self.step, self.update, self.updates, self.cut, instruments)
         self.reports.extend(instruments.reports)
         return graphs
 

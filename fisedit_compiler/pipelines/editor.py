@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fisedit_compiler.config import SparsifyConfig
+from fisedit_compiler.config import Reuse, SparsifyConfig
 from fisedit_compiler.masks import Box, MaskLike, Polygon
 from fisedit_compiler.module import SparseModule
 from fisedit_compiler.pipelines.detectors import MaskDetector
@@ -240,6 +240,7 @@ class Editor:
         dense_calls: int | None = None,
         negative_prompt: str | None = None,
         record: bool = True,
+        reuse: Reuse | None = None,
         seed: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
@@ -269,6 +270,8 @@ class Editor:
             negative_prompt: the base's if left out.
             record: keep a recording of the edited run, so that the edit can be edited; costs the memory of what
                 the edit wrote (``report.own_bytes``), the rest is shared with the base's.
+            reuse: whether calls may take what comes up from coarser levels from earlier calls of the edit, as
+                ``SparsifyConfig.reuse``, whose value it is if left out.
             seed: the base's.
             num_inference_steps: the base's.
             guidance_scale: the base's.
@@ -284,7 +287,7 @@ class Editor:
         started = time.perf_counter()
         self._check(base, seed, num_inference_steps, guidance_scale)
         asked = Asked.of_one(prompt, negative_prompt, mask, box, polygon, feather, dense_calls)
-        return self._edits(base, asked, record, started)[0]
+        return self._edits(base, asked, record, reuse, started)[0]
 
     def edit_many(
         self,
@@ -298,6 +301,7 @@ class Editor:
         dense_calls: int | Sequence[int | None] | None = None,
         negative_prompt: str | Sequence[str | None] | None = None,
         record: bool = True,
+        reuse: Reuse | None = None,
         seed: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
@@ -321,6 +325,7 @@ class Editor:
             dense_calls: steps automatic masks are found in at most; the detector's own number if left out.
             negative_prompt: the base's if left out, or where a list has ``None``.
             record: keep a recording of every edit, so that each can be edited in turn.
+            reuse: as in :meth:`edit`; one for all.
             seed: the base's.
             num_inference_steps: the base's.
             guidance_scale: the base's.
@@ -336,7 +341,7 @@ class Editor:
         started = time.perf_counter()
         self._check(base, seed, num_inference_steps, guidance_scale)
         asked = Asked.of_many(prompts, negative_prompt, mask, box, polygon, feather, dense_calls)
-        return self._edits(base, asked, record, started)
+        return self._edits(base, asked, record, reuse, started)
 
     def _check(
         self, base: Generation, seed: int | None, num_inference_steps: int | None, guidance_scale: float | None
@@ -347,8 +352,8 @@ class Editor:
         refusals.check_same("num_inference_steps", num_inference_steps, base.settings.num_inference_steps)
         refusals.check_same("guidance_scale", guidance_scale, base.settings.guidance_scale)
 
-    def _edits(self, base: Generation, asked: Asked, record: bool, started: float) -> list[Edit]:
-        made = requests(self.pipe, base, asked, record=record, started=started)
+    def _edits(self, base: Generation, asked: Asked, record: bool, reuse: Reuse | None, started: float) -> list[Edit]:
+        made = requests(self.pipe, base, asked, record=record, reuse=reuse, started=started)
         with only_run_of(self.pipe):
             return run_edits(self._driver, lambda: self._ready, made)
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from fisedit_compiler.compiling import one_at_a_time
-from fisedit_compiler.config import SparsifyConfig
+from fisedit_compiler.config import Reuse, SparsifyConfig
 from fisedit_compiler.errors import CaptureError, ConfigError, LayoutError, ModeError, RecordingError
 from fisedit_compiler.module import SparseModule
 from fisedit_compiler.pipelines.part_registry import (
@@ -185,12 +185,21 @@ class Parts:
         return {part.name: functools.partial(mode, part, compiled) for part, compiled in self._compiled.items()}
 
     def editing(
-        self, recordings: Mapping[str, PartRecording], masks: Any, *, record: bool, copies: int
+        self,
+        recordings: Mapping[str, PartRecording],
+        masks: Any,
+        *,
+        record: bool,
+        copies: int,
+        reuse: Reuse | None = None,
     ) -> Mapping[str, Callable[[], AbstractContextManager[PartSession]]]:
         """Likewise of editing, for the parts that there is a recording of; see :meth:`edit`."""
 
         def mode(part: Part, compiled: CompiledPart) -> AbstractContextManager[PartSession]:
-            return compiled.edit(recordings[part.name], masks, record=record, copies=copies)
+            if part.name != UNET or reuse in (None, self.config.reuse):
+                return compiled.edit(recordings[part.name], masks, record=record, copies=copies)
+            edit = cast(SparseModule, compiled).edit  # other parts are called once a run
+            return edit(recordings[part.name], masks, record=record, copies=copies, reuse=reuse)
 
         return {
             part.name: functools.partial(mode, part, compiled)
@@ -215,6 +224,7 @@ class Parts:
         *,
         record: bool,
         copies: int,
+        reuse: Reuse | None = None,
     ) -> R:
         """Run ``body`` with every part editing its recording; it gets the sessions by the names of their parts.
 
@@ -226,8 +236,9 @@ class Parts:
             body: runs the pipeline.
             record: whether the sessions keep recordings of the edits.
             copies: how many edits are made.
+            reuse: whether the UNet's calls may take values from earlier ones; ``None`` for what its configuration says.
         """
-        return entered(self.editing(recordings, masks, record=record, copies=copies), body)
+        return entered(self.editing(recordings, masks, record=record, copies=copies, reuse=reuse), body)
 
 
 class PartsInUse:

@@ -34,6 +34,8 @@ class CallRecord:
         structure: key of the module's structure at this call, which a pipeline may change within its own run.
         maps: names of the slots that are cross-attention maps, of the first calls only (``record(maps=...)``).
         ambient: the state that the call was made in (autocast, default dtype).
+        movement: how far what comes up from coarser levels was from that of the call before, relative to its norm, as
+            a scalar tensor; ``None`` at the first call and where there is no such place. Edits keep their base's.
     """
 
     signature: CallSignature
@@ -46,6 +48,7 @@ class CallRecord:
     maps: tuple[str, ...] = ()
     structure: str = ""
     ambient: Ambient = PLAIN
+    movement: Tensor | None = field(default=None, compare=False, repr=False)
 
     @property
     def nbytes(self) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fisedit_compiler.lowering.program import CompiledProgram
+from fisedit_compiler.passes.programs.reuse import Cut
 from fisedit_compiler.recordings.stores import SlotStore
 from fisedit_compiler.recordings.stores.edited import Change, EditedSlots, written_in
 from fisedit_compiler.slots.turn import Edit, Turn
@@ -16,7 +17,11 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def after_sparse_call(
-    program: CompiledProgram, base: SlotStore, turn: Turn, updates: Mapping[str, Tensor]
+    program: CompiledProgram,
+    base: SlotStore,
+    turn: Turn,
+    updates: Mapping[str, Tensor],
+    earlier: SlotStore | None = None,
 ) -> SlotStore:
     """The slots of a sparse call.
 
@@ -25,17 +30,24 @@ def after_sparse_call(
         base: slots of the call that was edited.
         turn: the sites that rows belong to.
         updates: what the update graph returned, by slot; kept as they are.
+        earlier: of a shallow call, the slots of the full call that it took values from. Those of coarser levels are
+            shared with it as a whole: they belong together, and to what was computed from them.
     """
     slots, known = {slot.name: slot for slot in program.slots}, written_in(base)
     changes: dict[str, Change] = {}
     edit = Edit(turn, base, updates)
-    for update in program.updates:
+    for update in program.updates if earlier is None else program.reuse.updates:
         slot = slots[update.slot]
         if update.dim is None:
             changes[slot.name] = updates[slot.name]
         else:
             changes[slot.name] = slot.written(known.get(slot.name), edit)
-    return EditedSlots(base, changes, slots)
+    edited = EditedSlots(base, changes, slots)
+    if earlier is None:
+        return edited
+    assert isinstance(earlier, EditedSlots)  # as this function returned it
+    assert isinstance(program.cut, Cut)
+    return edited.with_earlier(earlier, program.cut.deep)
 
 
 def pinned_updates(program: CompiledProgram, turn: Turn, outputs: Sequence[Tensor]) -> dict[str, Tensor]:

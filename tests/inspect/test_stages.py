@@ -47,7 +47,7 @@ def test_what_torch_compile_gets_is_a_stage(name: str, stages: Stages, monkeypat
     given: list[fx.GraphModule] = []
     monkeypatch.setattr(torch, "compile", lambda module, **_: given.append(module))
     (executable,) = compiled_model("sd15")._programs.executables()
-    compile_step(executable._graph_pool(name == "update").step)
+    compile_step(executable._graph_pool(name).step)
     executable._drop_pools()
     assert listing(given[0].graph) == stages[f"{name}_cut"].lines
     assert given[0].graph is program.lowered(name)

@@ -90,6 +90,12 @@ def check_shared_modules() -> None:
     assert not changed, f"the test made calls of another signature with shared modules: {changed}"
 
 
+def forget_cut_steps() -> None:
+    """Let shared modules be as if no call of theirs had ever reused anything, for tests that list their graphs."""
+    for program in (program for compiled in _SHARED for program in compiled.programs):
+        program.__dict__.pop("reuse", None)
+
+
 @lru_cache(maxsize=64)
 def base_inputs(name: str, batch: int, size: Size, dtype: torch.dtype = torch.float32) -> Inputs:
     """Base inputs of a zoo model in a precision (the timestep stays an integer)."""

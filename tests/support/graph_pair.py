@@ -62,15 +62,15 @@ class Pair:
     @property
     def pool(self) -> GraphPool:
         (executable,) = self.graphs._programs._executables.values()
-        assert executable._pool is not None, "the step ran without graphs"
-        return executable._pool
+        assert "step" in executable._pools, "the step ran without graphs"
+        return executable._pools["step"]
 
     @property
     def update_pool(self) -> GraphPool:
         """The pool of the step that also returns what a recording of the edit keeps."""
         (executable,) = self.graphs._programs._executables.values()
-        assert executable._update_pool is not None, "the recorded edit ran without graphs"
-        return executable._update_pool
+        assert "update" in executable._pools, "the recorded edit ran without graphs"
+        return executable._pools["update"]
 
     def record_edit(
         self, module: SparseModule, recording: Recording, inputs: Inputs, mask: Tensor, copies: int = 1

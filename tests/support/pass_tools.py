@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -159,11 +159,12 @@ class StepCall:
     slots: Mapping[str, Tensor]
     call: Mapping[str, Tensor]
     hoisted: Mapping[str, Tensor]
+    held: Mapping[str, Tensor] = field(default_factory=dict)
 
     def run(self, graph: fx.Graph) -> list[Tensor]:
         """Everything that a step graph, staged or not, returns for this call."""
         addresses = address_table(list(self.slots.values()), torch.device("cpu"))
-        sources = Sources(self.call, self.slots, self.hoisted, self.plan, addresses=addresses)
+        sources = Sources(self.call, self.slots, self.hoisted, self.plan, addresses=addresses, held=self.held)
         arguments = resolve(graph_inputs(graph), sources)
         with torch.no_grad():
             return list(self.executable._bind(graph)(*arguments))

@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 
+from fisedit_compiler.config import Reuse, check_reuse
 from fisedit_compiler.errors import ConfigError, FiseditError, MaskError, PromptError, RecordingError
 from fisedit_compiler.masks.feather import check_feather
 from fisedit_compiler.masks.shapes import is_numbers
@@ -121,7 +122,9 @@ class Asked:
         )
 
 
-def requests(pipe: Any, base: Generation, asked: Asked, *, record: bool, started: float) -> list[EditRequest]:
+def requests(
+    pipe: Any, base: Generation, asked: Asked, *, record: bool, reuse: Reuse | None, started: float
+) -> list[EditRequest]:
     """The edits to make, their arguments checked.
 
     Args:
@@ -129,15 +132,18 @@ def requests(pipe: Any, base: Generation, asked: Asked, *, record: bool, started
         base: what is edited.
         asked: the arguments.
         record: whether the edits can be edited in turn.
+        reuse: whether calls may take values from earlier ones; ``None`` for what the configuration says.
         started: when the user asked, by ``time.perf_counter``.
 
     Raises:
         PromptError: a prompt is no string, or longer than the text encoder reads.
         MaskError: a mask, box or polygon does not fit, or some edits have a mask and others none.
-        ConfigError: ``feather`` or ``dense_calls`` out of range.
+        ConfigError: ``feather``, ``dense_calls`` or ``reuse`` out of range.
         RecordingError: the scheduler was changed, or the base was not recorded.
     """
     settings = base.settings
+    if reuse is not None:
+        check_reuse(reuse, "reuse")
     refusals.check_same_scheduler(settings.scheduler, pipe.scheduler, settings.num_inference_steps)
     prompts = asked.prompts.map(lambda prompt: refusals.check_prompt(pipe, prompt))
     negatives = asked.negative_prompts.map(lambda prompt: _negative(pipe, base, prompt))
@@ -163,6 +169,7 @@ def requests(pipe: Any, base: Generation, asked: Asked, *, record: bool, started
             mask=source.mask.fresh() if isinstance(source.mask, MaskDetector) else source.mask,
             dense_calls=steps.values[number],
             record=record,
+            reuse=reuse,
             started=started,
             region=region,
             feather=feathers.values[number],

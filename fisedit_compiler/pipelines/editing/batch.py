@@ -142,7 +142,7 @@ def _run(driver: Driver, parts: Parts, requests: Sequence[EditRequest]) -> list[
 
     masks = EditMasks([given[id(request.mask)] for request in requests]) if given else None
     with suppress(NothingToEdit):
-        parts.edit(first.base.recordings, masks, run, record=first.record, copies=count)
+        parts.edit(first.base.recordings, masks, run, record=first.record, copies=count, reuse=first.reuse)
     (ran,) = runs
     return [_made(request, number, ran, count) for number, request in enumerate(requests)]
 

@@ -71,8 +71,8 @@ class EditReport:
         mask_source: name of the detector, ``"user"`` or ``"none"`` (the base was returned without a run).
         area: share of the sites that the mask makes active, in [0, 1].
         detection: how an automatic mask was found; ``None`` if it was given.
-        calls: ``(kind, seconds)`` of every UNet call, kind ``"dense"``, ``"sparse"`` or ``"skipped"``. Of edits made
-            in one run (``edit_many``) each has its share of the seconds.
+        calls: ``(kind, seconds)`` of every UNet call, kind ``"dense"``, ``"sparse"``, ``"shallow"`` or
+            ``"skipped"``. Of edits made in one run (``edit_many``) each has its share of the seconds.
         partial_calls: dense calls of which a part was recorded already, such as the unconditional half of the first.
         wall_seconds: duration of the whole edit, text encoder and decoder included; likewise a share.
         recording_bytes: size of the recording the edit read from.
@@ -117,6 +117,11 @@ class EditReport:
         return self._count("sparse")
 
     @property
+    def shallow_calls(self) -> int:
+        """Such calls that took what comes up from coarser levels from an earlier one (``reuse``)."""
+        return self._count("shallow")
+
+    @property
     def skipped_calls(self) -> int:
         """Calls answered from the recording alone."""
         return self._count("skipped")
@@ -131,6 +136,11 @@ class EditReport:
         """Median milliseconds of a sparse call; ``None`` if there was none."""
         return self._median_ms("sparse")
 
+    @property
+    def shallow_ms(self) -> float | None:
+        """Median milliseconds of a shallow call; ``None`` if there was none."""
+        return self._median_ms("shallow")
+
     def __str__(self) -> str:
         lines = [f"mask      {self.area:.1%} of the sites ({self.detection or self.mask_source})"]
         lines += self._regions()
@@ -141,6 +151,7 @@ class EditReport:
         for kind, count, median in (
             ("dense", self.dense_calls, self.dense_ms),
             ("sparse", self.sparse_calls, self.sparse_ms),
+            ("shallow", self.shallow_calls, self.shallow_ms),
         ):
             if median is not None:
                 partly = self._partly(count) if kind == "dense" else ""

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from fisedit_compiler import masks
+from fisedit_compiler.config import Reuse
 from fisedit_compiler.errors import ConfigError, FiseditError, MaskError
 from fisedit_compiler.masks import MaskLike
 from fisedit_compiler.pipelines.decoding.runs import Decode
@@ -43,6 +44,7 @@ class EditRequest:
     mask: torch.Tensor | MaskDetector
     dense_calls: int
     record: bool
+    reuse: Reuse | None
     started: float
     region: torch.Tensor | None = None
     feather: int = 0

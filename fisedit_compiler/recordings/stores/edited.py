@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fisedit_compiler.recordings.stores.addresses import SlotAddresses, SlotLayout
+from fisedit_compiler.recordings.stores.joined import JoinedSlots
 from fisedit_compiler.recordings.stores.store import SlotStore, distinct_nbytes
 from fisedit_compiler.slots.written import Written
 
@@ -98,6 +99,16 @@ class EditedSlots(SlotStore):
             if name not in self._names:
                 raise self.missing(name)
         return EditedSlots(self, {}, names)
+
+    def with_earlier(self, earlier: EditedSlots, names: Iterable[str]) -> EditedSlots:
+        """The same, but slots of these names are those of another call of the edit, which stay shared with it."""
+        then = earlier.only(name for name in names if name in self._names)
+        now = self.only(name for name in self._names if name not in then)
+        joined = EditedSlots(self, {}, ())
+        joined._names, joined.own = self._names, self.own
+        joined._whole, joined._rows = {**then._whole, **now._whole}, {**then._rows, **now._rows}
+        joined._root = JoinedSlots.of(then._root, now._root)
+        return joined
 
     @property
     def written(self) -> Mapping[str, Written]:

@@ -18,8 +18,8 @@ from fisedit_compiler.recordings.recording import CallRecord
 from fisedit_compiler.recordings.stores import hold
 from fisedit_compiler.runtime.execution.executable import Executable
 
-CallKind = Literal["dense", "sparse", "skipped"]
-"""How a call of an edit ran: on all sites, on the active ones, or not at all."""
+CallKind = Literal["dense", "sparse", "shallow", "skipped"]
+"""How a call of an edit ran: on all sites, on the active ones, on those of the finest level, or not at all."""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from fisedit_compiler.graph.inputs import (
     AddressedInput,
     AddressInput,
     CallInput,
+    HeldInput,
     HoistedInput,
     Input,
     IotaInput,
@@ -126,10 +127,17 @@ class GraphPool:
             return self._plans.of(plan)
 
     def run(
-        self, prepared: PaddedPlan, tensors: Values, slots: SlotStore, hoisted: Hoisted, strict: bool = True
+        self,
+        prepared: PaddedPlan,
+        tensors: Values,
+        slots: SlotStore,
+        hoisted: Hoisted,
+        strict: bool = True,
+        held: Values = MappingProxyType({}),
     ) -> list[Tensor]:
         """Replay (or first capture) the step; returned tensors are the caller's own.
 
+        ``held`` are rows of an earlier call with this plan, as a graph returned them: padded to the same bucket.
         ``strict`` words errors, see :func:`~fisedit_compiler.lowering.errors.lowering_error`.
 
         Raises:
@@ -137,6 +145,7 @@ class GraphPool:
                 without anybody knowing why.
         """
         shapes = tuple(tensors[name].shape for name in self._calls)
+        tensors = {**tensors, **{_held(name): rows for name, rows in held.items()}}
         key = (prepared.bucket, shapes, *(group.form for group in hoisted.groups))
         graph = self._graphs.get(key) or self._captured(key, prepared, tensors, slots, hoisted, strict)
         with self.in_order.on(tensors[self._calls[0]].device):
@@ -285,6 +294,11 @@ class _Inputs:
                 buffer = _buffer(tensors[name])
                 self.calls.append((name, buffer))
                 return buffer
+            case HeldInput(value, dim):
+                buffer = _buffer(tensors[_held(value)])
+                torch._dynamo.mark_dynamic(buffer, dim)
+                self.calls.append((_held(value), buffer))
+                return buffer
             case SlotInput(slot):
                 return self._slot(slot, slots[slot])
             case HoistedInput(name):
@@ -354,6 +368,11 @@ class _Inputs:
             self.unstaged, groups, self.tables, self.rings, stagers, self.prepared,
             filled_groups=[lambda: None for _ in hoisted.groups],
         )  # fmt: skip
+
+
+def _held(value: str) -> str:
+    """The name of held rows among the tensors of a call."""
+    return f"held:{value}"
 
 
 def _buffer(value: Tensor) -> Tensor:

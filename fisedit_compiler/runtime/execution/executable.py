@@ -29,12 +29,14 @@ from fisedit_compiler.errors import LoweringError
 from fisedit_compiler.geometry.block_sizes import BlockSizes
 from fisedit_compiler.geometry.site_plan import SitePlan
 from fisedit_compiler.graph.inputs import Input, Sources, graph_inputs, resolve
+from fisedit_compiler.lowering.lowered import Lowerable
 from fisedit_compiler.lowering.program import CompiledProgram
 from fisedit_compiler.passes.programs.hoist import Bundle
 from fisedit_compiler.recordings.stores import SlotStore
 from fisedit_compiler.runtime.execution.backend import ProgramBackend
 from fisedit_compiler.runtime.execution.cuda_graphs import GraphPool, HoistedNames
 from fisedit_compiler.runtime.execution.dense_module import DenseModule
+from fisedit_compiler.runtime.execution.held_rows import HeldRows, cut_of
 from fisedit_compiler.runtime.execution.hoisting import HoistCache, Hoisted
 from fisedit_compiler.runtime.execution.in_order import InOrder
 from fisedit_compiler.runtime.execution.recorded_samples import are_first, are_independent
@@ -69,8 +71,7 @@ class Executable:
         self._inputs: dict[str, Sequence[Input]] = {}
         self._bundles: list[tuple[Bundle, fx.GraphModule]] = []
         self._attributes: dict[str, Any] = {}
-        self._pool: GraphPool | None = None
-        self._update_pool: GraphPool | None = None
+        self._pools: dict[Lowerable, GraphPool] = {}
         self._plans: OrderedDict[tuple[Any, ...], SitePlan] = OrderedDict()
         self.block_sizes = BlockSizes(program.layers)
 
@@ -179,18 +180,23 @@ class Executable:
         strict: bool = False,
         later: Later | None = None,
         hoisted: HoistCache | None = None,
+        held: HeldRows | None = None,
+        shallow: bool = False,
     ) -> tuple[list[Any], dict[str, Tensor]]:
         """The sparse call; with ``update`` also what it changes of its slots, by name (see ``program.updates``).
 
         ``scalars`` and ``later`` are those of :meth:`HoistCache.evaluate`; ``hoisted`` is a cache of the caller's own.
+        With ``held`` the program has a cut. A full call keeps its rows there. A ``shallow`` one takes them from there,
+        where they :meth:`~.held_rows.HeldRows.fit`, and changes only the slots of ``program.reuse.updates``.
         With ``backend="auto"`` a call that cannot be lowered is made again eagerly, as all later ones are.
 
         Raises:
             LoweringError: it cannot be lowered, and the backend is ``"inductor"`` or ``strict`` is set.
         """
         strict = strict or self.backend.is_strict
+        given = (tensors, slots, plan, update, scalars or {}, strict, later, hoisted, held, shallow)
         try:
-            return self._step(tensors, slots, plan, update, scalars or {}, strict, later, hoisted)
+            return self._step(*given)
         except LoweringError as error:
             if strict:
                 raise
@@ -198,7 +204,7 @@ class Executable:
         # Outside of the handler: the error's frames hold what the attempt had allocated.
         self._drop_pools()
         self.hoisted.run_eagerly()
-        return self._step(tensors, slots, plan, update, scalars or {}, strict, later, hoisted)
+        return self._step(*given)
 
     def _step(
         self,
@@ -210,17 +216,30 @@ class Executable:
         strict: bool,
         later: Later | None,
         cache: HoistCache | None,
+        held: HeldRows | None,
+        shallow: bool,
     ) -> tuple[list[Any], dict[str, Tensor]]:
         lowered = self.is_lowered(tensors)
         if not lowered and self.backend.refused is not None:
             self.hoisted.run_eagerly()
         hoisted = self._hoisted(cache or self.hoisted, tensors, scalars, later)
-        names = [changed.slot for changed in self.program.updates] if update else []
-        if lowered and not plan.is_empty:
-            pool = self._graph_pool(update)
-            return self._divide(pool.run(pool.prepare(plan), tensors, slots, hoisted, strict), names)
-        flat, _ = self._run("update" if update else "step", Sources(tensors, slots, hoisted, plan))
+        name = _graph_name(update, held is not None, shallow)
+        changes = self.program.reuse.updates if shallow else self.program.updates
+        names = [changed.slot for changed in changes] if update else []
+        lowered = lowered and not plan.is_empty
+        rows = {} if held is None or not shallow else held.rows(self.program, plan, padded=lowered)
+        if lowered:
+            pool = self._graph_pool(name)
+            flat: Sequence[Any] = pool.run(pool.prepare(plan), tensors, slots, hoisted, strict, rows)
+        else:
+            flat, _ = self._run(name, Sources(tensors, slots, hoisted, plan, held=rows))
+        if held is not None and not shallow:
+            count = len(cut_of(self.program).values)
+            flat, kept = flat[:-count], flat[-count:]
+            held.keep([_own(value, flat) for value in kept], self.program, plan, tensors[self.program.spatial[0]])
         outputs, stored = self._divide(flat, names)
+        if lowered:
+            return outputs, stored
         if any(output.slot is None for output in self.program.outputs):
             # An output without sites may be a hoisted value itself, or a view of one.
             kept = [*hoisted.values(), *slots.values()]
@@ -250,36 +269,34 @@ class Executable:
         """The step's graph on the module's weights, as nothing has compiled or staged it."""
         return self._graph("step")
 
-    def _graph_pool(self, update: bool = False) -> GraphPool:
-        """The pool of the step, or of the step that also returns updates; each is compiled on first use."""
-        return (self._update_pool if update else self._pool) or self._make_pool(update)
+    def _graph_pool(self, name: Lowerable = "step") -> GraphPool:
+        """The pool of the step, or of another of the graphs that are lowered; each is compiled on first use."""
+        return self._pools.get(name) or self._make_pool(name)
 
     def _drop_pools(self) -> None:
-        self._pool = self._update_pool = None
+        self._pools.clear()
 
     @one_at_a_time
-    def _make_pool(self, update: bool) -> GraphPool:
+    def _make_pool(self, name: Lowerable) -> GraphPool:
         program = self.program
         bundles = [
             HoistedNames(bundle.values, bool(bundle.dependences & PER_CALL), not bundle.dependences)
             for bundle in program.bundles
         ]
         rows: dict[int, tuple[int, Fraction]] = {}
-        if update:
+        if name.endswith("update"):
             levels = {slot.name: slot.layout.level for slot in program.slots}
-            for position, changed in enumerate(program.updates, start=len(program.outputs)):
+            changes = program.reuse.updates if name == "reuse.shallow_update" else program.updates
+            for position, changed in enumerate(changes, start=len(program.outputs)):
                 level = levels[changed.slot]
                 if changed.dim is not None and level is not None:
                     rows[position] = (changed.dim, level)
-        lowered = program.lowered("update" if update else "step")
+        lowered = program.lowered(name)
         with self._lock:
-            pool = self._update_pool if update else self._pool
+            pool = self._pools.get(name)
             if pool is None:
-                pool = GraphPool(self._bind(lowered), self.slot_names, bundles, rows, self.in_order)
-                if update:
-                    self._update_pool = pool
-                else:
-                    self._pool = pool
+                pool = GraphPool(self._bind(lowered), program.slots_of(name), bundles, rows, self.in_order)
+                self._pools[name] = pool
             return pool
 
     def base_outputs(self, slots: Mapping[str, Tensor]) -> list[Tensor] | None:
@@ -346,6 +363,15 @@ class Executable:
         if self.config.block_size is None:
             return plan.blocked(self.block_sizes.choose(plan, batch, element_size, device_type))
         return plan.blocked(dict.fromkeys(self.block_sizes.levels, self.config.block_size))
+
+
+def _graph_name(update: bool, cut: bool, shallow: bool) -> Lowerable:
+    """Which of the program's graphs a sparse call runs."""
+    if not cut:
+        return "update" if update else "step"
+    if shallow:
+        return "reuse.shallow_update" if update else "reuse.shallow"
+    return "reuse.full_update" if update else "reuse.full"
 
 
 def _own(value: Tensor, borrowed: Sequence[Tensor]) -> Tensor:

@@ -62,7 +62,13 @@ class EditRecorder:
         self._store(call, [after_dense_call(program, recorded.slots, own) for own in each], maps)
 
     def sparse(
-        self, call: Call, turn: Turn, outputs: list[Any], updates: Mapping[str, Tensor], own_sites: OwnSites | None
+        self,
+        call: Call,
+        turn: Turn,
+        outputs: list[Any],
+        updates: Mapping[str, Tensor],
+        own_sites: OwnSites | None,
+        full: int | None = None,
     ) -> None:
         """A sparse call: what it changed of its slots.
 
@@ -72,6 +78,7 @@ class EditRecorder:
             outputs: what the caller gets.
             updates: what the step returned besides, by slot.
             own_sites: what each copy may change, if that differs.
+            full: of a shallow call, the number of the full call that it took values from.
         """
         if not self.results:
             return
@@ -80,7 +87,11 @@ class EditRecorder:
             # Outside its own mask a copy returns what was recorded, so that is what its recording says it returned.
             updates = {**updates, **pinned_updates(program, turn, outputs)}
         each = self._values(call.executable, updates, whole=False)
-        self._store(call, [after_sparse_call(program, recorded.slots, turn, own) for own in each], ())
+        earlier = [None if full is None else result.calls[full].slots for result in self.results]
+        slots = [
+            after_sparse_call(program, recorded.slots, turn, own, then) for own, then in zip(each, earlier, strict=True)
+        ]
+        self._store(call, slots, ())
 
     def finish(self) -> None:
         """The run has ended as it should."""

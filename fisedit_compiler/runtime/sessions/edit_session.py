@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fisedit_compiler import masks
-from fisedit_compiler.config import SparsifyConfig
+from fisedit_compiler.config import Reuse, SparsifyConfig
 from fisedit_compiler.errors import ConfigError
 from fisedit_compiler.geometry.site_plan import SitePlan
 from fisedit_compiler.recordings.recording import CallRecord, Recording
@@ -32,6 +32,7 @@ from fisedit_compiler.runtime.sessions.edit_masks import EditMasks
 from fisedit_compiler.runtime.sessions.edit_recorder import EditRecorder
 from fisedit_compiler.runtime.sessions.fallback import dense_reason_of_grown, pin, pinning_plan, run_densely
 from fisedit_compiler.runtime.sessions.measured import Measured
+from fisedit_compiler.runtime.sessions.reuse import ReusePlan
 from fisedit_compiler.slots.turn import Turn
 from fisedit_compiler.tensors.contents import Later
 
@@ -53,6 +54,7 @@ class EditSession:
         reused_maps: for every call, whether columns of recorded cross-attention maps took part.
         is_empty: whether the mask is empty, so that calls give the recorded outputs back.
         ran: the program of the last sparse call, its batch, bytes of an element and type of device.
+        reuse: which calls are shallow: they take what comes up from coarser levels from the last full one.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class EditSession:
         copies: int = 1,
         programs: ProgramStore | None = None,
         explain: Callable[[EditSession], Any] = str,
+        reuse: Reuse | None = None,
     ) -> None:
         """``explain`` answers :meth:`explain`; other arguments are those of ``compiled.edit()``."""
         if isinstance(copies, bool) or not isinstance(copies, int) or copies < 1:
@@ -88,6 +91,7 @@ class EditSession:
         self.ran: tuple[Executable, int, int, str] | None = None
         self._turn: Turn | None = None
         self._own_sites: OwnSites | None = None
+        self.reuse = ReusePlan(recording, config.reuse if reuse is None else reuse)
         if mask is not None:
             self.set_mask(mask)
         self._upcoming = Upcoming(recording)
@@ -129,6 +133,7 @@ class EditSession:
         edited = self.edit_masks = EditMasks.of(mask, self.copies, *size, self.config.dilation)
         self._agreement.set_masks(edited.each_grown)
         self.plan = self._turn = self._own_sites = None
+        self.reuse.forget()
         self._mask_set_at = len(self.timings)
         self.is_empty = not bool(edited.sites.any())
         reason = densely or dense_reason_of_grown(edited.grown, self.config, self.recording.device)
@@ -215,7 +220,7 @@ class EditSession:
         size = (recorded.batch * self.copies, recorded.height, recorded.width)
         area = 0.0 if self.edit_masks is None else masks.area(self.edit_masks.grown)
         found = []
-        for kind in ("dense", "sparse", "skipped"):
+        for kind in ("dense", "sparse", "shallow", "skipped"):
             timings = list(zip(self.timings, self.computed_samples, strict=True))
             if kind != "dense":
                 timings = timings[self._mask_set_at :]
@@ -257,16 +262,25 @@ class EditSession:
         sample = call.sample
         self.ran = (executable, sample.shape[0], sample.element_size(), sample.device.type)
         update = bool(self._recorder)
+        held = self.reuse.start(executable)
+        shallow = held is not None and self.reuse.is_shallow(self.call, executable, self.plan, sample)
         outputs, updates = executable.step(
-            call.tensors, base.slots, self.plan, update=update, scalars=scalars, later=self._later
+            call.tensors,
+            base.slots,
+            self.plan,
+            update=update,
+            scalars=scalars,
+            later=self._later,
+            held=held,
+            shallow=shallow,
         )
         own = self._own(executable, sample.device)
         if own is not None:
             outputs = pin(outputs, executable.program, base.slots, own)
         if self._turn is None:
             self._turn = Turn(self.plan.active)
-        self._recorder.sparse(call, self._turn, outputs, updates, own)
-        return "sparse", executable.assemble(outputs)
+        self._recorder.sparse(call, self._turn, outputs, updates, own, self.reuse.full if shallow else None)
+        return "shallow" if shallow else "sparse", executable.assemble(outputs)
 
     def _own(self, executable: Executable, device: torch.device) -> OwnSites | None:
         """What each copy may change, if that differs."""

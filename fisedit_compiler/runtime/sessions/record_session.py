@@ -19,6 +19,7 @@ from fisedit_compiler.recordings.recording import Recording
 from fisedit_compiler.runtime.calls.call import Call
 from fisedit_compiler.runtime.calls.programs import ProgramStore
 from fisedit_compiler.runtime.execution.executable import Executable
+from fisedit_compiler.runtime.sessions.reuse import Movement
 from fisedit_compiler.runtime.sessions.self_check import form_of, record_checked
 
 
@@ -36,6 +37,7 @@ class RecordSession:
         self._inputs = InputCopies()
         self._finite = FiniteWatch()
         self._compared: set[Executable] = set()
+        self._movement = Movement()
 
     def before(self) -> str:
         """Look whether the module is still the one that the recording is of. Another structure is followed.
@@ -93,7 +95,8 @@ class RecordSession:
             if self.recording.model.structure == given.structure:
                 self.recording.model = self.recording.model._replace(structure=structure)
             self.programs.follow_renames(self.recording)
-        self.recording.calls.append(call.store(slots, call.timestep, inputs))
+        recorded = call.store(slots, call.timestep, inputs)
+        self.recording.calls.append(replace(recorded, movement=self._movement.at(executable.program, slots)))
         self._finite.look(outputs)
         return executable.assemble(outputs)
 

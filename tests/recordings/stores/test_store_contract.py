@@ -13,6 +13,7 @@ from torch import Tensor
 from fisedit_compiler.errors import RecordingError
 from fisedit_compiler.kernels.addresses import ALIGNMENT, tensor_at
 from fisedit_compiler.recordings.stores.edited import EditedSlots
+from fisedit_compiler.recordings.stores.joined import JoinedSlots
 from fisedit_compiler.recordings.stores.memory import MemorySlots
 from fisedit_compiler.recordings.stores.repeated import RepeatedSlots
 from fisedit_compiler.recordings.stores.store import SlotStore
@@ -58,11 +59,20 @@ def repeated(slots: Values) -> SlotStore:
     return RepeatedSlots(MemorySlots(slots), 2, 1, lambda: {"statistics": None})
 
 
+def joined(slots: Values) -> SlotStore:
+    """The call as two stores hold it, one of them such a view itself."""
+    names = list(slots)
+    parts = JoinedSlots.of(MemorySlots({name: slots[name] for name in names[::2]}))
+    others = edited(slots).only(names[1::2])
+    return JoinedSlots.of(parts, others).only(names)
+
+
 STORES: dict[str, Callable[[Values], SlotStore]] = {
     "memory": MemorySlots,
     "edited": edited,
     "unchanged": view,
     "repeated": repeated,
+    "joined": joined,
 }
 """Every kind of store: what makes one that gives the slots it is given."""
 

@@ -51,14 +51,14 @@ def test_it_is_the_default_and_means_inductor_on_a_gpu_only() -> None:
 def test_on_a_cpu_it_is_eager_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
     module = compiled("auto")
     assert torch.equal(edit(module), edit(compiled("eager")))
-    assert executable_of(module)._pool is None and not warnings_in(caplog)
+    assert not executable_of(module)._pools and not warnings_in(caplog)
 
 
 def test_it_is_lowered_where_that_works(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     patch_cuda(monkeypatch)
     module = compiled("auto")
     torch.testing.assert_close(edit(module), edit(compiled("eager")))
-    assert executable_of(module)._pool._graphs and not warnings_in(caplog)
+    assert executable_of(module)._pools["step"]._graphs and not warnings_in(caplog)
 
 
 # -- what cannot be lowered --------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def test_what_cannot_be_lowered_runs_eagerly_after_one_warning(
     assert warning.startswith("Sparse calls of Model run eagerly from now on, ")
     assert "kernel 17 is broken" in warning and 'SparsifyConfig(backend="eager")' in warning
     executable = executable_of(module)
-    assert executable._pool is None, "graphs that nobody replays keep their memory"
+    assert not executable._pools, "graphs that nobody replays keep their memory"
     assert not executable.is_lowered({"sample": SAMPLE})
 
 
@@ -310,7 +310,7 @@ def test_settings_made_by_name_are_not_examined(fresh_obstacles: None, caplog: p
 def test_on_a_gpu_a_unet_as_it_comes_is_replayed(caplog: pytest.LogCaptureFixture) -> None:
     found, expected = on_a_gpu(SparsifyConfig()), on_a_gpu(SparsifyConfig(backend="eager"))
     torch.testing.assert_close(found[1], expected[1], rtol=1e-3, atol=1e-3)
-    assert found[0]._pool is not None and found[0]._pool._graphs, "the step ran without graphs"
+    assert found[0]._pools and found[0]._pools["step"]._graphs, "the step ran without graphs"
     assert not warnings_in(caplog)
 
 
