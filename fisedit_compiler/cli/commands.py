@@ -172,7 +172,7 @@ def evaluate(
         list[str] | None, typer.Option(help="Methods to run (repeat, or separate by commas): sdedit, sdedit@0.4, ...")
     ] = None,
     suite: Annotated[
-        str, typer.Option(help="Methods to run if none are named: methods or approximations.")
+        str, typer.Option(help="Methods to run if none are named: methods, approximations or reuse.")
     ] = "methods",
     steps: Annotated[int, typer.Option(min=6, max=1000, help="Steps of the scheduler.")] = 25,
     guidance: Annotated[float, typer.Option(min=0.0, help="Weight of classifier-free guidance.")] = 5.0,

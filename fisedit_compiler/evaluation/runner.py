@@ -53,7 +53,7 @@ class Evaluation:
             ``None`` for the CLIP's image tower.
         methods: names, see :func:`~fisedit_compiler.evaluation.methods.registry.choose_methods`; none for those
             of ``suite``.
-        suite: ``"methods"`` or ``"approximations"``.
+        suite: ``"methods"``, ``"approximations"`` or ``"reuse"``.
         steps: of the scheduler.
         guidance: weight of classifier-free guidance.
         seed: of pairs without one: this plus the number of their line.

@@ -41,6 +41,7 @@ METRICS = (
     Metric("ssim_outside_mask", "SSIM outside the mask", better="higher"),
     Metric("distance_outside_mask", "LPIPS-style distance outside the mask", "{:.4f}", "lower"),
     Metric("psnr_inside_to_dense", "PSNR to dense inside the mask, dB", "{:.1f}", "higher"),
+    Metric("psnr_inside_to_full", "PSNR to the edit without reuse inside the mask, dB", "{:.1f}", "higher"),
     Metric("psnr_outside_objects", "PSNR outside the objects, dB", "{:.1f}", "higher"),
     Metric("ssim_outside_objects", "SSIM outside the objects", better="higher"),
     Metric("distance_outside_objects", "LPIPS-style distance outside the objects", "{:.4f}", "lower"),
@@ -50,6 +51,7 @@ METRICS = (
     Metric("seconds", "seconds an edit", "{:.2f}", "lower"),
     Metric("dense_calls", "dense calls", "{:.1f}", "lower"),
     Metric("sparse_calls", "sparse calls", "{:.1f}"),
+    Metric("shallow_calls", "shallow calls", "{:.1f}"),
 )
 
 
@@ -91,10 +93,14 @@ class Reference:
             **self._outside("mask", outcome.image, self.outside_mask),
             **self._outside("objects", outcome.image, self.outside_objects),
             "psnr_inside_to_dense": pixels.finite_psnr(outcome.image, self.case.dense.image, ~self.outside_mask),
+            "psnr_inside_to_full": None
+            if outcome.full is None
+            else pixels.finite_psnr(outcome.image, outcome.full, ~self.outside_mask),
             **self._of_mask(outcome.mask),
             "seconds": outcome.seconds,
             "dense_calls": outcome.count("dense"),
             "sparse_calls": outcome.count("sparse"),
+            "shallow_calls": outcome.count("shallow"),
             "note": outcome.note,
         }
         return figures, look

@@ -40,6 +40,7 @@ class Outcome:
         calls: ``(kind, seconds)`` of every UNet call.
         mask: bool ``[H, W]`` of latent sites that were allowed to change; ``None`` for methods without one.
         note: what the method said about the run.
+        full: the picture that the same edit has without reuse across steps, of methods that reuse.
     """
 
     image: Image.Image = field(repr=False)
@@ -47,6 +48,7 @@ class Outcome:
     calls: Sequence[tuple[str, float]] = field(default=(), repr=False)
     mask: torch.Tensor | None = field(default=None, repr=False)
     note: str = ""
+    full: Image.Image | None = field(default=None, repr=False)
 
     def count(self, kind: str) -> int:
         """Number of calls of a kind."""
@@ -89,6 +91,7 @@ class Bench:
         self.pipe, self.config = pipe, config or EDITOR_CONFIG
         self.original: torch.nn.Module = pipe.unet
         self._compiled: dict[SparsifyConfig, SparseModule] = {}
+        self.without_reuse: tuple[Case, Image.Image] | None = None
 
     @contextmanager
     def editor(self, **changes: Any) -> Iterator[Editor]:

@@ -15,7 +15,7 @@ REFERENCES = ("dense", "sparse")
 _MODULES = ("fisedit_compiler.evaluation.methods.methods", "fisedit_compiler.evaluation.methods.variants")
 
 Suite = str
-SUITES: tuple[Suite, ...] = ("methods", "approximations")
+SUITES: tuple[Suite, ...] = ("methods", "approximations", "reuse")
 
 
 @dataclass(frozen=True)

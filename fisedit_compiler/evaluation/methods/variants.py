@@ -7,6 +7,7 @@ default, computed without packing; ``blend`` (see ``methods.py``) approximates n
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from fisedit_compiler.evaluation.methods.bench import Bench, Case, KeepOutside, Outcome, outcome_of
@@ -25,6 +26,9 @@ VARIANTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("block-8", "blocks of 8", {"block_size": 8}),
 )
 """Name, title and what it changes in the configuration."""
+
+
+TOLERANCES = (0.12, 0.2, 0.3, 0.42)
 
 
 def _variant(changes: dict[str, Any]) -> Callable[[Bench, Case], Outcome]:
@@ -50,7 +54,17 @@ def _variant(changes: dict[str, Any]) -> Callable[[Bench, Case], Outcome]:
 
 
 for _name, _title, _changes in VARIANTS:
-    method(_name, _title, "approximations")(_variant(_changes))
+    _suites = ("approximations", "reuse") if _name == "default" else ("approximations",)
+    method(_name, _title, *_suites)(_variant(_changes))
+
+
+@method("reuse", "reuse across steps, tolerance", "reuse", parameters=TOLERANCES)
+def reuse(bench: Bench, case: Case, tolerance: float) -> Outcome:
+    """The default, whose calls take what comes up from coarser levels from earlier ones, up to a tolerance."""
+    if bench.without_reuse is None or bench.without_reuse[0] is not case:
+        bench.without_reuse = (case, _variant({})(bench, case).image)
+    outcome = _variant({"reuse": tolerance})(bench, case)
+    return replace(outcome, full=bench.without_reuse[1])
 
 
 @method("pinned", "pinned program", "approximations")

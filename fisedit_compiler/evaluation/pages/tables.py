@@ -14,9 +14,9 @@ QUALITY = (
     "directional_similarity", "image_similarity", "text_similarity", "fid_to_base", "fid_to_dense", "psnr_outside_mask",
     "ssim_outside_mask", "distance_outside_mask",
 )  # fmt: skip
-INSIDE = ("psnr_inside_to_dense",)
+INSIDE = ("psnr_inside_to_dense", "psnr_inside_to_full")
 OBJECTS = ("psnr_outside_objects", "ssim_outside_objects", "distance_outside_objects")
-COST = ("seconds", "dense_calls", "sparse_calls", "mask_area")
+COST = ("seconds", "dense_calls", "sparse_calls", "shallow_calls", "mask_area")
 MASK = ("mask_area", "mask_over_objects", "mask_recall", "dense_calls")
 
 _MEDIANS = ("seconds", "mask_area", "mask_over_objects")
@@ -42,6 +42,10 @@ class Grid:
 
 def method_table(results: Mapping[str, Any], group: str, columns: Sequence[str], title: str) -> Grid:
     """A row per method, over the pairs of a group."""
+    # What only some methods have takes no column where none of them ran.
+    ran = [figures for method in results["methods"] if (figures := method["groups"].get(group))]
+    of_some = {"psnr_inside_to_full", "shallow_calls"} if not any("psnr_inside_to_full" in each for each in ran) else ()
+    columns = [column for column in columns if column not in of_some]
     rows = []
     for method in results["methods"]:
         figures = method["groups"].get(group)
@@ -98,6 +102,6 @@ def cell(figures: Mapping[str, Any], name: str) -> str:
     form = _BY_NAME[name].form
     if name in _MEDIANS:
         return form.format(value["median"])
-    if name in ("dense_calls", "sparse_calls"):
+    if name in ("dense_calls", "sparse_calls", "shallow_calls"):
         return form.format(value["mean"])
     return f"{form.format(value['mean'])} ({form.format(value['low'])} to {form.format(value['high'])})"

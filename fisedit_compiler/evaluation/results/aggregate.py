@@ -11,6 +11,7 @@ from torch import Tensor
 from fisedit_compiler.evaluation.measures.features import frechet_distance
 from fisedit_compiler.evaluation.measures.measure import METRICS
 from fisedit_compiler.evaluation.measures.requirements import requirements
+from fisedit_compiler.evaluation.measures.reuse_gate import reuse_requirements
 from fisedit_compiler.evaluation.measures.statistics import summarise
 from fisedit_compiler.evaluation.methods.registry import Method, choose_methods
 from fisedit_compiler.evaluation.pairs.pairs import KINDS, LOCAL_KINDS, SCENE_KINDS
@@ -46,7 +47,7 @@ def aggregate(store: Store) -> dict[str, Any]:
             **{group: len(_in_group(done, group)) for group in GROUPS},
         },
         "methods": [_of_method(method, done, features) for method in methods],
-        "checks": [requirement.to_dict() for requirement in requirements(done)],
+        "checks": [requirement.to_dict() for requirement in (*requirements(done), *reuse_requirements(done))],
         "failed": [
             {"line": record["line"], "pair": record["pair"], "error": record["error"]}
             for record in records
