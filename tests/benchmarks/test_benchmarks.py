@@ -20,6 +20,7 @@ from benchmarks import (
     multi_turn,
     norms,
     product_parts,
+    reuse,
     step_latency,
     wrapper_overhead,
 )
@@ -140,6 +141,14 @@ def test_decoding_measures_the_step_over_each_border():
     assert (bare["border"], bordered["border"]) == (0, 6) and bare["area"] < bordered["area"] < 1
     assert bordered["step_mean"] < 0.1 * bare["step_mean"] and bordered["inside_psnr"] > bare["inside_psnr"]
     assert bare["recording_mib"] == bordered["recording_mib"] > 0
+
+
+@pytest.mark.slow
+def test_reuse_times_an_edit_without_and_with_it():
+    rows = reuse.main(["--steps", "6", "--repeats", "1", "--tolerances", "9"]).rows
+    assert [row["reuse"] for row in rows] == ["off", "auto", 9.0]
+    assert [row["shallow_calls"] for row in rows][::2] == [0, 5]
+    assert rows[0]["ratio"] == 1.0 and rows[0]["shallow_ms"] is None and rows[2]["shallow_ms"] > 0
 
 
 @pytest.mark.slow
