@@ -196,10 +196,10 @@ class Parts:
         """Likewise of editing, for the parts that there is a recording of; see :meth:`edit`."""
 
         def mode(part: Part, compiled: CompiledPart) -> AbstractContextManager[PartSession]:
-            if part.name != UNET or reuse in (None, self.config.reuse):
+            if part.name != UNET or reuse is None:
                 return compiled.edit(recordings[part.name], masks, record=record, copies=copies)
-            edit = cast(SparseModule, compiled).edit  # other parts are called once a run
-            return edit(recordings[part.name], masks, record=record, copies=copies, reuse=reuse)
+            unet, recording = cast(SparseModule, compiled), cast(Recording, recordings[part.name])
+            return unet.edit(recording, masks, record=record, copies=copies, reuse=reuse)
 
         return {
             part.name: functools.partial(mode, part, compiled)

@@ -29,7 +29,7 @@ from fisedit_compiler.runtime.sessions.edit_masks import EditMask, EditMasks
 from fisedit_compiler.tensors.bits import differs
 
 Dense = Callable[[Tensor], Tensor]
-Kind = Literal["dense", "sparse", "skipped"]
+Kind = Literal["dense", "sparse", "shallow", "skipped"]
 OTHER_VAE = "the VAE does not give the base's picture back: it was changed since"
 SAME_PICTURE = 1.0 / 255
 """Largest difference of pixels in [-1, 1], half a level, that counts as the same picture."""

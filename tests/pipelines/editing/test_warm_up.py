@@ -47,11 +47,12 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 def test_the_first_edit_finds_everything_made(made: list[str], pipe: Any) -> None:
     with Editor(pipe, SparsifyConfig(norm="incremental", dense_above=1.0)) as editor:
         assert editor.prepare() is editor
-        assert made == ["captured", "compiled"], "one compilation, for an edit that is recorded"
+        known = made.count("compiled")
+        assert made[:2] == ["captured", "compiled"] and known == 2, "one compilation a part, for a recorded edit"
         base = editor.generate("a cat", seed=3, num_inference_steps=3)
         edit = editor.edit(base, "a dog", mask=MASK)
         assert edit.report.sparse_calls == 3 and edit.unchanged_outside
-        assert made.count("compiled") == 1
+        assert made.count("compiled") == known
 
 
 def test_a_run_ahead_changes_no_later_one(made: list[str], pipe: Any) -> None:

@@ -185,7 +185,7 @@ def test_equal_prompts_are_the_identity(prompt: str) -> None:
     for tokenizer in (clip(), byte_level()):
         words = Words.of(tokenizer, prompt)
         columns = token_columns(tokenizer, prompt, prompt, length=64)
-        end = words.count - words.first
+        end = min(words.count - words.first, 63)  # a longer prompt is cut off, and ends there
         assert columns[:end].tolist() == list(range(end))
         assert token_columns(tokenizer, prompt, prompt, length=64, align_padding=True).tolist() == list(range(64))
 
