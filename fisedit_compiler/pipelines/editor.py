@@ -40,14 +40,15 @@ ones an edit looks less like the dense run (``docs/quality.md``), for less time 
 class Editor:
     """Generate images with a diffusers pipeline and edit them, computing only what changes.
 
-    The UNet and the VAE's decoder are compiled on the first use (or ahead of it by ``prepare()``) and put into the
-    pipeline; the original modules are never patched, and ``close()`` or leaving a ``with`` block puts them back.
+    The UNet is compiled on the first use (or ahead of it by ``prepare()``) and put into the pipeline; the original
+    module is never patched, and ``close()`` or leaving a ``with`` block puts it back.
 
     ``pipe`` is a Stable-Diffusion-like pipeline that hands ``latents`` to its step callback; its UNet may be
     compiled already. ``config`` is a ``SparsifyConfig`` for that compilation, :data:`EDITOR_CONFIG` by default.
     ``progress`` switches the progress bars on or off; by default the pipeline's own setting counts
-    (``pipe.set_progress_bar_config(disable=...)``). ``parts`` names what is compiled: all that
-    :data:`~fisedit_compiler.pipelines.parts.PARTS` knows, or ``("unet",)`` to decode whole pictures.
+    (``pipe.set_progress_bar_config(disable=...)``). ``parts`` names what is compiled: with
+    ``("unet", "vae.decoder")`` edits are decoded sparsely, too; ``None`` stands for all that
+    :data:`~fisedit_compiler.pipelines.parts.PARTS` knows.
 
     A pipeline makes one run at a time: its scheduler is the run's. Threads and tasks edit at once with a pipeline and
     an Editor each, which may share the compiled UNet and all other models.
@@ -57,7 +58,7 @@ class Editor:
     """
 
     def __init__(
-        self, pipe: Any, config: SparsifyConfig | None = None, *, progress: bool | None = None, parts: Names = None
+        self, pipe: Any, config: SparsifyConfig | None = None, *, progress: bool | None = None, parts: Names = (UNET,)
     ) -> None:
         refusals.check_pipeline(pipe)
         self.pipe = pipe

@@ -17,6 +17,7 @@ from fisedit_compiler.graph.inputs import (
     BatchInput,
     CallInput,
     ColumnsInput,
+    HeldInput,
     HoistedInput,
     Input,
     IotaInput,
@@ -44,6 +45,7 @@ SOURCES = Sources(
     batch=7,
     columns=torch.tensor([[0]]),
     addresses=torch.tensor([5]),
+    held={"up": "the rows"},
 )
 KINDS: list[tuple[Input, Any, str]] = [
     (CallInput("sample"), "the sample", "call, sample"),
@@ -56,6 +58,7 @@ KINDS: list[tuple[Input, Any, str]] = [
     (IotaInput("geometry"), torch.tensor([0, 1]), "iota, geometry"),
     (AddressedInput("conv.input"), CANVAS, "addressed, conv.input"),
     (AddressInput(), SOURCES.addresses, "addresses"),
+    (HeldInput("up", 1), "the rows", "held, up, 1"),
 ]
 
 

@@ -31,7 +31,7 @@ SIZE = {"height": 48, "width": 48}
 
 @pytest.fixture(scope="module")
 def editor() -> Iterator[Editor]:
-    with Editor(make_tiny_pipeline(), SparsifyConfig(dense_above=1.0)) as editor:
+    with Editor(make_tiny_pipeline(), SparsifyConfig(dense_above=1.0), parts=None) as editor:
         yield editor
 
 
@@ -107,7 +107,7 @@ def test_the_pipeline_gets_every_module_back(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(api, "sparsify", lambda module, config=None, example_inputs=None: PinnedUNet(module))
     pipe = make_tiny_pipeline()
     unet, vae = pipe.unet, pipe.vae
-    with Editor(pipe) as editor:
+    with Editor(pipe, parts=None) as editor:
         editor.prepare()
         assert pipe.unet is not unet and pipe.vae is not vae
         compiled, pipe.unet = pipe.unet, unet
@@ -120,7 +120,7 @@ def test_the_pipeline_gets_every_module_back(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_part_that_the_pipeline_has_not_or_the_base_did_not_record_is_left_out() -> None:
     register_part("image_unet")(lambda module, config: api.sparsify(module, config))
     try:
-        with Editor(make_tiny_pipeline(), SparsifyConfig(dense_above=1.0)) as editor:
+        with Editor(make_tiny_pipeline(), SparsifyConfig(dense_above=1.0), parts=None) as editor:
             base = editor.generate("a cat", seed=3, num_inference_steps=3, **SIZE)
             assert set(base.recordings) == {"unet", DECODER}
             alone = replace(base, recordings={"unet": base.recordings["unet"]})
@@ -150,7 +150,7 @@ def test_a_vae_of_another_kind_is_left_alone(monkeypatch: pytest.MonkeyPatch, ca
         pipe.vae,
     )
     pipe.vae = tiny.eval()
-    with Editor(pipe) as editor:
+    with Editor(pipe, parts=None) as editor:
         for _ in range(2):
             editor.prepare()
         said = [record.getMessage() for record in caplog.records if record.name.startswith("fisedit_compiler")]

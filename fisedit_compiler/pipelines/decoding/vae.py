@@ -150,10 +150,16 @@ class SparseVAE(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         original = self.__dict__.get("_modules", {}).get("original")
-        if original is None or name in self.__dict__:
-            super().__setattr__(name, value)
+        if original is None or name in self.__dict__ or hasattr(type(self), name):
+            super().__setattr__(name, value)  # also a method of its own that somebody wraps, such as decode
         else:
             setattr(original, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.__dict__:
+            super().__delattr__(name)
+        else:
+            delattr(self.original, name)
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:  # type: ignore[override]

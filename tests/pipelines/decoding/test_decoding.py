@@ -374,3 +374,21 @@ def test_it_is_the_original_in_everything_else(vae: SparseVAE) -> None:
             assert torch.equal(twin.decode(BASE).sample, vae.decode(BASE).sample)
     assert SparseVAE(vae.original, EDITOR_CONFIG).sparsify_config.dense_above == decoder.DENSE_ABOVE["cpu"]
     assert BORDER > 0
+
+
+@pytest.mark.parametrize("method", ["decode", "encode"])
+def test_a_method_that_somebody_wraps_is_called_once_and_taken_off_again(vae: SparseVAE, method: str) -> None:
+    """As profilers and loggers do."""
+    given, expected = getattr(vae, method), vae.decode(BASE, return_dict=False)[0]
+    calls = []
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return given(*args, **kwargs)
+
+    setattr(vae, method, wrapped)
+    assert torch.equal(vae.decode(BASE, return_dict=False)[0], expected)
+    vae.encode(torch.zeros(1, 3, 8, 8))
+    assert len(calls) == 1
+    delattr(vae, method)
+    assert getattr(vae, method) == given and "decode" not in vars(vae.original)
