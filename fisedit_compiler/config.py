@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -124,5 +125,5 @@ def check_reuse(value: Any, name: str) -> None:
         ConfigError: names the argument.
     """
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if value not in ("off", "auto") if not number else not value > 0.0:
+    if value not in ("off", "auto") if not number else not 0.0 < value < math.inf:
         raise ConfigError(f"{name}={value!r} must be 'off', 'auto', or a tolerance above 0 such as 0.1.")

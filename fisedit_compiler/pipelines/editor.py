@@ -103,10 +103,14 @@ class Editor:
             options: as in :meth:`generate`, for a pipeline that needs some.
 
         Raises:
+            ConfigError: a setting is no number of its kind, or a size that the pipeline does not make.
             ModeError: the editor was closed, or someone else replaced ``pipe.unet`` meanwhile.
             CaptureError: the UNet cannot be captured.
             LoweringError: no code can be made for it, and its ``backend`` is ``"inductor"``.
         """
+        self._driver.settings(
+            seed=0, num_inference_steps=1, guidance_scale=guidance_scale, height=height, width=width, options=options
+        )
         warm_up(self, height=height, width=width, guidance_scale=guidance_scale, options=options)
         return self
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeGuard
@@ -146,7 +146,7 @@ def chosen_parts(names: Sequence[str] | None) -> list[Part]:
     if names is None:
         return list(PARTS.values())
     known = ", ".join(map(repr, PARTS))
-    if isinstance(names, str) or any(name not in PARTS for name in names):
+    if isinstance(names, str) or not isinstance(names, Collection) or any(name not in PARTS for name in names):
         raise ConfigError(f"parts={names!r}: pass a tuple of parts that are known: {known}")
     if UNET not in names:
         raise ConfigError(f"parts={tuple(names)!r}: the UNet is always compiled; pass ({UNET!r},) for it alone")

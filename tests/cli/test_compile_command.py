@@ -27,6 +27,7 @@ def test_the_next_process_finds_the_graph(tmp_path: Path, monkeypatch: pytest.Mo
         (("--size", "large"), ("--size large", "768x512")),
         (("--size", "0"), ("--size 0",)),
         (("--size", "1x2x3"), ("--size 1x2x3",)),
+        (("--size", "65"), ("height=65", "multiple")),
         (("--dtype", "float8"), ("float8", "bfloat16")),
         (("--device", "abacus"), ("abacus",)),
         (("no-model",), ("ModelNotFoundError", "no-model")),

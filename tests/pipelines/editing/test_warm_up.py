@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fisedit_compiler import Editor, SparsifyConfig
+from fisedit_compiler.errors import ConfigError
 from fisedit_compiler.runtime.execution.cuda_graphs import GraphPool
 from tests.support.graph_stand_in import fake_compile, patch_cuda
 from tests.support.tiny_pipeline import make_tiny_pipeline
@@ -96,3 +97,12 @@ def test_on_a_cpu_nothing_runs_ahead(pipe: Any) -> None:
         editor.compiled.register_forward_pre_hook(lambda *args: calls.append(args))
         editor.prepare()
         assert not calls and pipe.unet is editor.compiled
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("height", 33), ("width", 33), ("height", -8), ("height", "a"), ("guidance_scale", "x"), ("options", {"no": 1})],
+)
+def test_settings_that_no_run_could_have_are_refused_everywhere(pipe: Any, name: str, value: Any) -> None:
+    with Editor(pipe) as editor, pytest.raises(ConfigError):
+        editor.prepare(**{name: value})
