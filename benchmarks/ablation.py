@@ -28,6 +28,7 @@ import torch
 from rich.table import Table
 
 from benchmarks.step_latency import area
+from benchmarks.support.dense_forms import compiled_unet
 from benchmarks.support.harness import (
     Report,
     Stopwatch,
@@ -48,7 +49,10 @@ FRACTIONS = (0.05, 0.15)
 
 VANILLA, FAST = "vanilla", "+ fast kernels"
 DENSE_NOTES: dict[str, tuple[str, str]] = {
-    "cuda": ("eager diffusers", 'torch.compile(mode="reduce-overhead", fullgraph=True) of the dense UNet'),
+    "cuda": (
+        "eager diffusers",
+        'torch.compile(mode="reduce-overhead", fullgraph=True) of the dense UNet in channels_last',
+    ),
     "cpu": ("eager diffusers with AttnProcessor", "eager diffusers with AttnProcessor2_0, torch's fused attention"),
 }
 """What the two dense rows are, by type of device. Other devices have the CPU's."""
@@ -127,7 +131,7 @@ def dense_rows(unet: torch.nn.Module, run: Run) -> dict[str, Callable[..., Any]]
     vanilla: Callable[..., Any] = unet
     fast: Callable[..., Any] = unet
     if device.type == "cuda":
-        fast = torch.compile(unet, mode="reduce-overhead", fullgraph=True)
+        fast = compiled_unet(unet)
     else:
         from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 

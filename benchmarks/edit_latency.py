@@ -2,10 +2,10 @@
 
 A base image is made and recorded once. Then, for every mask, edits with prompts never seen before are timed in turn,
 wall clock from the prompt to the PIL image: the stock pipeline that runs the new prompt from the base's noise (eager,
-and on a GPU with a UNet under torch.compile too), the same pipeline inside ``compiled.edit()``, and ``Editor.edit()``.
-Every run is made twice: once untouched, for the time of the whole, and once with the queue of the GPU drained around
-its parts, for the share of each. By default the embedded model is measured, with ``--models`` Stable Diffusion's
-architectures with random weights.
+and on a GPU with a UNet under torch.compile in its fastest form too), the same pipeline inside ``compiled.edit()``,
+and ``Editor.edit()``. Every run is made twice: once untouched, for the time of the whole, and once with the queue of
+the GPU drained around its parts, for the share of each. By default the embedded model is measured, with ``--models``
+Stable Diffusion's architectures with random weights.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from rich.table import Table
 from benchmarks import editors
 from benchmarks.step_latency import area
 from benchmarks.support import pipelines
+from benchmarks.support.dense_forms import FORMS, STRONGEST, compiled_unet
 from benchmarks.support.harness import (
     Report,
     Stopwatch,
@@ -232,7 +233,8 @@ def prepare_subject(name: str, options: argparse.Namespace, device: torch.device
     facts["unet_calls"] = subject.base.recording.num_calls
     facts["recording_gib"] = round(subject.base.recording.nbytes / 2**30, 3)
     if device.type == "cuda":
-        subject.dense[COMPILED] = pipe.unet = torch.compile(unet, mode="reduce-overhead", fullgraph=True)
+        subject.dense[COMPILED] = pipe.unet = compiled_unet(unet, options.dense_form)
+        facts["dense_form"] = options.dense_form
         with _fact(facts, "dense_compile_s", device):
             subject.run(BASE_PROMPT)
     return subject
@@ -338,6 +340,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--as-it-comes", action="store_true", help="also time Editor(pipe) with no setting beside each backend by name"
     )
+    parser.add_argument("--dense-form", choices=FORMS, default=STRONGEST, help="of the compiled baseline")
     parser.add_argument("--warmup", type=positive, default=1, help="untimed repeats before the timed ones")
     return parser.parse_args(arguments)
 

@@ -20,6 +20,7 @@ import torch
 from rich.table import Table
 
 from benchmarks.support import steps_on_cuda as step_latency_cuda
+from benchmarks.support.dense_forms import FORMS, STRONGEST
 from benchmarks.support.harness import (
     Report,
     Stopwatch,
@@ -108,6 +109,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--backend", default="inductor", help="SparsifyConfig.backend; auto is how sparsify() comes")
     parser.add_argument("--dense-above", type=area, metavar="F", help="SparsifyConfig.dense_above; 1 is never")
     parser.add_argument("--warmup", type=positive, default=2, help="untimed repeats before the timed ones")
+    parser.add_argument("--dense-form", choices=FORMS, default=STRONGEST, help="of the compiled baseline")
     parser.add_argument("--calls", type=positive, default=6, help="with --models: UNet calls of the recorded run")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="with --models: append kernel lists at 5 %% area")
     parser.add_argument("--peers", action="store_true", help="with --models: DeepCache and tomesd too, if installed")

@@ -1,11 +1,11 @@
 """Step latency of full-size UNets on a GPU: ``python -m benchmarks.step_latency --device cuda --models sd21 sdxl``.
 
 A run of a few calls is recorded. Then, for every mask area, three things are timed in turn: the eager model, the same
-model under ``torch.compile(mode="reduce-overhead", fullgraph=True)``, and a sparse edit run. All times are of whole
-calls, wall clock, the GPU's queue empty before and after; ``*_gpu_ms`` is the replay of the CUDA graph alone. Weights
-are random. Above the break-even the edit run's calls are dense ones, compiled as well (``kind`` says so), and
-``--dense-above 1`` measures sparse calls there. Options and the choice between this and the small model live in
-``step_latency.py``.
+model under ``torch.compile(mode="reduce-overhead", fullgraph=True)`` in its fastest form (``dense_forms.py``), and a
+sparse edit run. All times are of whole calls, wall clock, the GPU's queue empty before and after; ``*_gpu_ms`` is the
+replay of the CUDA graph alone. Weights are random. Above the break-even the edit run's calls are dense ones, compiled
+as well (``kind`` says so), and ``--dense-above 1`` measures sparse calls there. Options and the choice between this and
+the small model live in ``step_latency.py``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from benchmarks.support.dense_forms import STRONGEST, compiled_unet
 from benchmarks.support.harness import (
     Kernel,
     Report,
@@ -105,7 +106,9 @@ class Subject:
         return self.run.dense(self.sparse, call, samples, prompt)
 
 
-def prepare_subject(name: str, device: torch.device, dtype: torch.dtype, config: Any, calls: int) -> Subject:
+def prepare_subject(
+    name: str, device: torch.device, dtype: torch.dtype, config: Any, calls: int, form: str = STRONGEST
+) -> Subject:
     """Build, compile and record one model. Times of that are in ``facts``, in seconds."""
     from fisedit_compiler import sparsify
 
@@ -121,7 +124,7 @@ def prepare_subject(name: str, device: torch.device, dtype: torch.dtype, config:
     facts["recording_gib_per_call"] = round(recording.nbytes / calls / 2**30, 3)
 
     start = time.perf_counter()
-    dense: Callable[..., Any] = torch.compile(unet, mode="reduce-overhead", fullgraph=True)
+    dense = compiled_unet(unet, form)
     # The first call compiles, the second records a CUDA graph, the third is the first that replays it.
     for _ in range(4):
         run.dense(dense, 0, run.samples, run.prompt)
@@ -269,6 +272,7 @@ def measure_models(options: argparse.Namespace, device: torch.device, dtype: tor
         "backend": config.backend_on(device.type),
         "backend_asked": options.backend,
         "dense_above": options.dense_above,
+        "dense_form": options.dense_form,
         "repeats": options.repeats,
         "warmup": options.warmup,
     }
@@ -277,7 +281,7 @@ def measure_models(options: argparse.Namespace, device: torch.device, dtype: tor
     for name in options.models:
         print(f"{name}: building and compiling", flush=True)
         with torch.no_grad():
-            subject = prepare_subject(name, device, dtype, config, options.calls)
+            subject = prepare_subject(name, device, dtype, config, options.calls, options.dense_form)
             print(f"{name}: {subject.facts}", flush=True)
             if options.peers:
                 subject.peers = prepare_peers(subject.eager, subject.run)
