@@ -32,9 +32,10 @@ Boxes = Box | Sequence[Box] | None
 Polygons = Polygon | Sequence[Polygon] | None
 Mask = MaskLike | MaskDetector | None
 Names = Sequence[str] | None
-EDITOR_CONFIG = SparsifyConfig(norm="incremental")
+EDITOR_CONFIG = SparsifyConfig(norm="incremental", reuse="auto")
 """How an Editor compiles a UNet unless told otherwise. New objects change the statistics of every norm; with recorded
-ones an edit looks less like the dense run (``docs/quality.md``), for less time and memory a call."""
+ones an edit looks less like the dense run, for less time and memory a call. Reuse across steps costs little of that
+(``docs/quality.md`` has both)."""
 
 
 class Editor:

@@ -1,8 +1,9 @@
 """``docs/quality.md`` from results, by ``python -m fisedit_compiler.evaluation.pages.document``.
 
 No figure of that document is typed by hand. The first results are those of the methods, further ones (of the
-approximations) get their own section. ``--figure FILE.svg`` also writes the curve that the document shows, ``--pictures
-OUT FILE.jpg`` a sheet of pictures of the evaluation in the folder ``OUT``, which is that of the first results.
+approximations, of reuse across steps) get their own section. ``--figure FILE.svg`` also writes the curve that the
+document shows, ``--pictures OUT FILE.jpg`` a sheet of pictures of the evaluation in the folder ``OUT``, which is that
+of the first results.
 """
 
 from __future__ import annotations
@@ -63,6 +64,11 @@ So nothing but the approximation differs.
 - *Dense with blending* approximates nothing inside the mask.
 """
 
+_REUSE = """All rows but *dense* and *sparse* edit inside the same mask from the first call on: the one that the default
+edit found. A tolerance says how far the base run may move, in all, while an edit keeps what came up from coarser
+levels. `"auto"`, with which the Editor runs, is 0.2.
+"""
+
 _ORIGIN = """## How this page is made
 
 Nobody typed a figure or a table. This command writes the page:
@@ -97,15 +103,14 @@ def document(
     """
     parts = [INTRODUCTION]
     for number, item in enumerate(results):
-        approximations = any(method["name"] == "pinned" for method in item["methods"])
-        compared = f"Methods compared on {item['counts']['done']} pairs"
-        parts.append("## " + ("What each approximation costs" if approximations else compared))
+        parts.append(f"## {_title(item)}")
         if number < len(notes) and notes[number]:
             parts.append(notes[number])
         parts.append(_run(item))
-        if approximations:
+        if _has(item, "pinned"):
             parts.append(_APPROXIMATIONS)
         else:
+            parts += [_REUSE] if _has(item, "reuse@") else []
             parts.append(markdown(tables.check_table(item)))
         if figure is not None and item is with_curve(results):
             parts.append(f"![Directional similarity against image similarity, a point or a curve per method]({figure})")
@@ -119,8 +124,21 @@ def document(
 
 def with_curve(results: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """The results whose curve is drawn: those of the most methods, approximations only if there are no others."""
-    of_methods = [item for item in results if all(method["name"] != "pinned" for method in item["methods"])]
+    of_methods = [item for item in results if not _has(item, "pinned") and not _has(item, "reuse@")]
     return max(of_methods or results, key=lambda item: len(item["methods"]))
+
+
+def _title(results: Mapping[str, Any]) -> str:
+    if _has(results, "pinned"):
+        return "What each approximation costs"
+    if _has(results, "reuse@"):
+        return "What reuse across steps costs"
+    return f"Methods compared on {results['counts']['done']} pairs"
+
+
+def _has(results: Mapping[str, Any], method: str) -> bool:
+    """Whether a method ran, or one of a family such as ``"reuse@"``."""
+    return any(item["name"] == method or item["name"].startswith(method) for item in results["methods"])
 
 
 def markdown(grid: Grid) -> str:
