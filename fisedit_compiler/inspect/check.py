@@ -111,7 +111,8 @@ def check_subject(subject: Subject, hoisted: HoistCache) -> CheckReport:
         try:
             slots = _judge_slots(subject, judge, expected)
             values = _judge_hoisted(subject, judge, expected, hoisted)
-            arguments = resolve(graph_inputs(program.step), Sources(subject.edited, slots, values, plan))
+            sources = Sources(subject.edited, slots, values, plan)
+            arguments = resolve(graph_inputs(program.step), sources)
             step = JudgedInterpreter(program.step, program, executable.module, judge, expected)
             found = list(step.run(*arguments))[: len(program.outputs)]
             _judge_outputs(program, judge, "output", found, outputs)
@@ -121,7 +122,7 @@ def check_subject(subject: Subject, hoisted: HoistCache) -> CheckReport:
                 found, _ = _run(subject, slots, hoisted)
                 _judge_outputs(program, judge, "output of the running step", found, outputs)
             elif subject.options.lowered:
-                _judge_lowered(subject, judge, arguments, slots, hoisted, outputs)
+                _judge_lowered(subject, judge, sources, slots, hoisted, outputs)
             if not judge.differences and subject.runs_updates:
                 found, after = _run(subject, slots, hoisted, update=True)
                 _judge_outputs(program, judge, "output of an edit that records", found, outputs)
@@ -199,7 +200,7 @@ def _output_nodes(program: CompiledProgram) -> tuple[Any, ...]:
 def _judge_lowered(
     subject: Subject,
     judge: Judge,
-    arguments: list[Any],
+    sources: Sources,
     slots: SlotStore,
     hoisted: HoistCache,
     outputs: tuple[PinnedValue, ...],
@@ -216,7 +217,8 @@ def _judge_lowered(
     if not trial.differences:
         judge.compared += trial.compared
         return
-    known = judge_lowered_nodes(subject.executable.interpreted_step(), arguments, judge)
+    step = subject.executable.interpreted_step()
+    known = judge_lowered_nodes(step, resolve(graph_inputs(step.graph), sources), judge)
     _judge_outputs(program, judge, f"lowered step{'' if known else f' ({NOT_COMPILATION})'}, output", found, outputs)
 
 

@@ -193,7 +193,7 @@ def test_on_a_gpu_sparse_calls_are_lowered_and_all_of_inspection_works():
 
     sparse = dynamo.sparse_module(compiled)
     (executable,) = sparse._programs.executables()
-    assert executable._pools and executable._pools["step"]._graphs, "nothing was lowered"
+    assert executable._pools and executable._pools["update"]._graphs, "nothing was lowered"
     report = sparse.check(mask, lowered=True)
     assert report, str(report)
     assert "numbers are for 16x24 sites" in str(sparse.explain(mask)) and "on cuda" in str(sparse.explain(mask))

@@ -161,4 +161,4 @@ def test_a_unet_on_a_gpu(dtype: torch.dtype) -> None:
     report = compiled.check(make_mask("block", (16, 24), seed=3), lowered=True)
     assert report, str(report)
     (executable,) = compiled._programs.executables()
-    assert executable._pools and executable._pools["step"]._graphs, "nothing was lowered"
+    assert executable._pools and executable._pools["update"]._graphs, "nothing was lowered"

@@ -61,15 +61,9 @@ class Pair:
 
     @property
     def pool(self) -> GraphPool:
+        """The pool of the step; edits that record and those that do not share it."""
         (executable,) = self.graphs._programs._executables.values()
-        assert "step" in executable._pools, "the step ran without graphs"
-        return executable._pools["step"]
-
-    @property
-    def update_pool(self) -> GraphPool:
-        """The pool of the step that also returns what a recording of the edit keeps."""
-        (executable,) = self.graphs._programs._executables.values()
-        assert "update" in executable._pools, "the recorded edit ran without graphs"
+        assert [*executable._pools] == ["update"], "the step ran without graphs, or with more than are needed"
         return executable._pools["update"]
 
     def record_edit(

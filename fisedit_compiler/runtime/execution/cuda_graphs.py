@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from types import MappingProxyType
@@ -134,10 +134,12 @@ class GraphPool:
         hoisted: Hoisted,
         strict: bool = True,
         held: Values = MappingProxyType({}),
+        unread: Container[int] = (),
     ) -> list[Tensor]:
         """Replay (or first capture) the step; returned tensors are the caller's own.
 
         ``held`` are rows of an earlier call with this plan, as a graph returned them: padded to the same bucket.
+        ``unread`` are the positions of results that the caller does not want: they are not copied out.
         ``strict`` words errors, see :func:`~fisedit_compiler.lowering.errors.lowering_error`.
 
         Raises:
@@ -156,7 +158,8 @@ class GraphPool:
             addresses = slots.addresses(graph.layout, graph.table.device)  # kept until the replay is launched
             _fill(graph, prepared, addresses, hoisted)
             graph.graph.replay()
-            return [self._owned(position, output, prepared) for position, output in enumerate(graph.outputs)]
+            wanted = [(place, value) for place, value in enumerate(graph.outputs) if place not in unread]
+            return [self._owned(place, value, prepared) for place, value in wanted]
 
     def _owned(self, position: int, output: Tensor, prepared: PaddedPlan) -> Tensor:
         """A copy outside the graph's memory, without the rows that padding repeats."""

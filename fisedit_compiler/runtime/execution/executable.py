@@ -36,6 +36,7 @@ from fisedit_compiler.recordings.stores import SlotStore
 from fisedit_compiler.runtime.execution.backend import ProgramBackend
 from fisedit_compiler.runtime.execution.cuda_graphs import GraphPool, HoistedNames
 from fisedit_compiler.runtime.execution.dense_module import DenseModule
+from fisedit_compiler.runtime.execution.graph_choice import choose_graph
 from fisedit_compiler.runtime.execution.held_rows import HeldRows, cut_of
 from fisedit_compiler.runtime.execution.hoisting import HoistCache, Hoisted
 from fisedit_compiler.runtime.execution.in_order import InOrder
@@ -223,21 +224,19 @@ class Executable:
         if not lowered and self.backend.refused is not None:
             self.hoisted.run_eagerly()
         hoisted = self._hoisted(cache or self.hoisted, tensors, scalars, later)
-        name = _graph_name(update, held is not None, shallow)
-        changes = self.program.reuse.updates if shallow else self.program.updates
-        names = [changed.slot for changed in changes] if update else []
         lowered = lowered and not plan.is_empty
+        chosen = choose_graph(self.program, update=update, cut=held is not None, shallow=shallow, lowered=lowered)
         rows = {} if held is None or not shallow else held.rows(self.program, plan, padded=lowered)
         if lowered:
-            pool = self._graph_pool(name)
-            flat: Sequence[Any] = pool.run(pool.prepare(plan), tensors, slots, hoisted, strict, rows)
+            pool = self._graph_pool(chosen.name)
+            flat: Sequence[Any] = pool.run(pool.prepare(plan), tensors, slots, hoisted, strict, rows, chosen.unread)
         else:
-            flat, _ = self._run(name, Sources(tensors, slots, hoisted, plan, held=rows))
+            flat, _ = self._run(chosen.name, Sources(tensors, slots, hoisted, plan, held=rows))
         if held is not None and not shallow:
             count = len(cut_of(self.program).values)
             flat, kept = flat[:-count], flat[-count:]
             held.keep([_own(value, flat) for value in kept], self.program, plan, tensors[self.program.spatial[0]])
-        outputs, stored = self._divide(flat, names)
+        outputs, stored = self._divide(flat, chosen.updates)
         if lowered:
             return outputs, stored
         if any(output.slot is None for output in self.program.outputs):
@@ -266,11 +265,12 @@ class Executable:
         return self.backend.on(tensors[self.program.spatial[0]].device) == "inductor"
 
     def interpreted_step(self) -> fx.GraphModule:
-        """The step's graph on the module's weights, as nothing has compiled or staged it."""
-        return self._graph("step")
+        """The graph of a lowered step on the module's weights, as nothing has compiled or staged it."""
+        chosen = choose_graph(self.program, update=False, cut=False, shallow=False, lowered=True)
+        return self._graph(chosen.name)
 
-    def _graph_pool(self, name: Lowerable = "step") -> GraphPool:
-        """The pool of the step, or of another of the graphs that are lowered; each is compiled on first use."""
+    def _graph_pool(self, name: Lowerable) -> GraphPool:
+        """The pool of one of the graphs that are lowered; each is compiled on first use."""
         return self._pools.get(name) or self._make_pool(name)
 
     def _drop_pools(self) -> None:
@@ -363,15 +363,6 @@ class Executable:
         if self.config.block_size is None:
             return plan.blocked(self.block_sizes.choose(plan, batch, element_size, device_type))
         return plan.blocked(dict.fromkeys(self.block_sizes.levels, self.config.block_size))
-
-
-def _graph_name(update: bool, cut: bool, shallow: bool) -> Lowerable:
-    """Which of the program's graphs a sparse call runs."""
-    if not cut:
-        return "update" if update else "step"
-    if shallow:
-        return "reuse.shallow_update" if update else "reuse.shallow"
-    return "reuse.full_update" if update else "reuse.full"
 
 
 def _own(value: Tensor, borrowed: Sequence[Tensor]) -> Tensor:

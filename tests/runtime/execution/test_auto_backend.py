@@ -58,7 +58,7 @@ def test_it_is_lowered_where_that_works(monkeypatch: pytest.MonkeyPatch, caplog:
     patch_cuda(monkeypatch)
     module = compiled("auto")
     torch.testing.assert_close(edit(module), edit(compiled("eager")))
-    assert executable_of(module)._pools["step"]._graphs and not warnings_in(caplog)
+    assert executable_of(module)._pools["update"]._graphs and not warnings_in(caplog)
 
 
 # -- what cannot be lowered --------------------------------------------------------------------------
@@ -310,7 +310,7 @@ def test_settings_made_by_name_are_not_examined(fresh_obstacles: None, caplog: p
 def test_on_a_gpu_a_unet_as_it_comes_is_replayed(caplog: pytest.LogCaptureFixture) -> None:
     found, expected = on_a_gpu(SparsifyConfig()), on_a_gpu(SparsifyConfig(backend="eager"))
     torch.testing.assert_close(found[1], expected[1], rtol=1e-3, atol=1e-3)
-    assert found[0]._pools and found[0]._pools["step"]._graphs, "the step ran without graphs"
+    assert found[0]._pools and found[0]._pools["update"]._graphs, "the step ran without graphs"
     assert not warnings_in(caplog)
 
 

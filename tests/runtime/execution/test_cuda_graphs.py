@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fisedit_compiler import SparsifyConfig, sparsify
 from fisedit_compiler.kernels.tolerances import TOLERANCES, max_error
-from fisedit_compiler.runtime.execution import cuda_graphs
+from fisedit_compiler.runtime.execution import cuda_graphs, graph_choice
 from tests.support.compiled_zoo import make_mask
 from tests.support.graph_pair import (
     CALLS,
@@ -146,7 +146,7 @@ def test_an_edit_that_records_is_replayed_for_every_mask_without_compiling_again
         for output, recorded in zip(outputs, base, strict=True):
             kept = ~mask.to(pair.device)
             assert torch.equal(output[..., kept], recorded[..., kept]), "outside the mask stands the recording"
-    assert pair.update_pool._graphs, "nothing was captured"
+    assert pair.pool._graphs, "nothing was captured"
 
 
 def test_a_chain_of_recorded_edits_is_replayed(pair: Pair) -> None:
@@ -179,8 +179,12 @@ def test_what_a_recorded_edit_keeps_is_its_own(pair: Pair) -> None:
             assert torch.equal(first.slot(call, name), value), name
 
 
-def test_the_step_that_records_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "of their own"])
+def test_edits_that_record_and_those_that_do_not_share_a_compilation(
+    shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     patch_cuda(monkeypatch)
+    monkeypatch.setattr(graph_choice, "shares_update", lambda: shared)
     pair = make_pair("sd15", torch.float32, "cpu")
     compiled: list[object] = []
     compile_step = cuda_graphs.compile_step
@@ -191,9 +195,26 @@ def test_the_step_that_records_is_compiled_once(monkeypatch: pytest.MonkeyPatch)
         pair.record_edit(pair.graphs, recording, pair.edited(inputs, mask), mask)
         assert len(compiled) == 1, "on first use, and an edit that is recorded needs no other step"
         pair.record_edit(pair.graphs, recording, pair.edited(inputs, mask, seed=number), mask)
+    edit = pair.edited(inputs, mask)
+    outputs = pair.edit(pair.graphs, recording, edit, mask)
+    recorded, _ = pair.record_edit(pair.graphs, recording, edit, mask)
+    assert len(compiled) == (1 if shared else 2)
+    assert all(map(torch.equal, outputs, recorded))
+
+
+def test_what_an_edit_does_not_record_is_not_copied(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    recording, _ = pair.record(inputs := pair.inputs())
+    mask = box(3, 5)
     pair.edit(pair.graphs, recording, pair.edited(inputs, mask), mask)
-    pair.record_edit(pair.graphs, recording, pair.edited(inputs, mask), mask)
-    assert len(compiled) == 2
+    copied, owned = list[int](), pair.pool._owned
+
+    def counted(position: int, *arguments: Any) -> Tensor:
+        copied.append(position)
+        return owned(position, *arguments)
+
+    monkeypatch.setattr(pair.pool, "_owned", counted)
+    pair.edit(pair.graphs, recording, pair.edited(inputs, mask), mask)
+    assert copied == [0] * CALLS
 
 
 def test_copies_are_replayed(pair: Pair) -> None:
@@ -274,7 +295,7 @@ def test_repeated_rows_count_once(norm: Any, attention: Any, device: str, monkey
         edit = pair.edited(inputs, mask)
         pair.check(recording, edit, mask, kind)
         pair.check_recorded(pair.check_recorded(recording, edit, mask, kind)[0], edit, mask, kind)
-    assert pair.pool._graphs and pair.update_pool._graphs
+    assert pair.pool._graphs
 
 
 # -- runs at once ----------------------------------------------------------------------------------------
