@@ -24,7 +24,7 @@ def _reference(x: Tensor, statistics: Tensor, groups: int) -> Tensor:
     batch, channels = x.shape[:2]
     grouped = x.float().reshape(batch, groups, channels // groups, -1)
     centred = grouped - statistics[:, :, 0, None, None]
-    sums = torch.stack([centred.sum(dim=2), centred.square_().sum(dim=2)], dim=-1)  # [B, G, S, 2]
+    sums = torch.stack([centred.sum(dim=2), centred.square().sum(dim=2)], dim=-1)  # [B, G, S, 2]
     return sums.transpose(1, 2).contiguous()
 
 
@@ -40,7 +40,7 @@ _OP = define_op(
     f"{_NAME}(Tensor x, Tensor statistics, int groups) -> Tensor",
     _reference,
     _fake,
-    traits=OpTraits(flops=no_products),
+    traits=OpTraits(flops=no_products, inline=_reference),
 )
 
 

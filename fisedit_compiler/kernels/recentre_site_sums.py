@@ -30,7 +30,7 @@ _OP = define_op(
     f"{_NAME}(Tensor site_sums, Tensor old, Tensor new, SymInt channels) -> Tensor",
     _reference,
     _fake,
-    traits=OpTraits(flops=no_products),
+    traits=OpTraits(flops=no_products, inline=_reference),
 )
 
 

@@ -44,8 +44,7 @@ class SiteSums(SlotKind):
 
     def store_rows(self, graph: fx.Graph, slot: Slot, rows: fx.Node, other: SlotNode) -> fx.Node:
         """Of rows ``[B, N, C]``, about the mean that the edit read and corrects."""
-        channels_first = ir.call(graph, torch.ops.aten.permute.default, (rows, [0, 2, 1]))
-        return self.store(graph, slot, channels_first, other)
+        return ir.call(graph, torch.ops.fisedit.group_norm_row_sums.default, (rows, other(slot.of)))
 
     def row_form(self, slot: Slot) -> RowForm:
         assert slot.layout.level is not None

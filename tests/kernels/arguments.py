@@ -29,6 +29,7 @@ def op_arguments(count: int) -> dict[str, tuple[Any, ...]]:
         "pack_conv_weight": (torch.randn(5, 4, 3, 3),),
         "group_norm_statistics": (x, 4),
         "group_norm_site_sums": (x, statistics, 4),
+        "group_norm_row_sums": (rows, statistics),
         "update_statistics": (rows, statistics, torch.randn(2, 24, 4, 2), active),
         "group_norm_sites": (rows, statistics, torch.randn(8), torch.randn(8), 4, 1e-5),
         "attention_sites": (heads, heads, heads, head_canvas, head_canvas, active, None),

@@ -1,4 +1,4 @@
-"""The four GroupNorm ops against ``torch.nn.functional.group_norm`` of the dense map."""
+"""The GroupNorm ops against ``torch.nn.functional.group_norm`` of the dense map."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fisedit_compiler.kernels.group_norm_row_sums import group_norm_row_sums
 from fisedit_compiler.kernels.group_norm_site_sums import group_norm_site_sums
 from fisedit_compiler.kernels.group_norm_sites import group_norm_sites
 from fisedit_compiler.kernels.group_norm_statistics import group_norm_statistics
@@ -84,6 +85,17 @@ def test_site_sums_add_up_to_the_statistics(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 30])
+def test_sums_of_rows_are_those_of_their_sites(count: int, dtype: torch.dtype) -> None:
+    x, active = (torch.randn(2, 8, 6, 5) + 100).to(dtype), pick(30, count)
+    statistics = group_norm_statistics(x, 4)
+    rows = _rows(x)[:, active]
+    sums = group_norm_row_sums(rows, statistics)
+    assert sums.shape == (2, count, 4, 2) and sums.dtype == torch.float32 and sums.is_contiguous()
+    assert_close(sums, group_norm_site_sums(x, statistics, 4)[:, active], torch.float32)
+    assert torch.equal(group_norm_row_sums(strided(rows), statistics), sums)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 30])
 def test_updated_statistics_are_those_of_the_patched_map(count: int, dtype: torch.dtype) -> None:
     base, active = (torch.randn(2, 8, 6, 5) + 5).to(dtype), pick(30, count)
     rows = (torch.randn(2, count, 8) * 3 - 2).to(dtype)
@@ -125,5 +137,9 @@ def test_wrong_groups_are_refused() -> None:
         group_norm_site_sums(x, statistics, 3)
     with pytest.raises(KernelError, match="statistics of this GroupNorm"):
         group_norm_sites(torch.randn(1, 2, 8), statistics, None, None, 2, EPS)
+    with pytest.raises(KernelError, match="same GroupNorm"):
+        group_norm_row_sums(torch.randn(1, 2, 6), statistics)
+    with pytest.raises(KernelError, match="got 2 dimensions"):
+        group_norm_row_sums(torch.randn(2, 8), statistics)
     with pytest.raises(KernelError, match="same GroupNorm"):
         update_statistics(torch.randn(1, 2, 8), statistics, torch.zeros(1, 4, 2, 2), torch.arange(2))
