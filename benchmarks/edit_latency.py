@@ -338,7 +338,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", type=positive, help="side of the image in pixels; default: the model's")
     parser.add_argument("--record", action="store_true", help="record the edits too, as the Editor does by default")
     parser.add_argument(
-        "--as-it-comes", action="store_true", help="also time Editor(pipe) with no setting beside each backend by name"
+        "--as-it-comes", action="store_true", help="also time Editor(pipe) with no setting beside those with one"
+    )
+    parser.add_argument(
+        "--editors", nargs="+", choices=editors.EDITORS, default=list(editors.EDITORS), help="with --as-it-comes: which"
     )
     parser.add_argument("--dense-form", choices=FORMS, default=STRONGEST, help="of the compiled baseline")
     parser.add_argument("--warmup", type=positive, default=1, help="untimed repeats before the timed ones")

@@ -1,13 +1,16 @@
-"""``Editor(pipe)`` with no setting at all, beside Editors with a named backend and the dense pipeline.
+"""``Editor(pipe)`` with no setting at all, beside Editors with a setting by name and the dense pipeline.
 
-What ``edit_latency --as-it-comes`` adds to its rows. Each Editor records a base of its own, and they follow each other,
-so that only one recording lies in memory; each is timed in turn with the dense runs.
+What ``edit_latency --as-it-comes`` adds to its rows: whole edits, the same without reuse across steps, and whole base
+runs. Each Editor records a base of its own, and they follow each other, so that only one recording lies in memory; each
+is timed in turn with the dense runs.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,23 +21,31 @@ from rich.table import Table
 from benchmarks.support.harness import Stopwatch, alternate
 
 if TYPE_CHECKING:
-    from fisedit_compiler import Editor, SparsifyConfig
-    from fisedit_compiler.config import Backend
+    from fisedit_compiler import Editor
+    from fisedit_compiler.config import Reuse
 
-AS_IT_COMES = "editor, as it comes"
+AS_IT_COMES, DECODER = "as it comes", "decoder too"
+EDITORS = (AS_IT_COMES, DECODER, "inductor", "eager")
+"""What an Editor is given: nothing, the VAE's decoder as a part, or its own default with a backend by name."""
 
 
-def configs(device: torch.device) -> Mapping[str, SparsifyConfig | None]:
-    """What each Editor is given: nothing, or its own default with a backend by name."""
+@contextmanager
+def _editor(pipe: Any, name: str) -> Iterator[Editor]:
+    from fisedit_compiler import Editor
     from fisedit_compiler.pipelines.editor import EDITOR_CONFIG
 
-    named: tuple[Backend, ...] = ("inductor", "eager") if device.type == "cuda" else ("eager",)
-    found: dict[str, SparsifyConfig | None] = {AS_IT_COMES: None}
-    return found | {f"editor, {name}": replace(EDITOR_CONFIG, backend=name) for name in named}
+    if name == AS_IT_COMES:
+        editor = Editor(pipe)
+    elif name == DECODER:
+        editor = Editor(pipe, parts=("unet", "vae.decoder"))
+    else:
+        editor = Editor(pipe, replace(EDITOR_CONFIG, backend=name))  # type: ignore[arg-type]
+    with editor:
+        yield editor
 
 
 def measure(subject: Any, unet: Any, prompt: str, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row per Editor, mask area and dense baseline.
+    """A row per Editor, task, mask area and dense baseline.
 
     Args:
         subject: an ``edit_latency.Subject``, whose pipeline and dense runs are used.
@@ -42,64 +53,103 @@ def measure(subject: Any, unet: Any, prompt: str, settings: Mapping[str, Any]) -
         prompt: of the bases.
         settings: of the bases, for :meth:`Editor.generate`.
     """
-    from fisedit_compiler import Editor
-
     rows = []
-    for name, config in configs(subject.device).items():
+    names = [name for name in subject.options.editors if name != "inductor" or subject.device.type == "cuda"]
+    for name in names:
         subject.pipe.unet = unet
         start = time.perf_counter()
-        with Editor(subject.pipe, config) if config else Editor(subject.pipe) as editor:
+        with _editor(subject.pipe, name) as editor:
             base = editor.generate(prompt, **settings)
             facts = {"base_s": _since(start, subject.device)}
+            found = []
             for fraction in subject.options.fractions:
-                rows += _rows(subject, name, editor, base, fraction, facts)
-            refused = [executable.backend.refused for executable in editor.compiled._programs.executables()]
-        for row in rows:
-            if row["row"] == name:
-                row["refused"] = next(filter(None, refused), None)
+                found += _edits(subject, name, editor, base, fraction, facts)
+            del base
+            found += _bases(subject, name, editor, settings, facts)
+            executables = editor.compiled._programs.executables()
+            refused = next(filter(None, (one.backend.refused or one.dense.refused for one in executables)), None)
+            rows += [{**row, "refused": refused} for row in found]
     return rows
 
 
-def _rows(
+def _edits(
     subject: Any, name: str, editor: Editor, base: Any, fraction: float, facts: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    device, options, mask = subject.device, subject.options, subject.mask(fraction)
+    """Edits as they come, and with reuse switched off."""
+    mask = subject.mask(fraction)
+    calls: dict[str, list[float]] = {}
     compiled = editor.compiled
 
-    def edit() -> Any:
+    def edit(task: str) -> Any:
         subject.pipe.unet = compiled
-        return editor.edit(base, next(subject.prompts), mask=mask)
+        reuse: Reuse | None = "off" if task == "edit, reuse off" else None
+        result = editor.edit(base, next(subject.prompts), mask=mask, reuse=reuse)
+        # The first call also computes what depends on the prompt alone.
+        calls.setdefault(task, []).append(1000 * statistics.fmean(took for _, took in result.report.calls[1:]))
+        return result
 
     start = time.perf_counter()
-    unchanged = edit().unchanged_outside
-    first = _since(start, device)
+    unchanged = edit("edit").unchanged_outside
+    first = _since(start, subject.device)
+    if editor.compiled.sparsify_config.reuse != "off":
+        edit("edit, reuse off")
+    calls.clear()
+    tasks = {task: partial(edit, task) for task in ("edit", "edit, reuse off")}
+    rows = _rows(subject, name, tasks, compiled)
+    about = {
+        "mask_fraction": round(mask.float().mean().item(), 4),
+        "requested_fraction": fraction,
+        "first_edit_s": first,
+        "unchanged_outside": unchanged,
+        **facts,
+    }
+    return [{**row, **about, "mean_call_ms": round(statistics.median(calls[row["task"]]), 3)} for row in rows]
 
-    def timed(stopwatch: Stopwatch) -> None:
-        stopwatch.time("editor", edit)
+
+def _bases(
+    subject: Any, name: str, editor: Editor, settings: Mapping[str, Any], facts: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Base runs that are recorded."""
+    compiled = editor.compiled
+
+    def base() -> None:
+        subject.pipe.unet = compiled
+        editor.generate(next(subject.prompts), **settings)
+
+    # The second run of a size compiles its dense calls.
+    start = time.perf_counter()
+    base()
+    facts = {**facts, "second_base_s": _since(start, subject.device)}
+    return [{**row, **facts} for row in _rows(subject, name, {"base": base}, compiled)]
+
+
+def _rows(subject: Any, name: str, tasks: Mapping[str, Callable[[], Any]], compiled: Any) -> list[dict[str, Any]]:
+    device, options = subject.device, subject.options
+
+    def timed(task: str, stopwatch: Stopwatch) -> None:
+        stopwatch.time(task, tasks[task])
 
     def dense(baseline: str, stopwatch: Stopwatch) -> None:
         subject.pipe.unet = subject.dense[baseline]
         stopwatch.time(baseline, partial(subject.run, next(subject.prompts)))
 
-    sides: list[Callable[[Stopwatch], None]] = [*(partial(dense, baseline) for baseline in subject.dense), timed]
+    sides: list[Callable[[Stopwatch], None]] = [partial(dense, baseline) for baseline in subject.dense]
+    sides += [partial(timed, task) for task in tasks]
     stopwatch = alternate(sides, repeats=options.repeats, warmup=options.warmup, device=device)
     subject.pipe.unet = compiled
     return [
         {
-            "row": name,
+            "row": f"editor, {name}",
+            "task": task,
             "model": subject.name,
             "image": f"{subject.side}x{subject.side}",
             "steps": subject.steps,
-            "mask_fraction": round(mask.float().mean().item(), 4),
-            "requested_fraction": fraction,
             "baseline": baseline,
             **stopwatch[baseline].as_dict("baseline"),
-            **stopwatch["editor"].as_dict("editor"),
-            "ratio": round(stopwatch[baseline].median_ms / stopwatch["editor"].median_ms, 3),
-            "first_edit_s": first,
-            "unchanged_outside": unchanged,
-            **facts,
+            **stopwatch[task].as_dict("editor"),
+            "ratio": round(stopwatch[baseline].median_ms / stopwatch[task].median_ms, 3),
         }
+        for task in tasks
         for baseline in subject.dense
     ]
 
@@ -112,18 +162,20 @@ def _since(start: float, device: torch.device) -> float:
 
 def draw(rows: list[dict[str, Any]]) -> Table:
     """The rows as a table for people."""
-    table = Table(title="whole edits by Editors", caption="median ± interquartile range; ratio = baseline / editor")
-    for column in ("model", "steps", "mask", "row", "baseline", "baseline ms", "editor ms", "ratio", "first edit s"):
-        table.add_column(column, justify="left" if column in ("model", "row", "baseline") else "right")
+    table = Table(title="by Editors", caption="median ± interquartile range; ratio = baseline / editor")
+    columns = ("model", "steps", "mask", "row", "task", "baseline", "baseline ms", "editor ms", "ratio", "mean call ms")
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("model", "row", "task", "baseline") else "right")
     for row in rows:
         table.add_row(
             row["model"],
             str(row["steps"]),
-            f"{row['mask_fraction']:.1%}",
+            f"{row['mask_fraction']:.1%}" if "mask_fraction" in row else "",
             row["row"] if row["refused"] is None else f"{row['row']} (refused: eager)",
+            row["task"],
             row["baseline"],
             *(f"{row[f'{side}_ms']:.0f} ± {row[f'{side}_iqr_ms']:.0f}" for side in ("baseline", "editor")),
             f"{row['ratio']:.2f}x",
-            f"{row['first_edit_s']:.1f}",
+            f"{row['mean_call_ms']:.2f}" if "mean_call_ms" in row else "",
         )
     return table

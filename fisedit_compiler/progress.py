@@ -39,24 +39,25 @@ def shown(wanted: bool) -> Iterator[None]:
 
 
 @contextmanager
-def compiling(stage: Stage, lowered: bool = True) -> Iterator[None]:
+def compiling(stage: Stage, lowered: bool = True, what: str = "sparse calls") -> Iterator[None]:
     """Say that a stage begins and, with the seconds it took, that it ended.
 
     Args:
         stage: which.
         lowered: whether all stages follow, or those of a program that runs eagerly.
+        what: is compiled for.
     """
     number, count = STAGES.index(stage) + 1, len(STAGES) if lowered else EAGER_STAGES
-    what = f"compiling for sparse calls, {number}/{count} {stage}"
-    logger.info("%s: this can take a minute", what)
+    title = f"compiling for {what}, {number}/{count} {stage}"
+    logger.info("%s: this can take a minute", title)
     start = time.perf_counter()
-    with _bar(what, number, count):
+    with _bar(title, number, count):
         yield
-    logger.info("%s: done after %.1f s", what, time.perf_counter() - start)
+    logger.info("%s: done after %.1f s", title, time.perf_counter() - start)
 
 
 @contextmanager
-def _bar(what: str, number: int, count: int) -> Iterator[None]:
+def _bar(title: str, number: int, count: int) -> Iterator[None]:
     """A bar whose seconds go on while Python waits for a compiler."""
     if not _is_visible():
         yield
@@ -64,7 +65,9 @@ def _bar(what: str, number: int, count: int) -> Iterator[None]:
     from diffusers.utils.logging import tqdm
 
     layout = "{desc} |{bar:20}| {elapsed}"
-    bar: Any = tqdm(desc=what, total=count, initial=number - 1, delay=DELAY, miniters=0, leave=False, bar_format=layout)
+    bar: Any = tqdm(
+        desc=title, total=count, initial=number - 1, delay=DELAY, miniters=0, leave=False, bar_format=layout
+    )
     ended = threading.Event()
 
     def tick() -> None:

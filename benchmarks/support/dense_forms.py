@@ -11,14 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 FORMS = ("contiguous", "channels_last", "fused")
 """As loaded; in channels_last; in channels_last with one product for the queries, keys and values of an attention."""
 STRONGEST = "channels_last"
 
 
-def compiled_unet(unet: nn.Module, form: str = STRONGEST) -> Callable[..., Any]:
+def compiled_unet(unet: Any, form: str = STRONGEST) -> Callable[..., Any]:
     """A UNet under ``torch.compile``, with CUDA graphs where it lies on a GPU.
 
     Args:

@@ -67,7 +67,7 @@ def explain_module(
         if mask is not None:
             program, dilation = executable.program, module.sparsify_config.dilation
             plan = SitePlan.build(mask, program.levels, program.convs, dilation=dilation)
-            plan = executable.divided(plan, batch, element_size, device.type)
+            plan = executable.plans.divided(plan, batch, element_size, device.type)
         programs.append(explain_program(executable, setting, plan, measured))
     note = "" if mask is None else dense_reason(mask, module.sparsify_config, str(device)) or ""
     if mask is not None and not mask.any():
@@ -221,7 +221,7 @@ def _share(part: int, whole: int) -> float:
 
 
 def _levels(executable: Executable, plan: SitePlan, setting: Setting) -> tuple[LevelRows, ...]:
-    sizes = executable.block_sizes
+    sizes = executable.plans.block_sizes
     estimates = sizes.estimates(plan, setting.batch, setting.element_size, setting.device)
     rows = []
     for level in sorted(plan.active):

@@ -162,7 +162,7 @@ def _plan(executable: Executable, mask: Tensor, sample: Tensor) -> SitePlan:
     dense = {layout.level for layout in layouts if isinstance(layout, Layout) and layout.is_rows}
     levels = program.levels | {level for level in dense if level is not None}
     plan = SitePlan.build(mask, levels, program.convs, dilation=executable.config.dilation)
-    return executable.divided(plan, sample.shape[0], sample.element_size(), sample.device.type).to(sample.device)
+    return executable.plans.divided(plan, sample.shape[0], sample.element_size(), sample.device.type).to(sample.device)
 
 
 def _own_size(mask: Any, multiple: int) -> Tensor:

@@ -27,6 +27,11 @@ def compile_step(step: fx.GraphModule) -> Callable[..., Any]:
     return torch.compile(step, fullgraph=True, backend=_inductor)
 
 
+def compile_dense(recording: fx.GraphModule) -> Callable[..., Any]:
+    """The recording graph under torch.compile, for the sizes that it is called with first."""
+    return torch.compile(recording, fullgraph=True, dynamic=False, backend=_inductor)
+
+
 def _inductor(graph: fx.GraphModule, example_inputs: Any) -> Any:
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table

@@ -70,6 +70,7 @@ def test_an_empty_mask_is_no_mistake_and_costs_no_call(usable: Usable, monkeypat
         patched.setattr(Binder, "_call_module", refuse)  # a hook would make it another model
         patched.setattr(Executable, "step", refuse)
         patched.setattr(Executable, "record", refuse)
+        patched.setattr(Executable, "interpret", refuse)
         assert torch.equal(usable.edit(torch.zeros_like(MASK)), usable.base)
 
 

@@ -226,7 +226,7 @@ def test_rows_of_another_edit_are_never_taken() -> None:
     compiled, calls, mask = compiled_model("sd15"), calls_of("sd15", 2), make_mask("block", SIZE, seed=3)
     (executable,) = compiled._programs.executables()
     sample, held = calls[0]["sample"], HeldRows()
-    plan, other = (executable.plan(each, 0, sample) for each in (mask, make_mask("site", SIZE)))
+    plan, other = (executable.plans.of(each, 0, sample) for each in (mask, make_mask("site", SIZE)))
     assert not held.fit(executable.program, plan, sample)
     rows = [torch.zeros(2, plan.rows(1), 32)]  # type: ignore[arg-type]
     held.keep(rows, executable.program, plan, sample)

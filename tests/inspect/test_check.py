@@ -291,11 +291,16 @@ def test_a_check_leaves_the_module_as_it_was() -> None:
     recording = edited_once(compiled)
     (executable,) = compiled._programs.executables()
     cache, state = executable.hoisted, torch.get_rng_state()
-    before = (dict(cache.computed), cache.nbytes, [len(kept) for kept in cache._kept.values()], list(executable._plans))
+    before = (
+        dict(cache.computed),
+        cache.nbytes,
+        [len(kept) for kept in cache._kept.values()],
+        list(executable.plans.recent),
+    )
     assert compiled.check(MASK) and compiled.check(MASK, inputs=call(), recording=recording)
     assert executable.hoisted is cache and torch.equal(torch.get_rng_state(), state)
     assert before == (
-        dict(cache.computed), cache.nbytes, [len(kept) for kept in cache._kept.values()], list(executable._plans)
+        dict(cache.computed), cache.nbytes, [len(kept) for kept in cache._kept.values()], list(executable.plans.recent)
     )  # fmt: skip
     with compiled.edit(recording, MASK):
         compiled(**edit_inputs("sd21", 2, SIZE, MASK))

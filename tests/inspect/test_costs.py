@@ -144,7 +144,7 @@ def test_a_convolution_on_rows_reads_of_its_canvas_the_ring() -> None:
     (convolution,) = (n for n in program.step.nodes if n.target is torch.ops.fisedit.conv2d_sites.default)
     (executable,) = compiled._programs.executables()
     mask = make_mask("block", (12, 20), seed=3)
-    plan = executable.plan(mask, 0, torch.zeros(2, CHANNELS, 12, 20))
+    plan = executable.plans.of(mask, 0, torch.zeros(2, CHANNELS, 12, 20))
     ((key, ring),) = plan.ring.items()
     rows = int(mask.sum())
     tables = 8 * (ring.numel() + plan.taps[key].numel() + rows)

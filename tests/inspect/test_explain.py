@@ -109,7 +109,7 @@ def test_a_mask_shows_rows_sizes_and_estimates_of_every_level() -> None:
     (executable,) = compiled._programs.executables()
     program = only_program(compiled.explain(MASK))
     assert program.area == 49 / (HEIGHT * WIDTH)
-    assert [row.level for row in program.levels] == list(executable.block_sizes.levels) == [1, 2, 4]
+    assert [row.level for row in program.levels] == list(executable.plans.block_sizes.levels) == [1, 2, 4]
     assert [(row.active, row.sites) for row in program.levels] == [(49, 384), (16, 96), (9, 24)]
     for row in program.levels:
         assert row.estimates.keys() == fits("cpu").keys()
@@ -164,7 +164,7 @@ def kernels_of(compiled: SparseModule, device: str, mask: torch.Tensor | None = 
     plan = None
     if mask is not None:
         plan = SitePlan.build(mask, executable.program.levels, executable.program.convs)
-        plan = plan.blocked(dict.fromkeys(executable.block_sizes.levels, 4))
+        plan = plan.blocked(dict.fromkeys(executable.plans.block_sizes.levels, 4))
     program = explain_program(executable, Setting(HEIGHT, WIDTH, 2, 7, 4, device), plan)
     assert len({row.operation for row in program.kernels}) == len(program.kernels)
     return {row.operation: row for row in program.kernels}

@@ -120,17 +120,17 @@ shared_pair = cache(make_pair)
 @contextmanager
 def forced_block_size(pair: Pair, size: int) -> Iterator[None]:
     """Edits with graphs compute convolutions in blocks of ``size`` inside the block."""
-    executables = list(pair.graphs._programs._executables.values())
-    configs = [executable.config for executable in executables]
-    for executable, config in zip(executables, configs, strict=True):
-        executable.config = replace(config, block_size=size)
-        executable._plans.clear()
+    plans = [executable.plans for executable in pair.graphs._programs._executables.values()]
+    configs = [each._config for each in plans]
+    for each, config in zip(plans, configs, strict=True):
+        each._config = replace(config, block_size=size)
+        each.recent.clear()
     try:
         yield
     finally:
-        for executable, config in zip(executables, configs, strict=True):
-            executable.config = config
-            executable._plans.clear()
+        for each, config in zip(plans, configs, strict=True):
+            each._config = config
+            each.recent.clear()
 
 
 def box(top: int, left: int, size: int = 8) -> Tensor:

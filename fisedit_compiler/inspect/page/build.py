@@ -77,7 +77,7 @@ def build_page(
     parameter = next(compiled.original.parameters())
     plan = SitePlan.build(mask, chosen.levels, chosen.convs, dilation=compiled.sparsify_config.dilation)
     executable = compiled._programs.executables()[program]
-    plan = executable.divided(plan, batch, parameter.element_size(), parameter.device.type)
+    plan = executable.plans.divided(plan, batch, parameter.element_size(), parameter.device.type)
     return render(
         __package__,
         "page.html",

@@ -27,7 +27,7 @@ def profile_edit(compiled: CompiledModule, mask: Tensor) -> list[Event]:
     height, width = mask.shape
     base = sample_inputs(program, height, width, generator, tokens=TEXT_TOKENS)
     sample = base[program.spatial[0]]
-    plan = executable.plan(mask, compiled.sparsify_config.dilation, sample)
+    plan = executable.plans.of(mask, compiled.sparsify_config.dilation, sample)
     edited = edited_inputs(program, base, plan, generator)
     slots, scalars = hold(executable.record(base)[1]), scalars_of(program, base)
 

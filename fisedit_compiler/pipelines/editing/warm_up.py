@@ -10,6 +10,7 @@ import torch
 
 from fisedit_compiler.errors import ConfigError
 from fisedit_compiler.module import SparseModule
+from fisedit_compiler.runtime.execution.dense_graphs import RUNS
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def warm_up(
     guidance_scale: float,
     options: Mapping[str, Any] | None,
 ) -> None:
-    """Generate a picture and edit it, where sparse calls are lowered; elsewhere there is nothing to make ahead.
+    """Generate pictures and edit them, where sparse calls are lowered; elsewhere there is nothing to make ahead.
 
     A pipeline that wants more than it is given, such as the picture of a ControlNet, makes its code at the first use
     as ever; a warning says so.
@@ -67,19 +68,20 @@ def warm_up(
     device = next((parameter.device for parameter in compiled.original.parameters()), torch.device("cpu"))
     if compiled.sparsify_config.backend_on(device.type) == "eager":
         return
-    try:
-        base = editor.generate(
-            "", seed=0, num_inference_steps=STEPS, guidance_scale=guidance_scale, height=height, width=width,
-            options=options,
-        )  # fmt: skip
-    except (TypeError, ValueError, AttributeError) as error:
-        name = type(editor.pipe).__name__
-        logger.warning(
-            "%s cannot run ahead of the first use (%s: %s), so that its first edit waits for a compilation; give "
-            "prepare() what generate() needs, such as options={'image': ...}",
-            name,
-            type(error).__name__,
-            error,
-        )
-        return
-    editor.edit(base, "a picture", box=BOX)
+    for _ in range(RUNS):  # dense calls are compiled for a size that comes again
+        try:
+            base = editor.generate(
+                "", seed=0, num_inference_steps=STEPS, guidance_scale=guidance_scale, height=height, width=width,
+                options=options,
+            )  # fmt: skip
+        except (TypeError, ValueError, AttributeError) as error:
+            name = type(editor.pipe).__name__
+            logger.warning(
+                "%s cannot run ahead of the first use (%s: %s), so that its first edit waits for a compilation; give "
+                "prepare() what generate() needs, such as options={'image': ...}",
+                name,
+                type(error).__name__,
+                error,
+            )
+            return
+        editor.edit(base, "a picture", box=BOX)

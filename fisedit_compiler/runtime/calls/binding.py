@@ -75,8 +75,7 @@ class BoundArguments:
         form: see :class:`CallForm`.
         tensors: tensor arguments by placeholder name.
         canonical: the arguments by name, in the form that is captured.
-        run: runs the module on the arguments, with outputs as the program gives them; or a compiled form of the module
-            that it is given, on the arguments in canonical form, so that there is one form to compile for.
+        run: runs the module on the arguments, with outputs as the program gives them.
         run_part: runs the module on some samples of the arguments (int64 ``[n]``, on their device); ``None`` if an
             argument may hide tensors, so that they cannot all be cut.
     """
@@ -118,8 +117,8 @@ class Binder:
             if key is not None and len(self._forms) < self.kept:
                 self._forms[key] = form
 
-        def run(compiled: Callable[..., Any] | None = None) -> Any:
-            return self._run(args, kwargs, compiled)
+        def run() -> Any:
+            return self._run(args, kwargs)
 
         def run_part(index: Tensor) -> Any:
             return self._call_module(**_samples(self._arguments(args, kwargs), form.signature, index))
@@ -146,11 +145,10 @@ class Binder:
     def _call_module(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
 
-    def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], compiled: Callable[..., Any] | None) -> Any:
+    def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if self.known is None:
-            return (compiled or self._call_module)(*args, **kwargs)
-        arguments = self._arguments(args, kwargs)
-        return self._call_module(**arguments) if compiled is None else compiled(**self._canonical(arguments))
+            return self._call_module(*args, **kwargs)
+        return self._call_module(**self._arguments(args, kwargs))
 
     def _form(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CallForm:
         canonical = self._canonical(self._arguments(args, kwargs))

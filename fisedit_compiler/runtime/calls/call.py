@@ -30,7 +30,7 @@ class Call:
         find_executable: finds or compiles the program for the signature; call ``executable`` instead.
         signature: what the program is compiled for.
         tensors: tensor arguments by placeholder name.
-        run_original: runs the user's own module on the call's arguments, or a compiled form of it that it is given.
+        run_original: runs the user's own module on the call's arguments.
         run_part: runs the user's own module on some samples of the arguments; ``None`` if they cannot be cut.
         arguments: the arguments by name, in the form that is captured.
         structure: key of the module's structure at this call.

@@ -41,10 +41,9 @@ from fisedit_compiler.graph.inputs import (
 from fisedit_compiler.kernels.addresses import is_plain
 from fisedit_compiler.lowering.errors import lowering_error
 from fisedit_compiler.lowering.inductor import compile_step
-from fisedit_compiler.progress import compiling
 from fisedit_compiler.recordings.stores import SlotStore
 from fisedit_compiler.recordings.stores.addresses import SlotAddresses, SlotLayout
-from fisedit_compiler.runtime.execution.graph_capture import capturing
+from fisedit_compiler.runtime.execution.graph_capture import capture_into
 from fisedit_compiler.runtime.execution.hoisting import Hoisted, HoistedGroup
 from fisedit_compiler.runtime.execution.in_order import InOrder
 from fisedit_compiler.runtime.execution.padded_plans import PaddedPlan, PaddedPlans
@@ -222,16 +221,9 @@ class GraphPool:
                 stager.run(graph.table)
             return list(compiled(*arguments))
 
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with compiling("Inductor"), torch.cuda.stream(stream):
-            for _ in range(2):
-                body()
-        torch.cuda.current_stream().wait_stream(stream)
         # A pool of memory ends with the last graph in it, so that it is the graphs', not kept beside them.
         memory = next((other.graph.pool() for other in self._graphs.values()), None)
-        with compiling("CUDA graph"), capturing(graph.graph, memory):
-            graph.outputs.extend(body())
+        graph.outputs.extend(capture_into(graph.graph, body, memory))
 
 
 def _fill(graph: _Graph, prepared: PaddedPlan, addresses: SlotAddresses, hoisted: Hoisted) -> None:

@@ -11,7 +11,6 @@ run side by side.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import cached_property
@@ -26,7 +25,6 @@ from torch.utils import _pytree as pytree
 from fisedit_compiler.compiling import made_once, one_at_a_time
 from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.errors import LoweringError
-from fisedit_compiler.geometry.block_sizes import BlockSizes
 from fisedit_compiler.geometry.site_plan import SitePlan
 from fisedit_compiler.graph.inputs import Input, Sources, graph_inputs, resolve
 from fisedit_compiler.lowering.lowered import Lowerable
@@ -35,11 +33,12 @@ from fisedit_compiler.passes.programs.hoist import Bundle
 from fisedit_compiler.recordings.stores import SlotStore
 from fisedit_compiler.runtime.execution.backend import ProgramBackend
 from fisedit_compiler.runtime.execution.cuda_graphs import GraphPool, HoistedNames
-from fisedit_compiler.runtime.execution.dense_module import DenseModule
+from fisedit_compiler.runtime.execution.dense_graphs import DenseGraphs
 from fisedit_compiler.runtime.execution.graph_choice import choose_graph
 from fisedit_compiler.runtime.execution.held_rows import HeldRows, cut_of
 from fisedit_compiler.runtime.execution.hoisting import HoistCache, Hoisted
 from fisedit_compiler.runtime.execution.in_order import InOrder
+from fisedit_compiler.runtime.execution.padded_plans import SitePlans
 from fisedit_compiler.runtime.execution.recorded_samples import are_first, are_independent
 from fisedit_compiler.runtime.execution.sample_axes import BatchAxes, batch_axes
 from fisedit_compiler.tensors.contents import Later
@@ -64,7 +63,7 @@ class Executable:
         self.in_order = InOrder()
         self._lock = threading.RLock()
         self.hoisted = HoistCache(PER_CALL, graphs=config.backend != "eager")
-        self.dense = DenseModule(module)
+        self.dense = DenseGraphs(type(module).__name__)
         self.slot_names = tuple(slot.name for slot in program.slots)
         samples = [s.name for s in program.slots if s.origin == program.spatial[0] and s.kind.holds == "packed"]
         self.sample_slot = samples[0] if samples else None
@@ -73,8 +72,7 @@ class Executable:
         self._bundles: list[tuple[Bundle, fx.GraphModule]] = []
         self._attributes: dict[str, Any] = {}
         self._pools: dict[Lowerable, GraphPool] = {}
-        self._plans: OrderedDict[tuple[Any, ...], SitePlan] = OrderedDict()
-        self.block_sizes = BlockSizes(program.layers)
+        self.plans = SitePlans(program, config)
 
     # -- weights ---------------------------------------------------------------------------------
 
@@ -95,6 +93,7 @@ class Executable:
             if not self._attributes:
                 return
             self._graphs.clear()
+            self.dense.drop()
             self._bundles = []
             self._drop_pools()
             self._attributes.clear()
@@ -139,11 +138,45 @@ class Executable:
 
     # -- runs ------------------------------------------------------------------------------------
 
-    def record(self, tensors: Mapping[str, Tensor], *, maps: bool = False) -> tuple[list[Any], dict[str, Tensor]]:
-        """The dense call: the model's flat outputs, and every slot; with ``maps`` also the cross-attention maps."""
-        arguments = [tensors[spec.identifier()] for spec in self.program.signature.tensors]
+    def record(
+        self, tensors: Mapping[str, Tensor], *, maps: bool = False, compiled: bool = False
+    ) -> tuple[list[Any], dict[str, Tensor]]:
+        """The dense call: the model's flat outputs, and every slot; with ``maps`` also the cross-attention maps.
+
+        ``compiled`` asks for compiled code, whose results are the interpreted ones up to rounding; see
+        :meth:`expect_dense`.
+        """
+        if compiled and not maps:
+            count = len(self.program.outputs) + len(self.slot_names)
+            flat = self.dense.run(lambda: self._graph("recording"), self._arguments(tensors), count)
+            if flat is not None:
+                return self._divide(flat, self.slot_names)
+        return self.interpret(tensors, maps=maps)
+
+    def interpret(self, tensors: Mapping[str, Tensor], *, maps: bool = False) -> tuple[list[Any], dict[str, Tensor]]:
+        """What :meth:`record` gives, of the graph as nothing has compiled it: the module's own outputs bit for bit."""
+        arguments = self._arguments(tensors)
         flat = self._graph("maps.recording" if maps else "recording")(*arguments)
         return self._stored(flat, arguments)
+
+    def outputs(self, tensors: Mapping[str, Tensor]) -> list[Any] | None:
+        """The flat outputs of a dense call as compiled code; ``None`` where that fails, for the module itself."""
+        return self.dense.run(lambda: self._graph("recording"), self._arguments(tensors), len(self.program.outputs))
+
+    def expect_dense(self, tensors: Mapping[str, Tensor]) -> bool:
+        """A run of dense calls with such tensors begins; says whether they are to be compiled ones.
+
+        The second run of a size is worth a compilation. Whoever asks keeps the answer for the whole run, since another
+        thread's may be the second one meanwhile.
+        """
+        return self.is_lowered(tensors) and self.dense.expect(self._arguments(tensors))
+
+    def knows_dense(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether there is compiled code for dense calls with such tensors."""
+        return self.is_lowered(tensors) and self.dense.know(self._arguments(tensors))
+
+    def _arguments(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        return [tensors[spec.identifier()] for spec in self.program.signature.tensors]
 
     def reuse(
         self, tensors: Mapping[str, Tensor], maps: Mapping[str, Tensor], columns: Tensor, *, record: bool
@@ -225,7 +258,14 @@ class Executable:
             self.hoisted.run_eagerly()
         hoisted = self._hoisted(cache or self.hoisted, tensors, scalars, later)
         lowered = lowered and not plan.is_empty
-        chosen = choose_graph(self.program, update=update, cut=held is not None, shallow=shallow, lowered=lowered)
+        chosen = choose_graph(
+            self.program,
+            update=update,
+            cut=held is not None,
+            shallow=shallow,
+            lowered=lowered,
+            reuses=self.config.reuse != "off",
+        )
         rows = {} if held is None or not shallow else held.rows(self.program, plan, padded=lowered)
         if lowered:
             pool = self._graph_pool(chosen.name)
@@ -266,7 +306,9 @@ class Executable:
 
     def interpreted_step(self) -> fx.GraphModule:
         """The graph of a lowered step on the module's weights, as nothing has compiled or staged it."""
-        chosen = choose_graph(self.program, update=False, cut=False, shallow=False, lowered=True)
+        chosen = choose_graph(
+            self.program, update=False, cut=False, shallow=False, lowered=True, reuses=self.config.reuse != "off"
+        )
         return self._graph(chosen.name)
 
     def _graph_pool(self, name: Lowerable) -> GraphPool:
@@ -337,32 +379,6 @@ class Executable:
             return int(tokens)
         spec = next(spec for spec in self.program.signature.tensors if "t" in spec.axes)
         return int(tensors[spec.identifier()].shape[spec.axes.index("t")])
-
-    # -- plans -----------------------------------------------------------------------------------
-
-    def plan(self, mask: Tensor, dilation: int, sample: Tensor, kept: int = 8) -> SitePlan:
-        """The site plan of a mask (bool ``[H, W]``) for calls with such a sample; recent ones are kept.
-
-        The sample tells where the tables go, and what block sizes are chosen for: its batch, precision and device.
-        """
-        device, batch = sample.device, sample.shape[0]
-        key = (mask.shape, mask.cpu().numpy().tobytes(), dilation, str(device), batch, sample.dtype)
-        plan = self._plans.get(key)
-        if plan is None:
-            built = SitePlan.build(mask, self.program.levels, self.program.convs, dilation=dilation)
-            plan = self.divided(built, batch, sample.element_size(), device.type).to(device)
-        with self._lock:
-            plan = self._plans.setdefault(key, plan)  # another run's, if it was faster
-            self._plans.move_to_end(key)
-            while len(self._plans) > kept:
-                self._plans.popitem(last=False)
-        return plan
-
-    def divided(self, plan: SitePlan, batch: int, element_size: int, device_type: str) -> SitePlan:
-        """A plan in blocks of the configured size, or of the sizes with the smallest estimates."""
-        if self.config.block_size is None:
-            return plan.blocked(self.block_sizes.choose(plan, batch, element_size, device_type))
-        return plan.blocked(dict.fromkeys(self.block_sizes.levels, self.config.block_size))
 
 
 def _own(value: Tensor, borrowed: Sequence[Tensor]) -> Tensor:

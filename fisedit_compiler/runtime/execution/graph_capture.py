@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
+
+from fisedit_compiler.progress import compiling
 
 _MODE = "thread_local"
 """What this thread does may break a capture; allocations and copies of other threads' runs do not."""
@@ -29,6 +31,30 @@ def capturing(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Iterator[None]:
         _refused.append(graph)
         _free_generators()
         raise
+
+
+def capture_into(
+    graph: torch.cuda.CUDAGraph, body: Callable[[], list[Any]], memory: Any = None, what: str = "sparse calls"
+) -> list[Any]:
+    """Compile a function by running it, then capture it.
+
+    Args:
+        graph: not captured yet.
+        body: what it will replay; it compiles at its first call.
+        memory: a pool of another graph to share; it ends with the last graph in it.
+        what: is compiled for, for the progress bar.
+
+    Returns:
+        What ``body`` returned while it was captured: every replay writes there.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with compiling("Inductor", what=what), torch.cuda.stream(stream):
+        for _ in range(2):
+            body()
+    torch.cuda.current_stream().wait_stream(stream)
+    with compiling("CUDA graph", what=what), capturing(graph, memory):
+        return body()
 
 
 def _free_generators() -> None:

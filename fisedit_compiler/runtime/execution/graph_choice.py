@@ -1,9 +1,9 @@
 """Which of a program's graphs a sparse call runs, and what the call takes of its results.
 
-Every graph comes in two forms: one returns the model's outputs, the other also what an edit that records keeps of its
-slots. Interpreted, a call runs the one that it needs. Lowered, each of the two would be a compilation that somebody
-waits for. What an edit keeps are rows that the step computes anyway, so one compiled graph serves both, and a call that
-records nothing leaves them where they are.
+Every graph comes in several forms: one returns the model's outputs, another also what an edit that records keeps of its
+slots, a third also what an edit that reuses values keeps at the program's cut. Interpreted, a call runs the one that it
+needs. Lowered, each would be a compilation that somebody waits for. What an edit keeps are rows that the step computes
+anyway, so one compiled graph serves all, and a call leaves what it does not want where it is.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from fisedit_compiler.lowering.lowered import Lowerable
 from fisedit_compiler.lowering.program import CompiledProgram
+from fisedit_compiler.passes.programs.reuse import Cut
 
 
 @dataclass(frozen=True)
@@ -26,15 +27,17 @@ class GraphChoice:
 
     name: Lowerable
     updates: tuple[str, ...]
-    unread: range
+    unread: frozenset[int]
 
 
 def shares_update() -> bool:
-    """Whether lowered calls that record nothing run the graph of those that do."""
+    """Whether lowered calls that keep nothing run the graph of those that do."""
     return True
 
 
-def choose_graph(program: CompiledProgram, *, update: bool, cut: bool, shallow: bool, lowered: bool) -> GraphChoice:
+def choose_graph(
+    program: CompiledProgram, *, update: bool, cut: bool, shallow: bool, lowered: bool, reuses: bool = False
+) -> GraphChoice:
     """The graph of a sparse call.
 
     Args:
@@ -43,13 +46,19 @@ def choose_graph(program: CompiledProgram, *, update: bool, cut: bool, shallow: 
         cut: whether it keeps, or takes, rows at the program's cut.
         shallow: whether it takes them.
         lowered: whether it runs as Inductor and CUDA graphs make it.
+        reuses: whether other calls may keep rows at the cut.
     """
     runs_update = update or (lowered and shares_update())
+    runs_cut = cut or (lowered and shares_update() and isinstance(program.cut, Cut) and (reuses or program.has_reuse))
     changes = program.reuse.updates if shallow else program.updates
     changed = tuple(change.slot for change in changes) if runs_update else ()
     first = len(program.outputs)
-    unread = range(first, first if update else first + len(changed))
-    return GraphChoice(_name(runs_update, cut, shallow), changed if update else (), unread)
+    kept = first + len(changed)
+    unread = set() if update else set(range(first, kept))
+    if runs_cut and not cut:
+        assert isinstance(program.cut, Cut)
+        unread |= set(range(kept, kept + len(program.cut.values)))
+    return GraphChoice(_name(runs_update, runs_cut, shallow), changed if update else (), frozenset(unread))
 
 
 def _name(update: bool, cut: bool, shallow: bool) -> Lowerable:

@@ -1,7 +1,8 @@
-"""Site plans padded to buckets of row counts, so that few CUDA graphs serve all masks."""
+"""The site plans of a program's masks, and plans padded to buckets of row counts, so that few CUDA graphs serve all."""
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +11,54 @@ from typing import Any
 
 from torch import Tensor
 
+from fisedit_compiler.config import SparsifyConfig
+from fisedit_compiler.geometry.block_sizes import BlockSizes
 from fisedit_compiler.geometry.conv_tables import ConvKey
 from fisedit_compiler.geometry.site_plan import SitePlan
 from fisedit_compiler.graph.inputs import Input, IotaInput, Sources, TableInput
+from fisedit_compiler.lowering.program import CompiledProgram
+
+KEPT = 8
+"""Plans of a program: tables of a mask that comes again are not built again."""
+
+
+class SitePlans:
+    """Makes the site plans of one program, for any number of runs at once.
+
+    Attributes:
+        block_sizes: chooses the sizes of blocks.
+    """
+
+    def __init__(self, program: CompiledProgram, config: SparsifyConfig) -> None:
+        self._program, self._config = program, config
+        self.block_sizes = BlockSizes(program.layers)
+        self._lock = threading.Lock()
+        self.recent: OrderedDict[tuple[Any, ...], SitePlan] = OrderedDict()
+
+    def of(self, mask: Tensor, dilation: int, sample: Tensor) -> SitePlan:
+        """The site plan of a mask (bool ``[H, W]``) for calls with such a sample; recent ones are kept.
+
+        The sample tells where the tables go, and what block sizes are chosen for: its batch, precision and device.
+        """
+        device, batch = sample.device, sample.shape[0]
+        key = (mask.shape, mask.cpu().numpy().tobytes(), dilation, str(device), batch, sample.dtype)
+        plan = self.recent.get(key)
+        if plan is None:
+            built = SitePlan.build(mask, self._program.levels, self._program.convs, dilation=dilation)
+            plan = self.divided(built, batch, sample.element_size(), device.type).to(device)
+        with self._lock:
+            plan = self.recent.setdefault(key, plan)  # another run's, if it was faster
+            self.recent.move_to_end(key)
+            while len(self.recent) > KEPT:
+                self.recent.popitem(last=False)
+        return plan
+
+    def divided(self, plan: SitePlan, batch: int, element_size: int, device_type: str) -> SitePlan:
+        """A plan in blocks of the configured size, or of the sizes with the smallest estimates."""
+        size = self._config.block_size
+        if size is None:
+            return plan.blocked(self.block_sizes.choose(plan, batch, element_size, device_type))
+        return plan.blocked(dict.fromkeys(self.block_sizes.levels, size))
 
 
 def bucket(count: int, least: int = 16) -> int:

@@ -57,6 +57,7 @@ class DenseCalls:
         # wait for the device at every call.
         self._follows = skip
         self._on_device: Tensor | None = None
+        self._compiled: bool | None = None
 
     def reuse(self, columns: Tensor | None) -> None:
         """See :meth:`EditSession.reuse_maps`."""
@@ -103,9 +104,11 @@ class DenseCalls:
         if columns is not None:
             outputs, slots = executable.reuse(call.tensors, base.slots, columns, record=record)
         elif record:
-            outputs, slots = executable.record(call.tensors, maps=bool(base.maps))
+            outputs, slots = executable.record(call.tensors, maps=bool(base.maps), compiled=self._is_compiled(call))
         else:
-            return DenseCall("dense", call.run_original(), {}, base.batch, False)
+            found = executable.outputs(call.tensors) if self._is_compiled(call) else None
+            result = call.run_original() if found is None else executable.assemble(found)
+            return DenseCall("dense", result, {}, base.batch, False)
         return DenseCall("dense", executable.assemble(outputs), slots, base.batch, columns is not None)
 
     def _changed(self, call: Call, base: CallRecord) -> list[int]:
@@ -122,9 +125,17 @@ class DenseCalls:
             rows = own.all(-1).expand(base.batch).tolist()
             same = [recorded and unmoved for recorded, unmoved in zip(same, rows, strict=True)]
         changed = [sample for sample, recorded in enumerate(same) if not recorded]
-        if not changed or self._can_be_cut(call):
+        if not changed:
             return changed
-        return everything
+        if self.columns is None and self._is_compiled(call):
+            return everything  # a part of the batch would be another compilation
+        return changed if self._can_be_cut(call) else everything
+
+    def _is_compiled(self, call: Call) -> bool:
+        """Whether whole calls are compiled: where a run before left the code, as the first call found it."""
+        if self._compiled is None:
+            self._compiled = call.executable.knows_dense(call.tensors)
+        return self._compiled
 
     def _can_be_cut(self, call: Call) -> bool:
         fits = can_be_cut(call.signature, call.tensors, call.sample.shape[0])

@@ -91,6 +91,7 @@ class EditSession:
         self.ran: tuple[Executable, int, int, str] | None = None
         self._turn: Turn | None = None
         self._own_sites: OwnSites | None = None
+        self._compiled = False
         self.reuse = ReusePlan(recording, config.reuse if reuse is None else reuse)
         if mask is not None:
             self.set_mask(mask)
@@ -252,12 +253,15 @@ class EditSession:
         if self.fallback is not None:
             if self.plan is None:
                 self.plan = pinning_plan(edited.grown, executable.program, 0, call.sample.device)
+                self._compiled = executable.expect_dense(call.tensors)
             own = self._own(executable, call.sample.device)
-            result, slots = run_densely(call, base, own or self.plan, record=bool(self._recorder))
+            result, slots = run_densely(
+                call, base, own or self.plan, record=bool(self._recorder), compiled=self._compiled
+            )
             self._recorder.dense(call, slots)
             return "dense", result
         if self.plan is None:
-            self.plan = executable.plan(edited.grown, 0, call.sample)
+            self.plan = executable.plans.of(edited.grown, 0, call.sample)
         scalars = {} if base.timestep is None else {"timestep": base.timestep}
         sample = call.sample
         self.ran = (executable, sample.shape[0], sample.element_size(), sample.device.type)

@@ -64,7 +64,9 @@ class Pinning(Protocol):
     def selector(self, layout: Layout) -> Tensor: ...
 
 
-def run_densely(call: Call, base: CallRecord, plan: Pinning, *, record: bool) -> tuple[Any, dict[str, Tensor]]:
+def run_densely(
+    call: Call, base: CallRecord, plan: Pinning, *, record: bool, compiled: bool = False
+) -> tuple[Any, dict[str, Tensor]]:
     """One dense call whose outputs outside the plan's sites are the recorded ones, bit for bit.
 
     Outputs that are not spatial are the dense call's.
@@ -74,6 +76,7 @@ def run_densely(call: Call, base: CallRecord, plan: Pinning, *, record: bool) ->
         base: the recorded call that it corresponds to.
         plan: says which sites may change; a full one changes nothing about the dense result.
         record: also return every slot. They are the dense call's; those of outputs hold what is returned.
+        compiled: run compiled code, see ``Executable.expect_dense``.
 
     Returns:
         The model's own output structure, and the slots by name (none without ``record``).
@@ -81,15 +84,17 @@ def run_densely(call: Call, base: CallRecord, plan: Pinning, *, record: bool) ->
     executable = call.executable
     program = executable.program
     if record:
-        flat, slots = executable.record(call.tensors)
+        flat, slots = executable.record(call.tensors, compiled=compiled)
         pinned = pin(flat, program, base.slots, plan)
         # The caller may write to what it gets, so the recording keeps a copy.
         for output, value in zip(program.outputs, pinned, strict=True):
             if output.slot is not None:
                 slots[output.slot] = value.clone(memory_format=torch.contiguous_format)
         return executable.assemble(pinned), slots
-    result = call.run_original(executable.dense) if executable.is_lowered(call.tensors) else call.run_original()
-    flat, structure = pytree.tree_flatten(result)
+    outputs = executable.outputs(call.tensors) if compiled else None
+    if outputs is not None:
+        return executable.assemble(pin(outputs, program, base.slots, plan)), {}
+    flat, structure = pytree.tree_flatten(call.run_original())
     return pytree.tree_unflatten(pin(flat, program, base.slots, plan), structure), {}
 
 

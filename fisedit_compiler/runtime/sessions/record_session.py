@@ -37,6 +37,7 @@ class RecordSession:
         self._inputs = InputCopies()
         self._finite = FiniteWatch()
         self._compared: set[Executable] = set()
+        self._compiled: dict[tuple[Executable, tuple[Any, ...]], bool] = {}
         self._movement = Movement()
 
     def before(self) -> str:
@@ -82,23 +83,33 @@ class RecordSession:
         known = executable in self._compared
         confirmed = not executable.unsettled and form_of(call) in executable.confirmed
         expected, self._expected = self._expected, None
-        made = executable.record(call.tensors, maps=maps) if confirmed and (known or expected is not None) else None
-        if made is not None and (known or _same_bits(made[0], expected)):
-            outputs, slots = made
-            self._compared.add(executable)
+        if confirmed and known:
+            outputs, slots = executable.record(call.tensors, maps=maps, compiled=self._is_compiled(call))
         else:
-            given = call
-            executable, (outputs, slots) = record_checked(self.programs, call, maps=maps, may_capture=not known)
-            self._compared.add(executable)
-            structure = self.programs.structure_of(executable) or self.programs.name_now(given.structure)
-            call = replace(call, find_executable=lambda: executable, structure=structure)
-            if self.recording.model.structure == given.structure:
-                self.recording.model = self.recording.model._replace(structure=structure)
-            self.programs.follow_renames(self.recording)
+            made = executable.interpret(call.tensors, maps=maps) if confirmed and expected is not None else None
+            if made is None or not _same_bits(made[0], expected):
+                given = call
+                executable, made = record_checked(self.programs, call, maps=maps, may_capture=not known)
+                structure = self.programs.structure_of(executable) or self.programs.name_now(given.structure)
+                call = replace(call, find_executable=lambda: executable, structure=structure)
+                if self.recording.model.structure == given.structure:
+                    self.recording.model = self.recording.model._replace(structure=structure)
+                self.programs.follow_renames(self.recording)
+            # What was compared is interpreted; all calls of a run are to be made alike.
+            again = not maps and self._is_compiled(call)
+            outputs, slots = executable.record(call.tensors, compiled=True) if again else made
+        self._compared.add(executable)
         recorded = call.store(slots, call.timestep, inputs)
         self.recording.calls.append(replace(recorded, movement=self._movement.at(executable.program, slots)))
         self._finite.look(outputs)
         return executable.assemble(outputs)
+
+    def _is_compiled(self, call: Call) -> bool:
+        """Whether such calls of this run are compiled: as was decided at the first of them."""
+        form = (call.executable, form_of(call))
+        if form not in self._compiled:
+            self._compiled[form] = call.executable.expect_dense(call.tensors)
+        return self._compiled[form]
 
 
 def _same_bits(outputs: Sequence[Any], expected: Sequence[Any] | None) -> bool:

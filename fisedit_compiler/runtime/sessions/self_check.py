@@ -58,7 +58,7 @@ def record_checked(
     if _is_known(call, executable):
         own, random_state = _own_outputs(programs, call)
         with _same_random_numbers(call):
-            recorded = executable.record(call.tensors, maps=maps)
+            recorded = executable.interpret(call.tensors, maps=maps)
         if not _difference(own, recorded[0]):
             _set_random_state(call, random_state)
             return executable, recorded
@@ -82,7 +82,7 @@ def _record_compared(programs: ProgramStore, call: Call, maps: bool, may_capture
     problem = ""
     for attempt in ("first", "second"):
         with _same_random_numbers(call):
-            recorded = executable.record(call.tensors, maps=maps)
+            recorded = executable.interpret(call.tensors, maps=maps)
         problem = _difference(own, recorded[0])
         if not problem:
             executable.confirmed.add(form_of(call))

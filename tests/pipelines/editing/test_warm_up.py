@@ -30,7 +30,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     known: list[str] = []
 
     def compile(*args: Any, **kwargs: Any) -> Any:
-        known.append("compiled")
+        known.append("dense" if kwargs.get("dynamic") is False else "compiled")
         return fake_compile(*args, **kwargs)
 
     capture = GraphPool._capture
@@ -51,10 +51,11 @@ def test_the_first_edit_finds_everything_made(made: list[str], pipe: Any, parts:
         assert editor.prepare() is editor
         assert made[:2] == ["captured", "compiled"]
         assert made.count("compiled") == count, "one compilation a part, for an edit that is recorded"
+        assert made.count("dense") == count, "and one for what is recorded"
         base = editor.generate("a cat", seed=3, num_inference_steps=3)
         edit = editor.edit(base, "a dog", mask=MASK)
         assert edit.report.sparse_calls == 3 and edit.unchanged_outside
-        assert made.count("compiled") == count
+        assert made.count("compiled") == made.count("dense") == count
 
 
 def test_a_run_ahead_changes_no_later_one(made: list[str], pipe: Any) -> None:

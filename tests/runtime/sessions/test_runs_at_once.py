@@ -71,7 +71,7 @@ def forget() -> None:
     """Nothing that runs share is there already."""
     for executable in model_and_compiled("sd15")[1]._programs.executables():
         executable.hoisted.clear()
-        executable._plans.clear()
+        executable.plans.recent.clear()
 
 
 HOWS = [in_threads, in_tasks]

@@ -216,13 +216,13 @@ def test_a_wrong_entry_on_disk_is_replaced(monkeypatch: pytest.MonkeyPatch, tmp_
 
 def test_a_second_difference_is_an_error_that_names_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
     module = compiled(Scaled())
-    record = Executable.record
+    interpret = Executable.interpret
 
     def wrong(self: Executable, *args: Any, **kwargs: Any) -> Any:
-        outputs, slots = record(self, *args, **kwargs)
+        outputs, slots = interpret(self, *args, **kwargs)
         return [output + 1 for output in outputs], slots
 
-    monkeypatch.setattr(Executable, "record", wrong)
+    monkeypatch.setattr(Executable, "interpret", wrong)
     with pytest.raises(CaptureError, match=r"Scaled computes something else than its captured graph \(output 0"):
         recorded(module)
     monkeypatch.undo()
@@ -331,15 +331,15 @@ def test_no_other_thread_compiles_while_it_compares(monkeypatch: pytest.MonkeyPa
 
 
 def test_one_bit_is_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
-    record = Executable.record
+    interpret = Executable.interpret
 
     def off_by_one_bit(self: Executable, *args: Any, **kwargs: Any) -> Any:
-        outputs, slots = record(self, *args, **kwargs)
+        outputs, slots = interpret(self, *args, **kwargs)
         outputs[0].view(-1)[3:4].view(torch.int32).bitwise_xor_(1)
         return outputs, slots
 
     sparse = compiled(Scaled())
-    monkeypatch.setattr(Executable, "record", off_by_one_bit)
+    monkeypatch.setattr(Executable, "interpret", off_by_one_bit)
     with pytest.raises(CaptureError, match="also when captured again"), sparse.record():
         sparse(SAMPLE)
 

@@ -1,0 +1,181 @@
+"""Dense calls on a GPU: the recording graph as Inductor makes it, one CUDA graph for each set of sizes.
+
+A base run, a call above the break-even and a call that looks for a mask compute the same graph; they differ in what
+they keep of it. So one compilation serves them all: the graph writes its results, slots included, to memory of its own,
+and a call copies out what it wants.
+
+Sizes are fixed, since Inductor takes minutes for a dense graph with symbolic ones. A compilation takes a minute, and a
+call saves some 20 ms: it pays where a size comes again. So a run says that it begins (:meth:`DenseGraphs.expect`), and
+the second one of a size compiles. Until then, and where that fails, calls are interpreted.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fisedit_compiler.compiling import one_at_a_time
+from fisedit_compiler.lowering.inductor import compile_dense
+from fisedit_compiler.runtime.execution.graph_capture import capture_into
+from fisedit_compiler.runtime.execution.in_order import InOrder
+
+logger = logging.getLogger(__name__)
+
+RUNS = 2
+"""Of a size until it is compiled."""
+KEPT = 2
+"""Sizes whose graphs are kept: each holds a whole recorded call."""
+
+Sizes = tuple[tuple[torch.Size, torch.dtype], ...]
+
+
+@dataclass(frozen=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    inputs: list[Tensor]
+    outputs: list[Any]
+
+
+class DenseGraphs:
+    """The CUDA graphs of one program's recording graph.
+
+    Attributes:
+        refused: why calls are interpreted though they could be compiled; ``None`` while nothing failed.
+    """
+
+    def __init__(self, name: str) -> None:
+        """``name`` is what warnings call the module."""
+        self.name = name
+        self.refused: str | None = None
+        self._in_order = InOrder()
+        self._runs: Counter[Sizes] = Counter()
+        self._captured: OrderedDict[Sizes, _Captured] = OrderedDict()
+
+    def expect(self, arguments: Sequence[Tensor]) -> bool:
+        """A run of calls with such arguments begins; says whether its calls are to be compiled ones."""
+        sizes = _sizes(arguments)
+        self._runs[sizes] += 1
+        return self.refused is None and (sizes in self._captured or self._runs[sizes] >= RUNS)
+
+    def know(self, arguments: Sequence[Tensor]) -> bool:
+        """Whether there is code for calls with such arguments."""
+        return _sizes(arguments) in self._captured
+
+    def run(
+        self, recording: Callable[[], fx.GraphModule], arguments: Sequence[Tensor], wanted: int
+    ) -> list[Any] | None:
+        """The first ``wanted`` results of a call, in tensors of the caller's own; ``None`` if it is to be interpreted.
+
+        The first call of its sizes is interpreted too, and compared: where results differ by more than compilation
+        explains, every call is interpreted from then on.
+
+        Args:
+            recording: gives the graph, bound to its weights.
+            arguments: of the call, in the graph's order.
+            wanted: how many results, the model's outputs first.
+        """
+        sizes = _sizes(arguments)
+        captured = self._captured.get(sizes) or self._first(sizes, recording, arguments)
+        if captured is None:
+            return None
+        with self._in_order.on(arguments[0].device):
+            return _replayed(captured, arguments, wanted)
+
+    def drop(self) -> None:
+        """Let go of the graphs, as their weights were exchanged."""
+        self._captured.clear()
+
+    @one_at_a_time
+    def _first(
+        self, sizes: Sizes, recording: Callable[[], fx.GraphModule], arguments: Sequence[Tensor]
+    ) -> _Captured | None:
+        if self.refused is not None or sizes in self._captured:
+            return self._captured.get(sizes)
+        try:
+            with self._in_order.on(arguments[0].device):
+                graph = recording()
+                captured = self._capture(graph, arguments)
+                _compare(graph(*arguments), _replayed(captured, arguments, len(captured.outputs)))
+        except Exception as error:
+            self.refused = f"{type(error).__name__}: {error}".splitlines()[0]
+            self.drop()
+        else:
+            self._captured[sizes] = captured
+            while len(self._captured) > KEPT:
+                self._captured.popitem(last=False)
+            return captured
+        # Outside of the handler: the error's frames hold what the attempt had allocated.
+        logger.warning(
+            "Dense calls of %s are interpreted from now on, which is slower and gives the same results: %s",
+            self.name,
+            self.refused,
+        )
+        return None
+
+    def _capture(self, graph: fx.GraphModule, arguments: Sequence[Tensor]) -> _Captured:
+        device = arguments[0].device
+        inputs = [torch.empty_like(value, device=device) for value in arguments]
+        _fill(inputs, arguments)
+        # A copy of its own: Dynamo keeps what it compiled by a graph's code, and of one code only so many sizes.
+        compiled = compile_dense(fx.GraphModule(graph, graph.graph))
+        captured = _Captured(torch.cuda.CUDAGraph(), inputs, [])
+        memory = next((other.graph.pool() for other in self._captured.values()), None)
+
+        def body() -> list[Any]:
+            return list(compiled(*inputs))
+
+        captured.outputs.extend(capture_into(captured.graph, body, memory, "dense calls"))
+        return captured
+
+
+def _sizes(arguments: Sequence[Tensor]) -> Sizes:
+    return tuple((value.shape, value.dtype) for value in arguments)
+
+
+def _fill(inputs: Sequence[Tensor], arguments: Sequence[Tensor]) -> None:
+    for buffer, value in zip(inputs, arguments, strict=True):
+        buffer.copy_(value)
+
+
+def _replayed(captured: _Captured, arguments: Sequence[Tensor], wanted: int) -> list[Any]:
+    _fill(captured.inputs, arguments)
+    captured.graph.replay()
+    results = captured.outputs[:wanted]
+    tensors = [value for value in results if isinstance(value, Tensor)]
+    copies = [torch.empty_like(value) for value in tensors]
+    torch._foreach_copy_(copies, tensors)
+    owned = iter(copies)
+    return [next(owned) if isinstance(value, Tensor) else value for value in results]
+
+
+def _compare(interpreted: Sequence[Any], compiled: Sequence[Any]) -> None:
+    """Refuse code that computes something else.
+
+    Raises:
+        ValueError: a result is another one than the interpreted graph's, by more than the order of sums explains.
+    """
+    for number, (right, found) in enumerate(zip(interpreted, compiled, strict=True)):
+        if not isinstance(right, Tensor):
+            continue
+        if found.shape != right.shape or found.dtype != right.dtype:
+            raise ValueError(
+                f"result {number} is {found.dtype} {list(found.shape)}, not {right.dtype} {list(right.shape)}"
+            )
+        if not right.is_floating_point():
+            if not torch.equal(found, right):
+                raise ValueError(f"result {number} differs")
+            continue
+        norm = torch.linalg.vector_norm(right.float())
+        error = torch.linalg.vector_norm(found.float() - right.float()) / norm.clamp_min(
+            torch.finfo(torch.float32).tiny
+        )
+        limit = torch.finfo(right.dtype).eps ** 0.5
+        # What is not finite in both says nothing: the run notes that itself.
+        if not bool(error <= limit) and bool(torch.isfinite(norm)):
+            raise ValueError(f"result {number} differs by {float(error):.2g} of its norm, more than {limit:.2g}")
