@@ -65,7 +65,7 @@ def operation_kernels(
 
 def _found(op: Op, args: Sequence[Any], kwargs: Mapping[str, Any], device_type: str, lowered: bool) -> Iterator[_Found]:
     choice = choose(op.providers, device_type, args, kwargs)
-    taken_apart = lowered and op.traits.inline is not None
+    taken_apart = lowered and op.traits.inline is not None and choice.provider is None
     runs = INDUCTOR if taken_apart else choice.name
     yield ir.target_name(op.overload), runs, () if taken_apart else tuple(choice.passed_over.items())
     if taken_apart or choice.provider is None:

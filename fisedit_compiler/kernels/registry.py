@@ -32,13 +32,13 @@ class KernelError(FiseditError, ValueError):
 class Op:
     """One op: its name and schema, what it means, its shape function, what else is known of it, its kernels.
 
-    Calling it dispatches.
+    Calling it dispatches; one with several results is called by its overload.
     """
 
     name: str
     schema: str
-    reference: Callable[..., torch.Tensor]
-    fake: Callable[..., torch.Tensor]
+    reference: Callable[..., Any]
+    fake: Callable[..., Any]
     overload: Any
     traits: OpTraits
     providers: tuple[Provider, ...] = ()
@@ -50,8 +50,8 @@ class Op:
 
 def define_op(
     schema: str,
-    reference: Callable[..., torch.Tensor],
-    fake: Callable[..., torch.Tensor],
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
     *,
     traits: OpTraits,
     providers: Sequence[Provider] = (),

@@ -54,8 +54,8 @@ class OpTraits:
             operation as uncounted. :func:`no_products` for what has none.
         bytes: what a kernel of its own would move; ``None``, or a formula that gives ``None``: all operands and results
             once.
-        inline: the operation in plain PyTorch, which Inductor compiles in its place and can fuse with its neighbours;
-            ``None``: it stays one call.
+        inline: the operation in plain PyTorch, which Inductor compiles in its place and can fuse with its neighbours,
+            unless a provider takes the operands; ``None``: it stays one call.
         reads_whole: a linear layer that it reads, or a view of one, is computed in one piece: it cannot add up parts
             while it reads.
         regroups: its result is its first argument, with other axes or a part of it, so whoever reads the one reads the
@@ -92,7 +92,7 @@ def traits_of(target: Any) -> OpTraits:
 
 
 def inlined() -> dict[Any, Callable[..., Any]]:
-    """What Inductor takes apart, with what it compiles instead."""
+    """What Inductor may take apart, with what it compiles instead."""
     return {target: traits.inline for target, traits in {**_OWN, **TRAITS}.items() if traits.inline is not None}
 
 

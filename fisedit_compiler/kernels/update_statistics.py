@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from fisedit_compiler.kernels.padding import counting_rows
+from fisedit_compiler.kernels.providers import Provider
 from fisedit_compiler.kernels.registry import define_op, require
 from fisedit_compiler.kernels.traits import OpTraits, Update, no_products
 
 _NAME = "update_statistics"
 
 
-def _check(rows: Tensor, statistics: Tensor, site_sums: Tensor) -> None:
+def check(op: str, rows: Tensor, statistics: Tensor, site_sums: Tensor) -> None:
+    """Refuse rows and recorded values that are not of one GroupNorm.
+
+    Raises:
+        KernelError: shapes contradict each other.
+    """
     groups = statistics.shape[1]
     require(
         rows.dim() == 3 and site_sums.dim() == 4,
-        _NAME,
+        op,
         lambda: f"rows must be [B, N, C] and site_sums [B, S, G, 2], got {rows.dim()} and {site_sums.dim()} dims",
     )
     require(
         rows.shape[2] % groups == 0 and site_sums.shape[2] == groups,
-        _NAME,
+        op,
         lambda: (
             f"{groups} groups of statistics fit neither {rows.shape[2]} channels nor site sums of "
             f"{site_sums.shape[2]} groups; all three must come from the same GroupNorm"
@@ -29,8 +38,8 @@ def _check(rows: Tensor, statistics: Tensor, site_sums: Tensor) -> None:
     )
 
 
-def _reference(rows: Tensor, statistics: Tensor, site_sums: Tensor, active: Tensor) -> Tensor:
-    _check(rows, statistics, site_sums)
+def corrected(rows: Tensor, statistics: Tensor, site_sums: Tensor, active: Tensor) -> Tensor:
+    """What the op computes, in plain PyTorch."""
     batch, count, channels = rows.shape
     groups = statistics.shape[1]
     elements = site_sums.shape[1] * (channels // groups)
@@ -43,13 +52,30 @@ def _reference(rows: Tensor, statistics: Tensor, site_sums: Tensor, active: Tens
     change = (new - old) / elements
     shift, spread = change.unbind(dim=-1)
     # The sums are shifted by the recorded mean, so moving the mean by `shift` costs exactly shift**2.
-    corrected = (variance + spread - shift.square()).clamp(min=0)
-    return torch.stack([mean + shift, corrected], dim=-1)
+    return torch.stack([mean + shift, (variance + spread - shift.square()).clamp(min=0)], dim=-1)
+
+
+def _reference(rows: Tensor, statistics: Tensor, site_sums: Tensor, active: Tensor) -> Tensor:
+    check(_NAME, rows, statistics, site_sums)
+    return corrected(rows, statistics, site_sums, active)
 
 
 def _fake(rows: Tensor, statistics: Tensor, site_sums: Tensor, active: Tensor) -> Tensor:
-    _check(rows, statistics, site_sums)
+    check(_NAME, rows, statistics, site_sums)
     return rows.new_empty((rows.shape[0], statistics.shape[1], 2), dtype=torch.float32)
+
+
+@cache
+def triton_kernel() -> Callable[..., tuple[Tensor, Tensor]]:
+    """Triton is there only where a GPU is; looked up once, since an import statement takes a microsecond each time."""
+    from fisedit_compiler.kernels.triton.update_statistics import update_statistics
+
+    return update_statistics
+
+
+def _cuda(rows: Tensor, statistics: Tensor, site_sums: Tensor, active: Tensor) -> Tensor:
+    check(_NAME, rows, statistics, site_sums)
+    return triton_kernel()(rows, statistics, site_sums, active, sums=False)[0]
 
 
 _OP = define_op(
@@ -61,6 +87,7 @@ _OP = define_op(
         inline=_reference,
         updates=(Update(recorded=1, new=None), Update(recorded=2, new=0)),
     ),
+    providers=[Provider("triton", "CUDA", _cuda)],
 )
 
 

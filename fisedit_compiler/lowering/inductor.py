@@ -1,21 +1,23 @@
 """How a lowered step (``lowered.py``) becomes GPU code: torch.compile, with Inductor taking the ``fisedit::`` ops apart
 that it can fuse.
 
-Which ones is among their traits (``OpTraits.inline``). Normalisation, gathers and scatters are pointwise or copies to
-it. A convolution is taken apart into a fused kernel that writes everything it reads side by side, and an op that
-chooses by its table between taps and patches when it runs: so one compilation serves every block size. Attention stays
-whole.
+Which ones is among their traits (``OpTraits.inline``); where a provider takes the operands, an op stays whole after
+all. Normalisation, gathers and scatters are pointwise or copies to it. A convolution is taken apart into a fused kernel
+that writes everything it reads side by side, and an op that chooses by its table between taps and patches when it runs:
+so one compilation serves every block size. Attention stays whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
+from fisedit_compiler.kernels.providers import choose
+from fisedit_compiler.kernels.registry import Op, op_of
 from fisedit_compiler.kernels.traits import inlined
 
 _READ_ONCE = 2048
@@ -38,7 +40,26 @@ def _inductor(graph: fx.GraphModule, example_inputs: Any) -> Any:
     from torch._inductor.virtualized import V
 
     with V.set_choices_handler(_choices()):
-        return compile_fx(graph, example_inputs, decompositions={**select_decomp_table(), **inlined()})
+        return compile_fx(graph, example_inputs, decompositions={**select_decomp_table(), **taken_apart()})
+
+
+def taken_apart() -> dict[Any, Callable[..., Any]]:
+    """What Inductor takes apart, with what it compiles instead; that says ``NotImplemented`` where a provider runs."""
+    found = {target: (op_of(target), inline) for target, inline in inlined().items()}
+    return {
+        target: _unless_provided(op, inline) if op is not None and op.providers else inline
+        for target, (op, inline) in found.items()
+    }
+
+
+def _unless_provided(op: Op, inline: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(inline)
+    def decomposition(*args: Any, **kwargs: Any) -> Any:
+        device = next(value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        provided = choose(op.providers, device.type, args, kwargs).provider is not None
+        return NotImplemented if provided else inline(*args, **kwargs)
+
+    return decomposition
 
 
 @cache

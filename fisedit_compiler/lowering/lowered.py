@@ -1,7 +1,7 @@
 """The graph that Inductor gets: a step graph after the two stages of lowering, each of which shows as a stage.
 
 Before:  the step (or update) graph of a program, which is what runs where nothing is lowered
-Staged:  ring rows are brought along, keys and values are found by address (``stage.py``)
+Staged:  ring rows are brought along, keys, values and site sums are found by address (``stage.py``)
 Cut:     products of few rows are computed in parts (``cut_products.py``)
 """
 

@@ -4,14 +4,20 @@ Before: ``conv2d_sites(rows, slot_x [B,S,C], ring, taps, ...)``
 After:  ``conv2d_sites(rows, ring_of_x [B,R,C], iota [R], taps, ...)``
 Before: ``attention_sites(q, k, v, slot_key, slot_value, active, scale, inverse)``
 After:  ``attention_addressed(q, k, v, slot_key, slot_value, active, inverse, addresses, i, j, scale)``
+Before: ``update_statistics(rows, statistics, slot_sums, active)``, and where an edit is recorded, behind everything
+        else, ``group_norm_row_sums(rows, statistics)``
+After:  both results of ``update_statistics_addressed(rows, statistics, slot_sums, active, addresses, i, recorded)``
 
 A CUDA graph needs its inputs at fixed addresses. Of a recorded canvas a convolution reads only the ring, so only the
-ring is brought there; keys and values are read where they are. The new placeholders stand for ring rows, for their
-numbers and for the table of addresses; those that are only looked up by address say so (``graph/inputs.py``).
+ring is brought there; keys, values and site sums are read where they are. A norm's rows are read once for its
+statistics and for what an edit keeps of them, so that an edit that is recorded launches nothing more for it. The new
+placeholders stand for ring rows, for their numbers and for the table of addresses; those that are only looked up by
+address say so (``graph/inputs.py``).
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -27,11 +33,14 @@ from fisedit_compiler.graph.inputs import (
     placeholder,
     slot_of,
 )
-from fisedit_compiler.graph.ir import copy_graph
+from fisedit_compiler.graph.ir import call, copy_graph, nodes_calling
 
 CONVOLUTION = torch.ops.fisedit.conv2d_sites.default
 ATTENTION = torch.ops.fisedit.attention_sites.default
 ADDRESSED = torch.ops.fisedit.attention_addressed.default
+UPDATE = torch.ops.fisedit.update_statistics.default
+ROW_SUMS = torch.ops.fisedit.group_norm_row_sums.default
+UPDATE_ADDRESSED = torch.ops.fisedit.update_statistics_addressed.default
 
 
 def stage(step: fx.Graph, slots: Sequence[str]) -> fx.Graph:
@@ -43,11 +52,14 @@ def stage(step: fx.Graph, slots: Sequence[str]) -> fx.Graph:
     """
     graph = copy_graph(step)
     made: dict[Input, fx.Node] = {}
+    kept = {node.args: node for node in nodes_calling(graph, [ROW_SUMS])}
     for node in list(graph.nodes):
         if node.target is CONVOLUTION:
             _stage_ring(node, made)
         elif node.target is ATTENTION:
             _stage_canvases(node, made, slots)
+        elif node.target is UPDATE:
+            _stage_sums(node, kept.pop(node.args[:2], None), made, slots)
     for node in reversed(list(graph.nodes)):
         if node.op == "placeholder" and not node.users:
             graph.erase_node(node)
@@ -81,6 +93,27 @@ def _stage_canvases(node: fx.Node, made: dict[Input, fx.Node], slots: Sequence[s
     node.target = ADDRESSED
     node.args = (query, key, value, *canvases, active, inverse, addresses, *entries, scale)
     node.kwargs = {}
+
+
+def _stage_sums(node: fx.Node, kept: fx.Node | None, made: dict[Input, fx.Node], slots: Sequence[str]) -> None:
+    """``kept`` are the sums of the same rows about the same mean, if an edit keeps them."""
+    rows, statistics, site_sums, active = node.args
+    assert isinstance(site_sums, fx.Node)
+    if site_sums.op != "placeholder":
+        return
+    name = slot_of(site_sums)
+    addressed = _beside(site_sums, made, AddressedInput(name), f"at_{site_sums.name}")
+    addresses = _beside(site_sums, made, AddressInput(), "addresses")
+    args = (rows, statistics, addressed, active, addresses, list(slots).index(name), kept is not None)
+    graph = node.graph
+    with graph.inserting_before(node):
+        both = call(graph, UPDATE_ADDRESSED, args, source=node)
+        results = [call(graph, operator.getitem, (both, position)) for position in range(1 if kept is None else 2)]
+    for old, new in zip([node, kept], results, strict=False):
+        assert old is not None
+        new.meta = dict(old.meta)
+        old.replace_all_uses_with(new)
+        graph.erase_node(old)
 
 
 def _beside(node: fx.Node, made: dict[Input, fx.Node], item: Input, name: str) -> fx.Node:

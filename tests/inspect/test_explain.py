@@ -204,6 +204,12 @@ def test_what_inductor_takes_apart_is_said_to_be_its() -> None:
     assert rows["fisedit.convolve"].calls == rows["fisedit.conv2d_sites"].calls
 
 
+def test_a_kernel_comes_before_what_inductor_could_take_apart() -> None:
+    _, compiled = model_and_compiled(norm="incremental")
+    row = kernels_of(compiled, "cuda", MASK)["fisedit.update_statistics"]
+    assert (row.runs, dict(row.passed_over)) == ("triton", {})
+
+
 # -- bytes, FLOPs, times -------------------------------------------------------------------------
 
 

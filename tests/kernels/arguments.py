@@ -20,6 +20,7 @@ def op_arguments(count: int) -> dict[str, tuple[Any, ...]]:
     rows, canvas = torch.randn(2, count, 8), torch.randn(2, 24, 8)
     heads, head_canvas = torch.randn(2, 2, count, 8), torch.randn(2, 2, 24, 8)
     text, recorded = torch.randn(2, 2, 7, 8), torch.rand(2, 2, count, 9)
+    site_sums = torch.randn(2, 24, 4, 2)
     columns = torch.tensor([[0, 1, -1, 8, -1, 2, 3]] * 2)
     return {
         "conv2d_sites": (rows, canvas, ring, taps, places, torch.randn(7, 72), torch.randn(7), *options),
@@ -30,7 +31,16 @@ def op_arguments(count: int) -> dict[str, tuple[Any, ...]]:
         "group_norm_statistics": (x, 4),
         "group_norm_site_sums": (x, statistics, 4),
         "group_norm_row_sums": (rows, statistics),
-        "update_statistics": (rows, statistics, torch.randn(2, 24, 4, 2), active),
+        "update_statistics": (rows, statistics, site_sums, active),
+        "update_statistics_addressed": (
+            rows,
+            statistics,
+            site_sums,
+            active,
+            address_table([site_sums], torch.device("cpu")),
+            0,
+            True,
+        ),
         "group_norm_sites": (rows, statistics, torch.randn(8), torch.randn(8), 4, 1e-5),
         "attention_sites": (heads, heads, heads, head_canvas, head_canvas, active, None),
         "attention_rows": (heads, heads, heads, active),

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fisedit_compiler.kernels.addresses import address_table
 from fisedit_compiler.kernels.group_norm_row_sums import group_norm_row_sums
 from fisedit_compiler.kernels.group_norm_site_sums import group_norm_site_sums
 from fisedit_compiler.kernels.group_norm_sites import group_norm_sites
@@ -16,6 +17,7 @@ from fisedit_compiler.kernels.group_norm_statistics import group_norm_statistics
 from fisedit_compiler.kernels.registry import KernelError
 from fisedit_compiler.kernels.tolerances import assert_close
 from fisedit_compiler.kernels.update_statistics import update_statistics
+from fisedit_compiler.kernels.update_statistics_addressed import update_statistics_addressed
 from tests.kernels.tables import pick, strided
 
 EPS = 1e-5
@@ -118,6 +120,12 @@ def _compare_update(base: Tensor, rows: Tensor, active: Tensor) -> None:
     assert_close(actual[..., 0], grouped.mean(-1), torch.float32)
     assert_close(actual[..., 1], grouped.var(-1, correction=0), torch.float32)
     assert torch.equal(update_statistics(strided(rows), statistics, strided(sums), active), actual)
+    for at in (sums, strided(sums)):
+        addresses = address_table([rows, at], torch.device("cpu"))
+        for kept in (True, False):
+            there = update_statistics_addressed(rows, statistics, at, active, addresses, 1, kept)
+            assert torch.equal(there[0], actual)
+            assert torch.equal(there[1], group_norm_row_sums(rows if kept else rows[:, :0], statistics))
 
 
 def test_variance_never_falls_below_zero() -> None:
@@ -141,5 +149,8 @@ def test_wrong_groups_are_refused() -> None:
         group_norm_row_sums(torch.randn(1, 2, 6), statistics)
     with pytest.raises(KernelError, match="got 2 dimensions"):
         group_norm_row_sums(torch.randn(2, 8), statistics)
+    with pytest.raises(KernelError, match=r"addressed: .* same GroupNorm"):
+        given = (torch.randn(1, 2, 8), statistics, torch.zeros(1, 4, 2, 2), torch.arange(2), torch.zeros(1).long())
+        update_statistics_addressed(*given, 0, True)
     with pytest.raises(KernelError, match="same GroupNorm"):
         update_statistics(torch.randn(1, 2, 8), statistics, torch.zeros(1, 4, 2, 2), torch.arange(2))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.utils._pytree import tree_leaves
 
 from fisedit_compiler.kernels.registry import define_op, registered_ops
 from fisedit_compiler.kernels.traits import OpTraits
@@ -26,14 +27,15 @@ def test_opcheck(name: str) -> None:
 @pytest.mark.parametrize("count", [0, 1, 5])
 def test_fake_foresees_shape_dtype_and_strides(name: str, count: int) -> None:
     op, arguments = registered_ops()[name], op_arguments(count)[name]
-    real = op(*arguments)
+    results = tree_leaves(op(*arguments))
     with FakeTensorMode() as mode:
-        fake = op(*[mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments])
-    assert (fake.shape, fake.dtype) == (real.shape, real.dtype)
-    # The stride of a dimension of size one, or of an empty tensor, addresses nothing.
-    if real.numel():
-        strides = [(fake.stride(d), real.stride(d)) for d in range(real.dim()) if real.shape[d] > 1]
-        assert all(foreseen == found for foreseen, found in strides), strides
+        fakes = tree_leaves(op(*[mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments]))
+    for fake, real in zip(fakes, results, strict=True):
+        assert (fake.shape, fake.dtype) == (real.shape, real.dtype)
+        # The stride of a dimension of size one, or of an empty tensor, addresses nothing.
+        if real.numel():
+            strides = [(fake.stride(d), real.stride(d)) for d in range(real.dim()) if real.shape[d] > 1]
+            assert all(foreseen == found for foreseen, found in strides), strides
 
 
 def test_fake_keeps_symbolic_sizes() -> None:
@@ -42,7 +44,7 @@ def test_fake_keeps_symbolic_sizes() -> None:
     for name, arguments in op_arguments(5).items():
         fakes = [_symbolic(mode, a) if isinstance(a, Tensor) else a for a in arguments]
         with mode:
-            out = registered_ops()[name](*fakes)
+            *_, out = tree_leaves(registered_ops()[name](*fakes))
         if name not in ("group_norm_statistics", "update_statistics"):
             assert any(isinstance(size, torch.SymInt) for size in out.shape), name
     assert mode.shape_env is not None

@@ -37,13 +37,15 @@ def others() -> Iterator[dict[Any, OpTraits]]:
 
 def spec(value: Any) -> Any:
     """As a graph has it: the number of rows is a symbol."""
+    if isinstance(value, tuple):
+        return tuple(map(spec, value))
     if not isinstance(value, Tensor):
         return value
     sizes = (row_symbol(Fraction(1)) if size == ROWS else sympy.Integer(size) for size in value.shape)
     return ValueSpec(tuple(sizes), value.dtype)
 
 
-def described(name: str) -> tuple[list[Any], ValueSpec]:
+def described(name: str) -> tuple[list[Any], Any]:
     op, arguments = registered_ops()[name], op_arguments(ROWS)[name]
     return [spec(argument) for argument in arguments], spec(op(*arguments))
 
