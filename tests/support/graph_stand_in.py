@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fisedit_compiler.kernels.addresses import tensor_at
+from fisedit_compiler.kernels.addresses import Runs, is_plain, tensor_at
 from fisedit_compiler.runtime.execution.executable import Executable
 
 
@@ -77,6 +77,18 @@ class FakeCopyStager:
             target.copy_(tensor_at(int(addresses[entry]), target))
 
 
+class FakeCopyOut:
+    """Stands for ``CopyOut``: it is not captured, and copies when it is told to."""
+
+    def __init__(self, views: Sequence[Tensor], runs: Sequence[Runs]) -> None:
+        self.views, self.runs = list(views), list(runs)
+
+    def run(self, targets: Sequence[Tensor]) -> None:
+        for view, runs, target in zip(self.views, self.runs, targets, strict=True):
+            assert target.stride() == runs.strides and is_plain(target)
+            target.copy_(view)
+
+
 class FakeStream:
     def wait_stream(self, other: Any) -> None:
         pass
@@ -126,8 +138,10 @@ def patch_cuda(monkeypatch: pytest.MonkeyPatch, compile: Callable[..., Any] = fa
     """Let the pool run on the CPU, with ``compile`` in ``torch.compile``'s place."""
     stage_rings = pytest.importorskip("fisedit_compiler.kernels.triton.stage_rings")
     stage_copies = pytest.importorskip("fisedit_compiler.kernels.triton.stage_copies")
+    copy_out = pytest.importorskip("fisedit_compiler.kernels.triton.copy_out")
     monkeypatch.setattr(stage_rings, "RingStager", FakeRingStager)
     monkeypatch.setattr(stage_copies, "CopyStager", FakeCopyStager)
+    monkeypatch.setattr(copy_out, "CopyOut", FakeCopyOut)
     monkeypatch.setattr(torch, "compile", compile)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", fake_capture)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from types import MappingProxyType
@@ -46,6 +46,7 @@ from fisedit_compiler.recordings.stores.addresses import SlotAddresses, SlotLayo
 from fisedit_compiler.runtime.execution.graph_capture import capture_into
 from fisedit_compiler.runtime.execution.hoisting import Hoisted, HoistedGroup
 from fisedit_compiler.runtime.execution.in_order import InOrder
+from fisedit_compiler.runtime.execution.owned_outputs import OwnedOutputs
 from fisedit_compiler.runtime.execution.padded_plans import PaddedPlan, PaddedPlans
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class _Graph:
     rings: dict[ConvKey, Tensor]
     stagers: list[CopyStager | RingStager]
     plan: PaddedPlan
+    owned: OwnedOutputs
     filled_groups: list[Callable[[], HoistedGroup | None]] = field(default_factory=list)
     filled_slots: Tensor | None = None
 
@@ -133,7 +135,7 @@ class GraphPool:
         hoisted: Hoisted,
         strict: bool = True,
         held: Values = MappingProxyType({}),
-        unread: Container[int] = (),
+        unread: frozenset[int] = frozenset(),
     ) -> list[Tensor]:
         """Replay (or first capture) the step; returned tensors are the caller's own.
 
@@ -157,15 +159,7 @@ class GraphPool:
             addresses = slots.addresses(graph.layout, graph.table.device)  # kept until the replay is launched
             _fill(graph, prepared, addresses, hoisted)
             graph.graph.replay()
-            wanted = [(place, value) for place, value in enumerate(graph.outputs) if place not in unread]
-            return [self._owned(place, value, prepared) for place, value in wanted]
-
-    def _owned(self, position: int, output: Tensor, prepared: PaddedPlan) -> Tensor:
-        """A copy outside the graph's memory, without the rows that padding repeats."""
-        if position not in self.rows:
-            return output.clone()
-        axis, level = self.rows[position]
-        return output.narrow(axis, 0, prepared.counts[level]).clone(memory_format=torch.contiguous_format)
+            return graph.owned.of(graph.outputs, prepared, unread)
 
     @one_at_a_time
     def _captured(
@@ -361,7 +355,7 @@ class _Inputs:
         return _Graph(
             torch.cuda.CUDAGraph(), [], self.calls, self.table, self.table[: len(self.pool.slot_names)], self.layout,
             self.unstaged, groups, self.tables, self.rings, stagers, self.prepared,
-            filled_groups=[lambda: None for _ in hoisted.groups],
+            OwnedOutputs(self.pool.rows), filled_groups=[lambda: None for _ in hoisted.groups],
         )  # fmt: skip
 
 

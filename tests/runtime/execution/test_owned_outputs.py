@@ -1,0 +1,63 @@
+"""What a graph returns, copied out of its memory: each result has its own, without the rows of padding."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fisedit_compiler.runtime.execution.owned_outputs import OwnedOutputs
+from fisedit_compiler.runtime.execution.padded_plans import PaddedPlan
+from tests.support.graph_stand_in import patch_cuda
+
+LEVEL = Fraction(1)
+ROWS = {1: (1, LEVEL), 2: (2, LEVEL), 3: (1, LEVEL), 5: (1, LEVEL)}
+
+
+def plan(count: int) -> PaddedPlan:
+    nothing: Any = None
+    return PaddedPlan(0, nothing, {}, {LEVEL: count})
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "cpu":
+        patch_cuda(monkeypatch)
+    return request.param
+
+
+def outputs_on(device: str) -> list[Tensor]:
+    padded = torch.randn(2, 16, 4, 8, device=device)
+    return [
+        torch.randn(2, 4, 6, 6, device=device),
+        padded.flatten(2).half(),
+        padded.transpose(1, 2),
+        torch.rand(2, 16, 8, device=device) < 0.5,  # bytes, which no word of two fits
+        torch.randn(2, 1, 2, device=device).expand(2, 8, 2),
+        padded[..., 0],
+    ]
+
+
+def test_results_have_memory_of_their_own_without_padded_rows(device: str) -> None:
+    outputs, owned = outputs_on(device), OwnedOutputs(ROWS)
+    kept: list[tuple[list[Tensor], list[Tensor]]] = []
+    for count in (16, 11, 11, 1, 16):
+        for output in outputs[:4]:
+            output.copy_(torch.rand(output.shape, device=device) < 0.5)  # a replay writes there
+        padded = plan(count)
+        found = owned.of(outputs, padded)
+        expected = [
+            output.narrow(ROWS[position][0], 0, count) if position in ROWS else output
+            for position, output in enumerate(outputs)
+        ]
+        assert all(map(torch.equal, found, expected))
+        for value in found[:4]:
+            assert value.untyped_storage().nbytes() == value.nbytes
+        kept.append((found, [value.clone() for value in found]))
+    for found, then in kept:
+        assert all(map(torch.equal, found, then)), "a later call wrote to an earlier result"
+    storages = [value.untyped_storage().data_ptr() for found, _ in kept for value in found]
+    assert len(set(storages)) == len(storages)
