@@ -22,7 +22,8 @@ def listing(graph: fx.Graph, path: str = "") -> list[str]:
     """The lines of a graph, or of the nodes of one module and of what is in it.
 
     A comment line names the module in the user's model and the source line, where they change. Behind a node stand its
-    layout (``map@2``: a map at half resolution; ``rows``: active sites only) and its shape in ``b, h, w, n_s``.
+    layout (``map@2``: a map at half resolution; ``rows``: active sites only) and its shape in ``b, h, w, n_s``. A
+    function that is a graph itself stands as a comment in front of its first call.
 
     Args:
         graph: a graph of the compiler, at any stage.
@@ -30,6 +31,7 @@ def listing(graph: fx.Graph, path: str = "") -> list[str]:
     """
     lines: list[str] = []
     place: tuple[str, Any] = ("", None)
+    shown: set[Any] = set()
     for node in graph.nodes:
         if path and not f"{ir.path_of(node)}.".startswith(f"{path}."):
             continue
@@ -37,6 +39,10 @@ def listing(graph: fx.Graph, path: str = "") -> list[str]:
         if node.op == "call_function" and here != place and any(here):
             lines.append("# " + " | ".join(str(part) for part in (here[0] or "the top module", here[1]) if part))
             place = here
+        inside = getattr(node.target, "graph", None)
+        if isinstance(inside, fx.Graph) and node.target not in shown:
+            shown.add(node.target)
+            lines += [f"# def {ir.target_name(node.target)}:", *(f"#     {line}" for line in listing(inside))]
         lines.append(line_of(node))
     return lines
 

@@ -32,10 +32,11 @@ class Stage:
         name: the pass; ``capture``, ``lower``, ``recording``, ``stores``, ``update`` and ``step`` are the compiler's
             own stages. ``capture`` is without what computes nothing, as captures are kept on disk; ``stores`` also
             returns what an edit writes, and ``update`` is what hoisting leaves of it. On a GPU torch.compile gets
-            ``update_cut``, which is made from ``update_staged``, for edits that record and for those that do not;
-            ``step_staged`` and ``step_cut`` are the same without the stores. ``recording_maps``, ``reuse`` and
-            ``reuse_recording`` are there once cross-attention maps were asked for; ``full``, ``shallow``,
-            ``full_update`` and ``shallow_update`` once an edit reused what an earlier call of it computed.
+            ``update_repeated``, for edits that record and for those that do not. It is made from ``update_cut``, and
+            that from ``update_staged``; ``step_repeated`` and the others are the same without the stores.
+            ``recording_maps``, ``reuse`` and ``reuse_recording`` are there once cross-attention maps were asked for;
+            ``full``, ``shallow``, ``full_update`` and ``shallow_update`` once an edit reused what an earlier call of it
+            computed.
         seconds: what the pass took.
         removed: call nodes it removed, by operation.
         added: call nodes it added, by operation.

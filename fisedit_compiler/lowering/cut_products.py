@@ -42,8 +42,13 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     parts = choose_parts(inputs, outputs)
     if parts == 1 and bias is None:
         return torch.nn.functional.linear(rows, weight)
-    products = matmul_parts(rows.reshape(-1, inputs), weight, parts)
-    return sum_parts(products, bias).reshape(*rows.shape[:-1], outputs)
+    return sum_parts(products(rows, weight, parts), bias)
+
+
+def products(rows: Tensor, weight: Tensor, parts: int) -> Tensor:
+    """``matmul_parts`` of rows of any rank ``[..., K]``: ``[parts, ..., O]``."""
+    outputs, inputs = weight.shape
+    return matmul_parts(rows.reshape(-1, inputs), weight, parts).reshape(parts, *rows.shape[:-1], outputs)
 
 
 def convolution(

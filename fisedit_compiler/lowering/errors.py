@@ -21,6 +21,7 @@ from torch import fx
 from fisedit_compiler.errors import LoweringError
 from fisedit_compiler.graph import ir
 from fisedit_compiler.graph.specs import ValueSpec
+from fisedit_compiler.lowering.regions import whole
 
 Compile = Callable[[fx.GraphModule], Callable[..., Any]]
 
@@ -52,6 +53,7 @@ def lowering_error(
     out_of_memory = isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError))
     if out_of_memory and strict:
         return error
+    step = whole(step)
     node = _named(error, step.graph)
     # After an error of the device itself every further call fails, so that running anything would blame its first node.
     if node is None and not out_of_memory and not isinstance(error, torch.AcceleratorError):

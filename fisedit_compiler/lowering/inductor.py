@@ -9,6 +9,7 @@ so one compilation serves every block size. Attention stays whole.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any
@@ -19,6 +20,9 @@ from torch import Tensor, fx
 from fisedit_compiler.kernels.providers import choose
 from fisedit_compiler.kernels.registry import Op, op_of
 from fisedit_compiler.kernels.traits import inlined
+from fisedit_compiler.lowering.regions import allow_regions, whole
+
+logger = logging.getLogger(__name__)
 
 _READ_ONCE = 2048
 """Channels of a norm that one program holds at once."""
@@ -26,12 +30,42 @@ _READ_ONCE = 2048
 
 def compile_step(step: fx.GraphModule) -> Callable[..., Any]:
     """The step under torch.compile, as it is: one compilation for every mask, row counts symbolic."""
+    compiled = _compiled(step)
+    if whole(step) is step:
+        return compiled
+    allow_regions(step.graph)
+    return _OrWhole(compiled, step)
+
+
+def _compiled(step: fx.GraphModule) -> Callable[..., Any]:
     return torch.compile(step, fullgraph=True, backend=_inductor)
 
 
 def compile_dense(recording: fx.GraphModule) -> Callable[..., Any]:
     """The recording graph under torch.compile, for the sizes that it is called with first."""
     return torch.compile(recording, fullgraph=True, dynamic=False, backend=_inductor)
+
+
+class _OrWhole:
+    """A step with regions, or without them if torch refuses these: it promises less of them than of other graphs."""
+
+    def __init__(self, compiled: Callable[..., Any], step: fx.GraphModule) -> None:
+        self._compiled, self._step = compiled, step
+        self._works = False
+
+    def __call__(self, *arguments: Any) -> Any:
+        try:
+            results = self._compiled(*arguments)
+        except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except Exception as error:
+            if self._works:
+                raise
+            logger.info("blocks that repeat cannot be compiled once (%s): all is compiled", type(error).__name__)
+            self._works, self._compiled = True, _compiled(whole(self._step))
+            return self._compiled(*arguments)
+        self._works = True
+        return results
 
 
 def _inductor(graph: fx.GraphModule, example_inputs: Any) -> Any:

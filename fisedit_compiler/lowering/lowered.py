@@ -1,8 +1,9 @@
-"""The graph that Inductor gets: a step graph after the two stages of lowering, each of which shows as a stage.
+"""The graph that Inductor gets: a step graph after the three stages of lowering, each of which shows as a stage.
 
-Before:  the step (or update) graph of a program, which is what runs where nothing is lowered
-Staged:  ring rows are brought along, keys, values and site sums are found by address (``stage.py``)
-Cut:     products of few rows are computed in parts (``cut_products.py``)
+Before:   the step (or update) graph of a program, which is what runs where nothing is lowered
+Staged:   ring rows are brought along, keys, values and site sums are found by address (``stage.py``)
+Cut:      products of few rows are computed in parts (``cut_products.py``)
+Repeated: blocks of equal structure are calls of one region, which is compiled once (``repeated.py``)
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Literal
 from torch import fx
 
 from fisedit_compiler.lowering.cut_products import cut_products
+from fisedit_compiler.lowering.repeated import outline_repeated
 from fisedit_compiler.lowering.stage import stage
 from fisedit_compiler.passes.instruments import Instruments
 
@@ -32,11 +34,13 @@ def lowered_graph(name: Lowerable, graph: fx.Graph, slots: Sequence[str], instru
         name: which it is; its stages are called after it.
         graph: the graph.
         slots: names of all slots of the program, in order.
-        instruments: told about both stages.
+        instruments: told about the stages.
     """
     stage_name = name.removeprefix("reuse.")
     with instruments.made(f"{stage_name}_staged", graph, stage_name) as made:
         made.graph = lowered = stage(graph, slots)
     with instruments.watch(f"{stage_name}_cut", lowered):
         cut_products(lowered)
-    return lowered
+    with instruments.made(f"{stage_name}_repeated", lowered, f"{stage_name}_cut") as made:
+        made.graph = repeated = outline_repeated(lowered)
+    return repeated

@@ -27,7 +27,7 @@ def stages() -> Stages:
 
 def test_there_is_a_stage_for_the_capture_for_every_pass_and_for_each_graph_that_runs(stages: Stages) -> None:
     passes = [rewrite.name for rewrite in REWRITES]
-    lowered = ["step_staged", "step_cut", "update_staged", "update_cut"]
+    lowered = [f"{name}_{stage}" for name in ("step", "update") for stage in ("staged", "cut", "repeated")]
     assert stages.names == ["capture", *passes, "lower", "recording", "stores", "update", "step", *lowered]
     assert all(stage.seconds >= 0.0 for stage in stages)
     assert stages["capture"].seconds == compiled_model("sd15").programs[0].seconds["capture"] > 0.0
@@ -49,11 +49,12 @@ def test_what_torch_compile_gets_is_a_stage(name: str, stages: Stages, monkeypat
     (executable,) = compiled_model("sd15")._programs.executables()
     compile_step(executable._graph_pool(name).step)
     executable._drop_pools()
-    assert listing(given[0].graph) == stages[f"{name}_cut"].lines
+    assert listing(given[0].graph) == stages[f"{name}_repeated"].lines
     assert given[0].graph is program.lowered(name)
-    assert [report.name for report in program.reports].count(f"{name}_cut") == 1, "lowered once"
+    assert [report.name for report in program.reports].count(f"{name}_repeated") == 1, "lowered once"
     assert stages[name].source == ("stores" if name == "update" else "lower")
-    assert (stages[f"{name}_staged"].source, stages[f"{name}_cut"].source) == (name, f"{name}_staged")
+    sources = [stages[f"{name}_{stage}"].source for stage in ("staged", "cut", "repeated")]
+    assert sources == [name, f"{name}_staged", f"{name}_cut"]
     staged, cut = (operations(stages[f"{name}_{of}"].graph) for of in ("staged", "cut"))
     assert staged["fisedit.attention_addressed"] == operations(stages[name].graph)["fisedit.attention_sites"] > 0
     assert cut["linear"] == stages[f"{name}_cut"].added["linear"] == staged["aten.linear"] - cut["aten.linear"] > 0
@@ -115,7 +116,7 @@ def test_a_difference_shows_what_one_pass_did(stages: Stages) -> None:
 
 
 def test_by_name_by_position_and_sliced(stages: Stages) -> None:
-    assert stages["capture"] is stages[0] and stages["update_cut"] is stages[-1]
+    assert stages["capture"] is stages[0] and stages["update_repeated"] is stages[-1]
     assert stages[1:3].names == stages.names[1:3]
     with pytest.raises(KeyError, match=r"'conv' is no stage; the stages are .*convolution"):
         stages["conv"]

@@ -49,7 +49,8 @@ INPUT_KINDS: dict[str, str] = {"AddressInput": "addresses"}
 SLOT_INPUTS = frozenset({"slot", "addressed", "ring_rows"})
 """Kinds of input whose first value is the name of a slot."""
 
-NEW_STAGES = frozenset({"stores", "step_staged", "step_cut", "update_staged", "update_cut"})
+LOWERED = tuple(f"{graph}_{stage}" for graph in ("step", "update") for stage in ("staged", "cut", "repeated"))
+NEW_STAGES = frozenset({"stores", *LOWERED})
 """Stages of ``compiled.stages()`` that earlier commits do not show: :func:`lowered_graphs` writes the last ones of
 lowering for all, and what an edit stores is in ``update`` as well."""
 
@@ -124,10 +125,11 @@ def stage_graphs(compiled: Any, program: int) -> Iterator[NamedGraph]:
 
 
 def lowered_graphs(compiled: Any, program: int) -> Iterator[NamedGraph]:
-    """The step, and the step that records, as ``torch.compile`` is given them on a GPU; nothing is compiled here."""
+    """The step, and the step that records, as they are lowered on a GPU, before repeated blocks become functions."""
     made = programs_of(compiled)[program]
     if hasattr(made, "lowered"):
-        yield from (NamedGraph(name, made.lowered(name), _hoisted(made)) for name in ("step", "update"))
+        stages = compiled.stages(program)
+        yield from (NamedGraph(name, stages[f"{name}_cut"].graph, _hoisted(made)) for name in ("step", "update"))
         return
     # Earlier commits stage a graph for every executable, and cut it on the way to torch.compile.
     stage_step, compile_step = find("stage_step"), find("compile_step")

@@ -148,7 +148,7 @@ def test_they_are_made_on_first_use_and_then_among_the_stages() -> None:
         compiled(**example(compiled.original))
     names = ["recording_maps", "reuse", "reuse_recording"]
     assert program.has_maps and compiled.stages().names[-3:] == names
-    on_a_gpu = {f"{graph}_{stage}" for graph in LOWERABLE for stage in ("staged", "cut")}
+    on_a_gpu = {f"{graph}_{stage}" for graph in LOWERABLE for stage in ("staged", "cut", "repeated")}
     assert [report.name for report in program.reports] == [n for n in compiled.stages().names if n not in on_a_gpu]
     assert "attention_with_map" in str(compiled.stages()["reuse"])
 
