@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -343,6 +343,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--editors", nargs="+", choices=editors.EDITORS, default=list(editors.EDITORS), help="with --as-it-comes: which"
     )
+    parser.add_argument("--only-editors", action="store_true", help="with --as-it-comes: nothing else")
     parser.add_argument("--dense-form", choices=FORMS, default=STRONGEST, help="of the compiled baseline")
     parser.add_argument("--warmup", type=positive, default=1, help="untimed repeats before the timed ones")
     return parser.parse_args(arguments)
@@ -368,7 +369,7 @@ def main(arguments: list[str] | None = None) -> Report:
         print(f"{name}: building and recording", flush=True)
         subject = prepare_subject(name, options, device, dtype)
         print(f"{name}: {subject.facts}", flush=True)
-        for fraction in options.fractions:
+        for fraction in [] if options.only_editors else options.fractions:
             for row in measure(subject, fraction):
                 rows.append(row)
                 print({key: value for key, value in row.items() if key not in subject.facts}, flush=True)
@@ -378,13 +379,16 @@ def main(arguments: list[str] | None = None) -> Report:
         if options.as_it_comes:
             # Its recording first: each of the others makes one.
             subject.base = subject.sparse = subject.editor = None
-            for row in editors.measure(subject, subject.dense[EAGER], BASE_PROMPT, subject.settings):
-                by_editors.append(row)
-                print(row, flush=True)
+            for found in editors.measure(subject, subject.dense[EAGER], BASE_PROMPT, subject.settings):
+                by_editors += found
+                print(*found, sep="\n", flush=True)
+                if options.json is not None:
+                    replace(report, rows=[*rows, *by_editors]).write(options.json)
         del subject
         forget_compiled(device)
     tables = Table.grid()
-    tables.add_row(draw(rows))
+    if rows:
+        tables.add_row(draw(rows))
     if by_editors:
         tables.add_row(editors.draw(by_editors))
         rows += by_editors

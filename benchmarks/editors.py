@@ -44,8 +44,8 @@ def _editor(pipe: Any, name: str) -> Iterator[Editor]:
         yield editor
 
 
-def measure(subject: Any, unet: Any, prompt: str, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row per Editor, task, mask area and dense baseline.
+def measure(subject: Any, unet: Any, prompt: str, settings: Mapping[str, Any]) -> Iterator[list[dict[str, Any]]]:
+    """For each Editor a row per task, mask area and dense baseline.
 
     Args:
         subject: an ``edit_latency.Subject``, whose pipeline and dense runs are used.
@@ -53,7 +53,6 @@ def measure(subject: Any, unet: Any, prompt: str, settings: Mapping[str, Any]) -
         prompt: of the bases.
         settings: of the bases, for :meth:`Editor.generate`.
     """
-    rows = []
     names = [name for name in subject.options.editors if name != "inductor" or subject.device.type == "cuda"]
     for name in names:
         subject.pipe.unet = unet
@@ -64,12 +63,12 @@ def measure(subject: Any, unet: Any, prompt: str, settings: Mapping[str, Any]) -
             found = []
             for fraction in subject.options.fractions:
                 found += _edits(subject, name, editor, base, fraction, facts)
+                print(found, flush=True)
             del base
             found += _bases(subject, name, editor, settings, facts)
             executables = editor.compiled._programs.executables()
             refused = next(filter(None, (one.backend.refused or one.dense.refused for one in executables)), None)
-            rows += [{**row, "refused": refused} for row in found]
-    return rows
+        yield [{**row, "refused": refused} for row in found]
 
 
 def _edits(

@@ -39,8 +39,8 @@ from fisedit_compiler.runtime.execution.held_rows import HeldRows, cut_of
 from fisedit_compiler.runtime.execution.hoisting import HoistCache, Hoisted
 from fisedit_compiler.runtime.execution.in_order import InOrder
 from fisedit_compiler.runtime.execution.padded_plans import SitePlans
-from fisedit_compiler.runtime.execution.recorded_samples import are_first, are_independent
-from fisedit_compiler.runtime.execution.sample_axes import BatchAxes, batch_axes
+from fisedit_compiler.runtime.samples.recorded_samples import are_first, are_independent
+from fisedit_compiler.runtime.samples.sample_axes import BatchAxes, batch_axes
 from fisedit_compiler.tensors.contents import Later
 
 PER_CALL = frozenset({"timestep"})

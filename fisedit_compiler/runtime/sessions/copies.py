@@ -19,7 +19,7 @@ from fisedit_compiler.lowering.program import CompiledProgram
 from fisedit_compiler.recordings.recording import CallRecord
 from fisedit_compiler.recordings.stores.repeated import RepeatedSlots, repeat_samples
 from fisedit_compiler.runtime.calls.call import Call
-from fisedit_compiler.runtime.execution.sample_axes import BatchAxes
+from fisedit_compiler.runtime.samples.sample_axes import BatchAxes
 
 
 class OwnSites:

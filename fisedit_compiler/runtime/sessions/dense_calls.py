@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fisedit_compiler.errors import ConfigError, RecordingError
-from fisedit_compiler.runtime.execution.recorded_samples import can_be_cut, compare, compose, cut
+from fisedit_compiler.runtime.samples.recorded_samples import can_be_cut, compare, compose, cut
 
 if TYPE_CHECKING:
     from fisedit_compiler.recordings.recording import CallRecord, Recording

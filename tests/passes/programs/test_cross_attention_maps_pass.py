@@ -15,7 +15,7 @@ from fisedit_compiler.graph.sizes import TEXT
 from fisedit_compiler.kernels.tolerances import assert_close
 from fisedit_compiler.lowering.lowered import LOWERABLE
 from fisedit_compiler.passes.programs.maps import MAP, WITH_MAP, verify_maps
-from fisedit_compiler.runtime.execution.recorded_samples import are_independent
+from fisedit_compiler.runtime.samples.recorded_samples import are_independent
 from tests.passes.rewrites.test_attention_pass import SDPA, cross_attention, heads, layers, self_attention
 from tests.support.compiled_zoo import compiled_model
 from tests.support.pass_tools import TEXT_TOKENS, Forward, TextForward, compile_small, counts, example, program_of

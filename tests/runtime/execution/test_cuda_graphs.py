@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fisedit_compiler import SparsifyConfig, sparsify
 from fisedit_compiler.kernels.tolerances import TOLERANCES, max_error
 from fisedit_compiler.runtime.execution import cuda_graphs, graph_choice
+from fisedit_compiler.runtime.execution.owned_outputs import OwnedOutputs
 from tests.support.compiled_zoo import make_mask
 from tests.support.graph_pair import (
     CALLS,
@@ -206,15 +207,17 @@ def test_what_an_edit_does_not_record_is_not_copied(pair: Pair, monkeypatch: pyt
     recording, _ = pair.record(inputs := pair.inputs())
     mask = box(3, 5)
     pair.edit(pair.graphs, recording, pair.edited(inputs, mask), mask)
-    copied, owned = list[int](), pair.pool._owned
+    copied = list[int]()
+    of = OwnedOutputs.of
 
-    def counted(position: int, *arguments: Any) -> Tensor:
-        copied.append(position)
-        return owned(position, *arguments)
+    def counted(owned: OwnedOutputs, *arguments: Any) -> list[Tensor]:
+        found = of(owned, *arguments)
+        copied.append(len(found))
+        return found
 
-    monkeypatch.setattr(pair.pool, "_owned", counted)
+    monkeypatch.setattr(OwnedOutputs, "of", counted)
     pair.edit(pair.graphs, recording, pair.edited(inputs, mask), mask)
-    assert copied == [0] * CALLS
+    assert copied == [1] * CALLS
 
 
 def test_copies_are_replayed(pair: Pair) -> None:
