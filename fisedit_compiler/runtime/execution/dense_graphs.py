@@ -32,6 +32,8 @@ RUNS = 2
 KEPT = 2
 """Sizes whose graphs are kept: each holds a whole recorded call."""
 
+_NOTICE = "Dense calls of %s are interpreted from now on, which is slower and gives the same results: %s"
+
 Sizes = tuple[tuple[torch.Size, torch.dtype], ...]
 
 
@@ -111,11 +113,7 @@ class DenseGraphs:
                 self._captured.popitem(last=False)
             return captured
         # Outside of the handler: the error's frames hold what the attempt had allocated.
-        logger.warning(
-            "Dense calls of %s are interpreted from now on, which is slower and gives the same results: %s",
-            self.name,
-            self.refused,
-        )
+        logger.warning(_NOTICE, self.name, self.refused)
         return None
 
     def _capture(self, graph: fx.GraphModule, arguments: Sequence[Tensor]) -> _Captured:
@@ -157,9 +155,14 @@ def _replayed(captured: _Captured, arguments: Sequence[Tensor], wanted: int) -> 
 def _compare(interpreted: Sequence[Any], compiled: Sequence[Any]) -> None:
     """Refuse code that computes something else.
 
+    Statistics are kept in float32 of values in half precision, so that the coarsest of the results' types tells how
+    exact all of them are.
+
     Raises:
         ValueError: a result is another one than the interpreted graph's, by more than the order of sums explains.
     """
+    types = {value.dtype for value in interpreted if isinstance(value, Tensor) and value.is_floating_point()}
+    limit = max((torch.finfo(dtype).eps for dtype in types), default=0.0) ** 0.5
     for number, (right, found) in enumerate(zip(interpreted, compiled, strict=True)):
         if not isinstance(right, Tensor):
             continue
@@ -172,10 +175,8 @@ def _compare(interpreted: Sequence[Any], compiled: Sequence[Any]) -> None:
                 raise ValueError(f"result {number} differs")
             continue
         norm = torch.linalg.vector_norm(right.float())
-        error = torch.linalg.vector_norm(found.float() - right.float()) / norm.clamp_min(
-            torch.finfo(torch.float32).tiny
-        )
-        limit = torch.finfo(right.dtype).eps ** 0.5
+        least = torch.finfo(torch.float32).tiny
+        error = torch.linalg.vector_norm(found.float() - right.float()) / norm.clamp_min(least)
         # What is not finite in both says nothing: the run notes that itself.
         if not bool(error <= limit) and bool(torch.isfinite(norm)):
             raise ValueError(f"result {number} differs by {float(error):.2g} of its norm, more than {limit:.2g}")

@@ -74,7 +74,9 @@ def check(
     rows = rows.to(device)
     first = kernel(rows, *recorded, sums=True, tile=tile)
     alone, nothing = kernel(rows, *recorded, sums=False, tile=tile)
-    assert torch.equal(alone, first[0]) and not nothing.numel()
+    # Another kernel, whose compiler may add up in another order.
+    assert_close(alone, first[0], torch.float32)
+    assert not nothing.numel()
     at = strided(recorded[1])
     table = address_table([recorded[0], at], torch.device(device))
     addressed = kernel(rows, recorded[0], at, recorded[2], sums=True, addresses=table, entry=1, tile=tile)

@@ -239,6 +239,10 @@ def test_results_that_are_not_finite_in_both_are_no_fault_of_the_code() -> None:
     dense_graphs._compare([nan, 3], [nan.clone(), 3])
     with pytest.raises(ValueError, match="result 0 differs"):
         dense_graphs._compare([torch.ones(3)], [nan.new_tensor([1.0, float("nan"), 1.0])])
+    half = torch.linspace(1, 2, 64, dtype=torch.float16)
+    dense_graphs._compare([half, half.float()], [half, half.float() * 1.01])
+    with pytest.raises(ValueError, match="result 1 differs"):
+        dense_graphs._compare([half, half.float()], [half, half.float() * 1.1])
     with pytest.raises(ValueError, match="result 1 differs"):
         dense_graphs._compare([torch.ones(3), torch.tensor([1])], [torch.ones(3), torch.tensor([2])])
 
