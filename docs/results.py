@@ -103,7 +103,7 @@ def table_of(versions: list[Version]) -> str:
 
 def _identity(row: Mapping[str, Any]) -> list[str]:
     """What was measured: the words of a row, its settings, its area."""
-    words = [str(value) for value in row.values() if isinstance(value, str)]
+    words = [str(value) for name, value in row.items() if isinstance(value, str) and name != "refused"]
     settings = [f"{name} {row[name]}" for name in ("step", "steps", "turns", "record") if name in row]
     area = row.get("requested_fraction", row.get("mask_fraction", row.get("fraction")))
     return [*words, *settings, *([] if area is None else [f"{area:.1%}"])]

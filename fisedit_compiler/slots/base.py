@@ -135,8 +135,9 @@ class SlotKind(ABC):
 
     def written(self, slot: Slot, before: Written | None, edit: Edit) -> Written:
         """What edits wrote of it: ``before`` with the rows of one more edit."""
-        before = before or Written(self.row_form(slot), ())
-        return before.after(WrittenRows(edit.turn, edit.updates[slot.name]))
+        rows = WrittenRows(edit.turn, edit.updates[slot.name])
+        # Asked of every slot of every call, beside a GPU that waits: nothing is made twice.
+        return Written(self.row_form(slot), (rows,)) if before is None else before.after(rows)
 
     @abstractmethod
     def batch_axes(self, slot: Slot, axis: int) -> tuple[int | None, int | None] | None:

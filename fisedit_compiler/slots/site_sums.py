@@ -51,11 +51,12 @@ class SiteSums(SlotKind):
         return RowForm(slot.layout.level, 1)
 
     def written(self, slot: Slot, before: Written | None, edit: Edit) -> Written:
-        centre = edit.base[slot.of]
-        before = before or WrittenSums(self.row_form(slot), (), centre, centre, self.channels)
-        assert isinstance(before, WrittenSums), "rows of site sums are never written without their centre"
+        centre, target = edit.base[slot.of], edit.updates[slot.of]
         rows = CentredRows(edit.turn, edit.updates[slot.name], centre)
-        return before.centred_on(edit.updates[slot.of]).after(rows)
+        if before is None:
+            return WrittenSums(self.row_form(slot), (rows,), centre, target, self.channels)
+        assert isinstance(before, WrittenSums), "rows of site sums are never written without their centre"
+        return before.centred_on(target).after(rows)
 
     def batch_axes(self, slot: Slot, axis: int) -> tuple[int | None, int | None] | None:
         return (0, 0) if axis == 0 else None

@@ -191,7 +191,7 @@ BUGS = (
         "return list(map(_version_of, values)), []", "weights exchanged through .data are not noticed in a run",
         ("tests/capture/keys/test_watch.py",)),
     # -- runtime -----------------------------------------------------------------------------------------------------
-    Bug("runtime/execution/executable.py", "key = (mask.shape, mask.cpu().numpy().tobytes(),",
+    Bug("runtime/execution/padded_plans.py", "key = (mask.shape, mask.cpu().numpy().tobytes(),",
         "key = (mask.cpu().numpy().tobytes(),", "a mask of another shape gets the first one's sites",
         ("tests/geometry/test_site_plan.py", "tests/runtime/sessions/test_masks_of_a_session.py")),
     Bug("runtime/sessions/edit_session.py", "self.plan = self._turn = self._own_sites = None",
@@ -239,7 +239,7 @@ BUGS = (
         "a canvas of a transposed map holds other sites' values", ("tests/slots/test_slot_kinds.py",)),
     Bug("slots/dense.py", "return axis, slot.layout.flat.axes.index(axis)", "return axis, axis",
         "rows of an edit of several samples are taken apart along another axis", ("tests/slots/test_slot_kinds.py",)),
-    Bug("slots/site_sums.py", "return before.centred_on(edit.updates[slot.of]).after(rows)",
+    Bug("slots/site_sums.py", "return before.centred_on(target).after(rows)",
         "return before.after(rows)",
         "an edit of an edit normalises by sums about a mean of long ago",
         ("tests/recordings/test_turns.py", "tests/runtime/sessions/test_edit_of_edit.py")),
