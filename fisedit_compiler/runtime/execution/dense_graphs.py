@@ -90,8 +90,9 @@ class DenseGraphs:
             return _replayed(captured, arguments, wanted)
 
     def drop(self) -> None:
-        """Let go of the graphs, as their weights were exchanged."""
+        """Let go of the graphs, as their weights were exchanged; whoever exchanges them every time waits for none."""
         self._captured.clear()
+        self._runs.clear()
 
     @one_at_a_time
     def _first(

@@ -177,7 +177,7 @@ def test_weights_that_were_exchanged_are_followed(compiler: Compiler) -> None:
         owner = module.original.get_submodule(name.rpartition(".")[0])
         setattr(owner, name.rpartition(".")[2], torch.nn.Parameter(3 * parameter.detach()))
     _, exchanged = record(module)
-    assert not torch.equal(written[0], exchanged[0])
+    assert not torch.equal(written[0], exchanged[0]) and len(compiler.dense) == 1
     assert_close(exchanged[0], output(module.original(**inputs(0))), torch.float32)
 
 
