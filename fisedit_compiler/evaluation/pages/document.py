@@ -23,6 +23,7 @@ from fisedit_compiler.evaluation.pages.report import grids
 from fisedit_compiler.evaluation.pages.sheet import picture_sheet
 from fisedit_compiler.evaluation.pages.tables import Grid
 from fisedit_compiler.evaluation.results.store import Store
+from fisedit_compiler.runtime.sessions.reuse import TOLERANCE
 
 SHEET_ROWS = 8
 """Pairs on the sheet of pictures."""
@@ -64,9 +65,9 @@ So nothing but the approximation differs.
 - *Dense with blending* approximates nothing inside the mask.
 """
 
-_REUSE = """All rows but *dense* and *sparse* edit inside the same mask from the first call on: the one that the default
-edit found. A tolerance says how far the base run may move, in all, while an edit keeps what came up from coarser
-levels. `"auto"`, with which the Editor runs, is 0.2.
+_REUSE = f"""All rows but *dense* and *sparse* edit inside the same mask from the first call on: the one that the
+default edit found. A tolerance says how far the base run may move, in all, while an edit keeps what came up from
+coarser levels. `"auto"`, with which the Editor runs, is {TOLERANCE:g}.
 """
 
 _ORIGIN = """## How this page is made

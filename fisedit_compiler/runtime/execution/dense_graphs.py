@@ -86,7 +86,7 @@ class DenseGraphs:
         captured = self._captured.get(sizes) or self._first(sizes, recording, arguments)
         if captured is None:
             return None
-        with self._in_order.on(arguments[0].device):
+        with self._in_order.on(device_of(arguments)):
             return _replayed(captured, arguments, wanted)
 
     def drop(self) -> None:
@@ -101,7 +101,7 @@ class DenseGraphs:
         if self.refused is not None or sizes in self._captured:
             return self._captured.get(sizes)
         try:
-            with self._in_order.on(arguments[0].device):
+            with self._in_order.on(device_of(arguments)):
                 graph = recording()
                 captured = self._capture(graph, arguments)
                 _compare(graph(*arguments), _replayed(captured, arguments, len(captured.outputs)))
@@ -118,9 +118,8 @@ class DenseGraphs:
         return None
 
     def _capture(self, graph: fx.GraphModule, arguments: Sequence[Tensor]) -> _Captured:
-        device = arguments[0].device
-        inputs = [torch.empty_like(value, device=device) for value in arguments]
-        _fill(inputs, arguments)
+        # Other values than the call's: what a capture took for a constant shows when the two are compared.
+        inputs = [torch.zeros_like(value, device=device_of(arguments)) for value in arguments]
         # A copy of its own: Dynamo keeps what it compiled by a graph's code, and of one code only so many sizes.
         compiled = compile_dense(fx.GraphModule(graph, graph.graph))
         captured = _Captured(torch.cuda.CUDAGraph(), inputs, [])
@@ -133,17 +132,19 @@ class DenseGraphs:
         return captured
 
 
+def device_of(arguments: Sequence[Tensor]) -> torch.device:
+    """Where a call runs: a timestep may lie on the CPU, whichever argument it is."""
+    devices = [value.device for value in arguments]
+    return next((device for device in devices if device.type != "cpu"), devices[0])
+
+
 def _sizes(arguments: Sequence[Tensor]) -> Sizes:
     return tuple((value.shape, value.dtype) for value in arguments)
 
 
-def _fill(inputs: Sequence[Tensor], arguments: Sequence[Tensor]) -> None:
-    for buffer, value in zip(inputs, arguments, strict=True):
-        buffer.copy_(value)
-
-
 def _replayed(captured: _Captured, arguments: Sequence[Tensor], wanted: int) -> list[Any]:
-    _fill(captured.inputs, arguments)
+    for buffer, value in zip(captured.inputs, arguments, strict=True):
+        buffer.copy_(value)
     captured.graph.replay()
     results = captured.outputs[:wanted]
     tensors = [value for value in results if isinstance(value, Tensor)]

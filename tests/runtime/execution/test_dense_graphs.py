@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fisedit_compiler import Recording, SparseModule, SparsifyConfig, sparsify
 from fisedit_compiler.kernels.tolerances import assert_close
-from fisedit_compiler.runtime.execution.dense_graphs import KEPT, DenseGraphs
+from fisedit_compiler.runtime.execution.dense_graphs import KEPT, DenseGraphs, device_of
 from tests.support.compiled import box
 from tests.support.graph_stand_in import fake_compile, patch_cuda
 from tests.support.zoo import ZOO, Inputs
@@ -165,6 +165,21 @@ def test_looking_for_a_mask_never_compiles_and_computes_the_whole_batch_where_th
     assert_close(found[0], output(module.original(**halves[0])), torch.float32)
 
 
+def test_calls_whose_maps_are_kept_are_interpreted_and_the_others_compiled(compiler: Compiler) -> None:
+    compiler.change = lambda results: [value * (1 + 1e-6) for value in results]
+    model = ZOO["sd15"]()
+    module = sparsify(model.module, SparsifyConfig())
+    calls = [model.make_inputs(1, 16, 16, seed) for seed in range(CALLS)]
+    plain = [output(module.original(**call)) for call in calls]
+    for _ in range(2):
+        with module.record(maps=1) as recording:
+            outputs = [output(module(**call)) for call in calls]
+    assert len(compiler.dense) == 1
+    assert recording.calls[0].maps and not recording.calls[1].maps
+    assert torch.equal(outputs[0], plain[0]) and not torch.equal(outputs[1], plain[1])
+    assert_close(outputs[1], plain[1], torch.float32)
+
+
 def test_weights_that_were_exchanged_are_followed(compiler: Compiler) -> None:
     module = made()
     record(module)
@@ -215,6 +230,31 @@ def test_code_that_fails_or_is_wrong_is_not_used_and_one_warning_says_so(
     assert "interpreted from now on, which is slower and gives the same results" in told
     _, edited = edit(module, recording, MASK, [inputs(seed + 5) for seed in range(CALLS)])
     assert torch.equal(edited[0][..., ~MASK], outputs[0][..., ~MASK])
+
+
+def test_code_that_took_an_argument_for_a_constant_is_not_used(
+    compiler: Compiler, caplog: pytest.LogCaptureFixture
+) -> None:
+    first: list[list[Any]] = []
+
+    def constant(results: list[Any]) -> list[Any]:
+        first.append(results)
+        return first[0]
+
+    compiler.change = constant
+    module = made()
+    record(module)
+    _, outputs = record(module)
+    for seed, now in enumerate(outputs):
+        assert torch.equal(now, output(module.original(**inputs(seed))))
+    (told,) = warnings_in(caplog)
+    assert "differs by" in told
+
+
+def test_a_call_runs_where_an_argument_is_that_is_not_on_the_cpu() -> None:
+    there = torch.empty(2, device="meta")
+    assert device_of([torch.ones(()), there]).type == "meta" and device_of([there, torch.ones(())]).type == "meta"
+    assert device_of([torch.ones(2)]).type == "cpu"
 
 
 def test_ctrl_c_while_it_is_compiled_ends_the_run_and_the_next_one_compiles(compiler: Compiler) -> None:
