@@ -16,6 +16,8 @@ ALIGNMENT = 16
 """Bytes by which every tensor in a table is aligned, so that kernels may load whole vectors."""
 WORD = 2
 """Bytes a staging kernel copies at a time; every dtype of a recording has whole words."""
+TARGETS = 16
+"""Tensors that one launch of ``CopyOut`` writes to."""
 
 
 def address_table(tensors: Sequence[Tensor], device: torch.device) -> Tensor:

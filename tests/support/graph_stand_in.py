@@ -80,12 +80,16 @@ class FakeCopyStager:
 class FakeCopyOut:
     """Stands for ``CopyOut``: it is not captured, and copies when it is told to."""
 
-    def __init__(self, views: Sequence[Tensor], runs: Sequence[Runs]) -> None:
-        self.views, self.runs = list(views), list(runs)
+    def __init__(self, views: Sequence[Tensor], runs: Sequence[Runs], places: Sequence[tuple[int, int]]) -> None:
+        self.jobs = list(zip(views, runs, places, strict=True))
 
     def run(self, targets: Sequence[Tensor]) -> None:
-        for view, runs, target in zip(self.views, self.runs, targets, strict=True):
-            assert target.stride() == runs.strides and is_plain(target)
+        for view, runs, (number, first) in self.jobs:
+            memory = targets[number].untyped_storage()
+            target = torch.empty(0, dtype=view.dtype).set_(
+                memory, first // view.element_size(), view.shape, runs.strides
+            )
+            assert is_plain(target)
             target.copy_(view)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from types import MappingProxyType
@@ -105,14 +105,15 @@ class GraphPool:
         bundles: Sequence[HoistedNames],
         rows: Mapping[int, tuple[int, Fraction]] = MappingProxyType({}),
         in_order: InOrder | None = None,
+        together: Mapping[int, Hashable] = MappingProxyType({}),
     ) -> None:
         """``step`` is lowered, see ``lowering/lowered.py``.
 
         ``slot_names`` gives the order of the table of addresses, ``bundles`` describes the groups of hoisted values in
-        theirs. ``rows`` says which outputs are rows, by position: on which axis, and of which level's active sites.
-        ``in_order`` is held by whoever uses what graphs read.
+        theirs. ``rows`` and ``together`` are those of :class:`OwnedOutputs`. ``in_order`` is held by whoever uses what
+        graphs read.
         """
-        self.rows = rows
+        self.rows, self.together = rows, together
         self.in_order = in_order or InOrder()
         self.inputs, self.slot_names, self.bundles = graph_inputs(step.graph), tuple(slot_names), tuple(bundles)
         self.step = step
@@ -355,7 +356,7 @@ class _Inputs:
         return _Graph(
             torch.cuda.CUDAGraph(), [], self.calls, self.table, self.table[: len(self.pool.slot_names)], self.layout,
             self.unstaged, groups, self.tables, self.rings, stagers, self.prepared,
-            OwnedOutputs(self.pool.rows), filled_groups=[lambda: None for _ in hoisted.groups],
+            OwnedOutputs(self.pool.rows, self.pool.together), filled_groups=[lambda: None for _ in hoisted.groups],
         )  # fmt: skip
 
 

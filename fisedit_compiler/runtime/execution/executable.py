@@ -11,7 +11,7 @@ run side by side.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from fractions import Fraction
 from functools import cached_property
 from operator import attrgetter
@@ -30,6 +30,7 @@ from fisedit_compiler.graph.inputs import Input, Sources, graph_inputs, resolve
 from fisedit_compiler.lowering.lowered import Lowerable
 from fisedit_compiler.lowering.program import CompiledProgram
 from fisedit_compiler.passes.programs.hoist import Bundle
+from fisedit_compiler.passes.programs.reuse import Cut
 from fisedit_compiler.recordings.stores import SlotStore
 from fisedit_compiler.runtime.execution.backend import ProgramBackend
 from fisedit_compiler.runtime.execution.cuda_graphs import GraphPool, HoistedNames
@@ -326,18 +327,22 @@ class Executable:
             for bundle in program.bundles
         ]
         rows: dict[int, tuple[int, Fraction]] = {}
+        together: dict[int, Hashable] = {}
         if name.endswith("update"):
             levels = {slot.name: slot.layout.level for slot in program.slots}
+            deep = program.cut.deep if isinstance(program.cut, Cut) else frozenset()
             changes = program.reuse.updates if name == "reuse.shallow_update" else program.updates
             for position, changed in enumerate(changes, start=len(program.outputs)):
                 level = levels[changed.slot]
                 if changed.dim is not None and level is not None:
                     rows[position] = (changed.dim, level)
+                # A later edit replaces the rows of a level all at once, and a shallow call has none of the deep slots.
+                together[position] = (level, changed.dim is None, changed.slot in deep)
         lowered = program.lowered(name)
         with self._lock:
             pool = self._pools.get(name)
             if pool is None:
-                pool = GraphPool(self._bind(lowered), program.slots_of(name), bundles, rows, self.in_order)
+                pool = GraphPool(self._bind(lowered), program.slots_of(name), bundles, rows, self.in_order, together)
                 self._pools[name] = pool
             return pool
 

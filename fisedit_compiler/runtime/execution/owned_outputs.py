@@ -2,72 +2,169 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from fractions import Fraction
+from math import prod
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fisedit_compiler.kernels.addresses import WORD, runs_of
+from fisedit_compiler.kernels.addresses import ALIGNMENT, TARGETS, WORD, Runs, runs_of
 from fisedit_compiler.runtime.execution.padded_plans import PaddedPlan
 
 if TYPE_CHECKING:
     from fisedit_compiler.kernels.triton.copy_out import CopyOut
 
-Strides = tuple[int, ...]
+KEPT = 8
+"""Numbers of rows for which it is kept how outputs are copied."""
 
 
 class OwnedOutputs:
-    """Copies of a graph's outputs, without the rows that padding repeats. Each has a storage of its own."""
+    """Copies of a graph's outputs, without the rows that padding repeats.
 
-    def __init__(self, rows: Mapping[int, tuple[int, Fraction]]) -> None:
-        """``rows`` says which outputs are rows, by position: on which axis, and of which level's active sites."""
-        self.rows = rows
-        self._plan: PaddedPlan | None = None
-        self._unread: frozenset[int] = frozenset()
-        self._are_rows: set[int] = set()
-        self._views: list[Tensor] = []
-        self._together: dict[int, Strides] = {}
-        self._copier: CopyOut | None = None
+    Outputs that are said to be kept and dropped together share one piece of memory; each other one has its own.
+    """
+
+    def __init__(
+        self, rows: Mapping[int, tuple[int, Fraction]], together: Mapping[int, Hashable] = MappingProxyType({})
+    ) -> None:
+        """``rows`` says which outputs are rows, by position: on which axis, and of which level's active sites.
+
+        ``together`` gives, by position, a key that outputs have in common which live and die together.
+        """
+        self.rows, self.together = rows, together
+        self._kept: OrderedDict[Hashable, _Copies] = OrderedDict()
 
     def of(self, outputs: Sequence[Tensor], prepared: PaddedPlan, unread: frozenset[int] = frozenset()) -> list[Tensor]:
         """Copies of what a replay wrote; ``outputs`` are the graph's, always the same ones.
 
         ``unread`` are the positions of those that are not wanted: the others follow each other in their order.
         """
-        if self._plan is not prepared or self._unread != unread:
-            self._prepare(outputs, prepared, unread)
-        owned = [
-            torch.empty_strided(view.shape, strides, dtype=view.dtype, device=view.device)
-            if (strides := self._together.get(position)) is not None
-            else view.clone(
-                memory_format=torch.contiguous_format if position in self._are_rows else torch.preserve_format
-            )
-            for position, view in enumerate(self._views)
-        ]
-        if self._copier is not None:
-            self._copier.run([owned[position] for position in self._together])
-        return owned
+        key = (unread, *prepared.counts.items())
+        copies = self._kept.get(key)
+        if copies is None:
+            copies = self._kept[key] = self._copies(outputs, prepared, unread)
+            while len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return copies.make()
 
-    def _prepare(self, outputs: Sequence[Tensor], prepared: PaddedPlan, unread: frozenset[int]) -> None:
+    def _copies(self, outputs: Sequence[Tensor], prepared: PaddedPlan, unread: frozenset[int]) -> _Copies:
         wanted = [place for place in range(len(outputs)) if place not in unread]
-        self._views = [self._view(place, outputs[place], prepared) for place in wanted]
-        self._are_rows = {position for position, place in enumerate(wanted) if place in self.rows}
-        found = {position: runs_of(view) for position, view in enumerate(self._views)}
-        runs = {n: each for n, each in found.items() if each is not None and not self._views[n].element_size() % WORD}
-        if len(runs) < 2:  # a copy of its own is as good
-            runs = {}
-        self._together = {position: each.strides for position, each in runs.items()}
-        self._copier = None
-        if runs:
-            from fisedit_compiler.kernels.triton import copy_out
-
-            self._copier = copy_out.CopyOut([self._views[position] for position in runs], list(runs.values()))
-        self._plan, self._unread = prepared, unread
+        views = [self._view(place, outputs[place], prepared) for place in wanted]
+        are_rows = {position for position, place in enumerate(wanted) if place in self.rows}
+        together = {position: self.together[place] for position, place in enumerate(wanted) if place in self.together}
+        return _Copies(views, are_rows, together)
 
     def _view(self, place: int, output: Tensor, prepared: PaddedPlan) -> Tensor:
         if place not in self.rows:
             return output
         axis, level = self.rows[place]
         return output.narrow(axis, 0, prepared.counts[level])
+
+
+class _Copies:
+    """How some views of a graph's memory are copied: most of them in one launch, to few pieces of memory."""
+
+    def __init__(self, views: Sequence[Tensor], are_rows: set[int], together: Mapping[int, Hashable]) -> None:
+        self.views = views
+        self._are_rows = are_rows
+        self._copier: CopyOut | None = None
+        found = {position: runs_of(view) for position, view in enumerate(views)}
+        runs = {n: each for n, each in found.items() if each is not None and not views[n].element_size() % WORD}
+        if len(runs) < 2:  # a copy of its own is as good
+            runs = {}
+        pieces: dict[Hashable, list[int]] = {}
+        alone: list[int] = []
+        for position, of_view in runs.items():
+            if position in together and _is_contiguous(views[position], of_view):
+                pieces.setdefault((views[position].dtype, together[position]), []).append(position)
+            else:
+                alone.append(position)
+        for key in list(pieces)[TARGETS:]:
+            alone += pieces.pop(key)
+        self._pieces = [_Piece(views, positions) for positions in pieces.values()]
+        # One that finds no place in the launch is copied by itself.
+        self._alone = [(position, runs[position].strides) for position in alone[: TARGETS - len(pieces)]]
+        places = self._places()
+        self._apart = [position for position in range(len(views)) if position not in places]
+        if places:
+            from fisedit_compiler.kernels.triton import copy_out
+
+            copied = list(places)
+            self._copier = copy_out.CopyOut(
+                [views[position] for position in copied], [runs[position] for position in copied], list(places.values())
+            )
+
+    def _places(self) -> dict[int, tuple[int, int]]:
+        """By position, the piece of memory that a view is copied to, and the byte in it."""
+        places: dict[int, tuple[int, int]] = {}
+        for number, piece in enumerate(self._pieces):
+            places |= {position: (number, first) for position, first in piece.places()}
+        for number, (position, _) in enumerate(self._alone, start=len(self._pieces)):
+            places[position] = (number, 0)
+        return places
+
+    def make(self) -> list[Tensor]:
+        """The copies, in the order of the views."""
+        owned: list[Tensor] = [*self.views]
+        targets = [piece.make(owned) for piece in self._pieces]
+        for position, strides in self._alone:
+            view = self.views[position]
+            owned[position] = torch.empty_strided(view.shape, strides, dtype=view.dtype, device=view.device)
+            targets.append(owned[position])
+        for position in self._apart:
+            kept = torch.contiguous_format if position in self._are_rows else torch.preserve_format
+            owned[position] = self.views[position].clone(memory_format=kept)
+        if self._copier is not None:
+            self._copier.run(targets)
+        return owned
+
+
+class _Piece:
+    """Outputs of one dtype that share a piece of memory, in which those of equal shapes lie side by side."""
+
+    def __init__(self, views: Sequence[Tensor], positions: Sequence[int]) -> None:
+        first = views[positions[0]]
+        self.dtype, self.device = first.dtype, first.device
+        by_shape: dict[torch.Size, list[int]] = {}
+        for position in positions:
+            by_shape.setdefault(views[position].shape, []).append(position)
+        self.size = 0
+        self._stacks: list[tuple[list[int], tuple[int, ...], tuple[int, ...], int]] = []
+        for shape, alike in by_shape.items():
+            stacked = (len(alike), *shape)
+            strides = tuple(prod(stacked[axis + 1 :]) for axis in range(len(stacked)))
+            self._stacks.append((alike, stacked, strides, self.size))
+            self.size += prod(stacked)
+
+    def places(self) -> Iterator[tuple[int, int]]:
+        """Every position, and the byte at which it lies."""
+        for positions, _, strides, start in self._stacks:
+            for number, position in enumerate(positions):
+                yield position, (start + number * strides[0]) * self.dtype.itemsize
+
+    def make(self, owned: list[Tensor]) -> Tensor:
+        """New memory; tensors in it become elements of ``owned``.
+
+        One call makes all tensors of a shape: two hundred calls would take longer than the work of a GPU does.
+        """
+        memory = torch.empty(self.size, dtype=self.dtype, device=self.device)
+        for positions, shape, strides, start in self._stacks:
+            stack = memory.as_strided(shape, strides, start)
+            for position, made in zip(positions, stack.unbind(), strict=True):
+                owned[position] = made
+        return memory
+
+
+def _is_contiguous(view: Tensor, runs: Runs) -> bool:
+    """Whether a copy is laid out as its shape says, and the next one can lie right behind it."""
+    expected = 1
+    for size, stride in zip(reversed(view.shape), reversed(runs.strides), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return not view.nbytes % ALIGNMENT

@@ -61,3 +61,44 @@ def test_results_have_memory_of_their_own_without_padded_rows(device: str) -> No
         assert all(map(torch.equal, found, then)), "a later call wrote to an earlier result"
     storages = [value.untyped_storage().data_ptr() for found, _ in kept for value in found]
     assert len(set(storages)) == len(storages)
+
+
+def test_what_lives_and_dies_together_shares_memory_and_nothing_else_does(device: str) -> None:
+    outputs = [torch.randn(2, 16, 8, device=device) for _ in range(5)]
+    outputs += [torch.randn(2, 16, 4, device=device), torch.randn(2, 16, 8, device=device).half()]
+    outputs += [torch.randn(2, 3, 1, device=device), torch.randn(2, 16, 2, device=device)]
+    rows = dict.fromkeys(range(7), (1, LEVEL))
+    # The eighth has a length that would leave the next one unaligned, the last one is nobody's.
+    owned = OwnedOutputs(rows, {0: "a", 1: "b", 2: "a", 3: "a", 4: "b", 5: "a", 6: "a", 7: "a"})
+    kept = []
+    for count, unread in ((16, frozenset()), (12, frozenset({2})), (12, frozenset()), (16, frozenset())):
+        for output in outputs:
+            output.normal_()
+        found = owned.of(outputs, plan(count), unread)
+        places = [place for place in range(len(outputs)) if place not in unread]
+        expected = [outputs[place].narrow(1, 0, count) if place in rows else outputs[place] for place in places]
+        assert all(map(torch.equal, found, expected))
+        storages = {place: value.untyped_storage() for place, value in zip(places, found, strict=True)}
+        addresses = {place: storage.data_ptr() for place, storage in storages.items()}
+        alike: dict[int, set[int]] = {}
+        for place, address in addresses.items():
+            alike.setdefault(address, set()).add(place)
+        assert sorted(map(sorted, alike.values())) == sorted(
+            sorted({*group} - unread) for group in ([0, 2, 3, 5], [1, 4], [6], [7], [8])
+        )
+        sizes = {address: 0 for address in alike}
+        for place, value in zip(places, found, strict=True):
+            assert value.is_contiguous() and value.data_ptr() % 16 == 0
+            sizes[addresses[place]] += value.nbytes
+        assert all(storage.nbytes() == sizes[addresses[place]] for place, storage in storages.items())
+        kept.append((found, [value.clone() for value in found]))
+    for found, then in kept:
+        assert all(map(torch.equal, found, then)), "a later call wrote to an earlier result"
+
+
+def test_more_outputs_than_a_launch_has_targets_are_copied_all_the_same(device: str) -> None:
+    outputs = [torch.randn(2, 16, 8, device=device) for _ in range(40)]
+    owned = OwnedOutputs(dict.fromkeys(range(40), (1, LEVEL)), {place: place // 2 for place in range(0, 40)})
+    found = owned.of(outputs, plan(9))
+    assert all(map(torch.equal, found, [output[:, :9] for output in outputs]))
+    assert all(value.is_contiguous() for value in found)
