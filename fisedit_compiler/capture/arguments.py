@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
+from types import FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -26,7 +28,7 @@ def bind(
     Raises:
         CaptureError: the forward takes ``*args``, whose members have no names.
     """
-    signature = inspect.signature(module.forward)
+    signature = _signature(module.forward)
     bound = signature.bind(*args, **kwargs)
     arguments: dict[str, Any] = {}
     for name, value in bound.arguments.items():
@@ -41,6 +43,20 @@ def bind(
             arguments[name] = value
     arguments.update({name: value for name, value in fixed.items() if name in signature.parameters})
     return arguments
+
+
+def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+    """The signature of a method; that of a function is looked up, as every call of a run asks for the same one."""
+    function = getattr(forward, "__func__", None)
+    if not isinstance(function, FunctionType):
+        return inspect.signature(forward)
+    known = _signatures.get(function)
+    if known is None:
+        known = _signatures[function] = inspect.signature(forward)
+    return known
+
+
+_signatures: WeakKeyDictionary[FunctionType, inspect.Signature] = WeakKeyDictionary()
 
 
 def flatten(arguments: Mapping[str, Any]) -> tuple[list[Leaf], list[Leaf]]:

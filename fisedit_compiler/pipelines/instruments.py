@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from fisedit_compiler.tensors.streams import current_stream
+
 _watching: ContextVar[tuple[int, ...]] = ContextVar("fisedit_timed_calls", default=())
 """Which blocks this context is in."""
 
@@ -57,7 +59,7 @@ class _Moment:
         self._time, self._event = time.perf_counter(), None
         if device is not None and device.type == "cuda":
             self._event = torch.cuda.Event(enable_timing=True)
-            self._event.record(torch.cuda.current_stream(device))
+            self._event.record(current_stream(device))
 
     def until(self, end: _Moment) -> float:
         """Seconds between two moments; waits until both are over."""

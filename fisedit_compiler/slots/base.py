@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal
 
 from torch import Tensor, fx
@@ -64,7 +65,14 @@ class Slot:
     def row_form(self) -> RowForm:
         return ask(self, "row_form", self)
 
+    @cached_property
+    def form(self) -> RowForm:
+        """What :meth:`row_form` gives, asked for once."""
+        return self.row_form()
+
     def written(self, before: Written | None, edit: Edit) -> Written:
+        if type(self.kind).written is SlotKind.written:  # most do, and nothing that it does can go wrong
+            return self.kind.written(self, before, edit)
         return ask(self, "written", self, before, edit)
 
     def batch_axes(self, axis: int) -> tuple[int | None, int | None] | None:
@@ -137,7 +145,7 @@ class SlotKind(ABC):
         """What edits wrote of it: ``before`` with the rows of one more edit."""
         rows = WrittenRows(edit.turn, edit.updates[slot.name])
         # Asked of every slot of every call, beside a GPU that waits: nothing is made twice.
-        return Written(self.row_form(slot), (rows,)) if before is None else before.after(rows)
+        return Written(slot.form, (rows,)) if before is None else before.after(rows)
 
     @abstractmethod
     def batch_axes(self, slot: Slot, axis: int) -> tuple[int | None, int | None] | None:

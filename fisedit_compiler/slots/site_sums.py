@@ -54,7 +54,7 @@ class SiteSums(SlotKind):
         centre, target = edit.base[slot.of], edit.updates[slot.of]
         rows = CentredRows(edit.turn, edit.updates[slot.name], centre)
         if before is None:
-            return WrittenSums(self.row_form(slot), (rows,), centre, target, self.channels)
+            return WrittenSums(slot.form, (rows,), centre, target, self.channels)
         assert isinstance(before, WrittenSums), "rows of site sums are never written without their centre"
         return before.centred_on(target).after(rows)
 
@@ -68,7 +68,7 @@ class SiteSums(SlotKind):
         return torch.stack([centred.sum(dim=2), centred.square().sum(dim=2)], dim=-1).transpose(1, 2)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(slots=True, eq=False)
 class CentredRows(WrittenRows):
     """Rows of site sums.
 
@@ -79,7 +79,7 @@ class CentredRows(WrittenRows):
     centre: Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(slots=True, eq=False)
 class WrittenSums(Written):
     """What edits wrote of site sums.
 
@@ -104,7 +104,7 @@ class WrittenSums(Written):
 
     def tensors(self) -> Iterator[Tensor]:
         """Everything that is kept alive to read it besides the root, the small centres included."""
-        yield from super().tensors()
+        yield from Written.tensors(self)
         yield self.centre
         yield self.target
         yield from (written.centre for written in self._centred())

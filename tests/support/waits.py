@@ -194,7 +194,7 @@ def _own(module: torch.nn.Module) -> Iterable[Tensor]:
 
 
 def _keep(checks: deferred.DeferredChecks, wrong: Tensor, error: Callable[[], Exception]) -> None:
-    checks._pending.append(deferred._Pending(wrong, None, error))
+    checks._pending.append(deferred._Pending(wrong, None, [error]))
 
 
 def _marking(function: Callable[..., Any], waits: Waits) -> Callable[..., Any]:

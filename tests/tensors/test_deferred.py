@@ -10,7 +10,8 @@ import torch
 from fisedit_compiler import SparsifyConfig, sparsify
 from fisedit_compiler.errors import RecordingError
 from fisedit_compiler.runtime.sessions.agreement import CHECKED_AT_ONCE
-from fisedit_compiler.tensors.deferred import DeferredChecks, _Pending
+from fisedit_compiler.tensors import deferred
+from fisedit_compiler.tensors.deferred import TOGETHER, DeferredChecks, _Pending
 from tests.support.compiled_zoo import make_mask
 from tests.support.zoo import ZOO
 
@@ -33,7 +34,7 @@ def queue(*outcomes: bool) -> tuple[DeferredChecks, list[Event]]:
     checks, events = DeferredChecks(), [Event() for _ in outcomes]
     for number, (wrong, event) in enumerate(zip(outcomes, events, strict=True)):
         error = RecordingError(f"check {number}")
-        checks._pending.append(_Pending(torch.tensor(wrong), event, lambda error=error: error))  # type: ignore[arg-type, misc]
+        checks._pending.append(_Pending(torch.tensor(wrong), event, [lambda error=error: error]))  # type: ignore[arg-type, misc]
     return checks, events
 
 
@@ -60,6 +61,58 @@ def test_waiting_raises_the_first_failure() -> None:
     checks, _ = queue(False, True, True)
     with pytest.raises(RecordingError, match="check 1"):
         checks.wait()
+
+
+class Fake:
+    """Stands for a tensor on a CUDA device, whose outcome is known here."""
+
+    is_cuda, device = True, torch.device("cuda", 0)
+
+    def __init__(self, wrong: bool) -> None:
+        self.wrong = wrong
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, int]]:
+    """The streams on which outcomes were sent, and how many at once."""
+    streams: list[tuple[object, int]] = []
+
+    def send(checks: DeferredChecks) -> None:
+        gathered, checks._gathered = checks._gathered, []
+        if gathered:
+            streams.append((checks._stream, len(gathered)))
+            outcomes = torch.tensor([fake.wrong for fake, _ in gathered])  # type: ignore[attr-defined]
+            checks._pending.append(_Pending(outcomes, None, [error for _, error in gathered]))
+
+    monkeypatch.setattr(DeferredChecks, "_send", send)
+    return streams
+
+
+def test_a_few_outcomes_are_sent_together_and_none_is_lost(
+    sent: list[tuple[object, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deferred, "current_stream", lambda device: "one")
+    checks = DeferredChecks()
+    for number in range(TOGETHER + 3):
+        error = RecordingError(f"check {number}")
+        checks.add(Fake(number == TOGETHER + 1), lambda error=error: error)  # type: ignore[arg-type, misc]
+    checks.poll()
+    assert sent == [("one", TOGETHER)]
+    with pytest.raises(RecordingError, match=f"check {TOGETHER + 1}"):
+        checks.wait()
+    assert sent == [("one", TOGETHER), ("one", 3)]
+    checks.wait()
+
+
+def test_outcomes_are_sent_on_the_stream_that_computes_them(
+    sent: list[tuple[object, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks = DeferredChecks()
+    for stream in ("one", "one", "other", "one"):
+        monkeypatch.setattr(deferred, "current_stream", lambda device, stream=stream: stream)
+        checks.add(Fake(False), RecordingError)  # type: ignore[arg-type]
+    checks.wait()
+    assert sent == [("one", 2), ("other", 1), ("one", 1)]
 
 
 @pytest.mark.gpu

@@ -48,6 +48,7 @@ class Watch:
         # Pairs of lists, so that one comparison in C looks at all of them. Those in the first pair count their writes.
         self._timed: list[Any] = []
         self._timed_kept: list[Any] = []
+        self._timed_seen: tuple[list[int], list[Any]] | None = None
         self._live: list[Any] = []
         self._kept: list[Any] = []
         # What comparing does not tell of them, and what it was: the order of keys, and elements that are equal without
@@ -204,10 +205,24 @@ class Watch:
         reading = self._clock.read()
         if reading == self._reading:
             return False
-        if not all(map(_alike, self._timed, self._timed_kept)):
+        if not (self._timed_stayed() or all(map(_alike, self._timed, self._timed_kept))):
             return True
         self._reading = reading  # nothing was written to, or what was there before
         return False
+
+    def _timed_stayed(self) -> bool:
+        """Whether those that count their writes hold the very objects that they held, in their order: told in C.
+
+        A write to any dictionary that anybody has a watch on makes all of them be looked at.
+        """
+        if self._timed_seen is None:
+            plain = all(type(values) in (dict, OrderedDict, MappingProxyType) for values in self._timed)
+            kept = self._timed_kept if plain else []
+            self._timed_seen = list(map(len, kept)), list(chain.from_iterable(map(_contents, kept)))
+        lengths, seen = self._timed_seen
+        return list(map(len, self._timed)) == lengths and all(
+            map(is_, chain.from_iterable(map(_contents, self._timed)), seen)
+        )
 
     def changes(self) -> Iterator[Change | Reordered | Rewritten | Drawn]:
         """What was written since, place by place; slower than :meth:`changed`."""
@@ -264,6 +279,10 @@ def _own_address(value: Tensor) -> int:
         return value.data_ptr()
     except RuntimeError:
         return id(value)
+
+
+def _contents(values: Mapping[Any, Any]) -> chain[Any]:
+    return chain(values, values.values())
 
 
 def _copied(value: Any) -> Any:

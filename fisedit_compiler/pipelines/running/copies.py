@@ -16,32 +16,53 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
-@contextmanager
-def copies_behind(device: torch.device | None) -> Iterator[None]:
-    """Inside the block nobody waits for what ``Tensor.to`` and ``torch.tensor`` copy from the host to a CUDA device.
+LOOKED_AT = 4
+"""Blocks of one row that are looked at; if none of them copied anything the others are not."""
 
-    Args:
-        device: where the block computes.
+
+class CopiesBehind:
+    """A row of blocks, such as the steps of a run, in which nobody waits for copies from the host to a CUDA device.
+
+    Those are meant that ``Tensor.to`` and ``torch.tensor`` make. Looking at every function that a block calls takes the
+    host longer than many a block itself, so what copies nothing in its first blocks is left alone.
     """
-    if device is None or not is_behind(device):
-        yield
-        return
-    with _Copies():
-        yield
+
+    def __init__(self) -> None:
+        self._blocks, self._copied = 0, False
+
+    @contextmanager
+    def block(self, device: torch.device | None) -> Iterator[None]:
+        """One of them; ``device`` is where it computes."""
+        if device is None or not is_behind(device) or (self._blocks >= LOOKED_AT and not self._copied):
+            yield
+            return
+        mode = _Copies()
+        try:
+            with mode:
+                yield
+        finally:
+            self._blocks += 1
+            self._copied |= mode.copied
 
 
 class _Copies(TorchFunctionMode):
     """Lets copies to the device start from pinned memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copied = False
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function is Tensor.to and args[0].device.type == "cpu" and "non_blocking" not in kwargs and len(args) < 4:
             target = _target((*args[1:], *kwargs.values()))
             if target is not None and is_behind(target):
+                self.copied = True
                 return function(pinned(args[0]), *args[1:], **{**kwargs, "non_blocking": True})
         elif function is torch.tensor and not _holds_tensors(args[0]):
             target = _target((kwargs.get("device"),))
             if target is not None and is_behind(target):
+                self.copied = True
                 return pinned(function(*args, **{**kwargs, "device": "cpu"})).to(target, non_blocking=True)
         return function(*args, **kwargs)
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from fisedit_compiler.errors import ConfigError
-from fisedit_compiler.pipelines.running.copies import copies_behind
+from fisedit_compiler.pipelines.running.copies import CopiesBehind
 from fisedit_compiler.pipelines.running.host_timesteps import read_on_host
 
 
@@ -59,13 +59,13 @@ def _seeded(scheduler: Any, seed: int, copies: int) -> Any:
 def _watched(scheduler: Any) -> Any:
     """Refuse the first step that draws numbers which the run's generator does not decide; let none wait for a copy."""
     step: Callable[..., Any] = scheduler.step
-    name = type(scheduler).__name__
+    name, copies = type(scheduler).__name__, CopiesBehind()
 
     @functools.wraps(step)
     def watched(*args: Any, **kwargs: Any) -> Any:
         device = next((value.device for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
         before = _global_states(device)
-        with copies_behind(device):
+        with copies.block(device):
             result = step(*args, **kwargs)
         if before != _global_states(device):
             raise ConfigError(

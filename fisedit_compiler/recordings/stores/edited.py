@@ -9,6 +9,7 @@ dropping a recording frees exactly what no other one needs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,15 +21,13 @@ from fisedit_compiler.slots.written import Written
 
 Change = Tensor | Written
 """What an edit made of a slot: another value, or rows over its value, those of earlier edits included."""
+Value = TypeVar("Value", Tensor, Written)
 
 
 class EditedSlots(SlotStore):
     """The slots of a call, with what edits changed of them.
 
     A slot is the root's, or a value that an edit wrote whole; over either lie the rows that later edits wrote.
-
-    Attributes:
-        own: the tensors that the last edit added, each once.
     """
 
     def __init__(self, base: SlotStore, changes: Mapping[str, Change], names: Iterable[str] | None = None) -> None:
@@ -40,24 +39,37 @@ class EditedSlots(SlotStore):
             names: the slots to have, each in ``changes`` or the base; by default the base's.
         """
         root: SlotStore = base
-        whole: Mapping[str, Tensor] = {}
-        rows: Mapping[str, Written] = {}
+        whole: dict[str, Tensor] = {}
+        rows: dict[str, Written] = {}
         if isinstance(base, EditedSlots):
             root, whole, rows = base._root, base._whole, base._rows
-        self._names = dict.fromkeys(base if names is None else names)
+        names = dict.fromkeys(base if names is None else names)
         values = {name: change for name, change in changes.items() if isinstance(change, Tensor)}
         written = {name: change for name, change in changes.items() if isinstance(change, Written)}
-        self._whole: Mapping[str, Tensor] = {
-            name: value for name, value in {**whole, **values}.items() if name in self._names
-        }
-        lasting = {name: change for name, change in rows.items() if name not in values}
-        self._rows: Mapping[str, Written] = {
-            name: change for name, change in {**lasting, **written}.items() if name in self._names
-        }
-        self._root: SlotStore = root.only(name for name in self._names if name not in self._whole)
-        added = [*values.values(), *(change.by_turn[-1].rows for change in written.values())]
-        self.own = tuple({tensor.untyped_storage().data_ptr(): tensor for tensor in added}.values())
+        self._changes = (values, written)
+        self._hold(
+            names,
+            root,
+            _of({**whole, **values}, names),
+            _of({**{name: change for name, change in rows.items() if name not in values}, **written}, names),
+        )
+
+    def _hold(
+        self, names: dict[str, None], root: SlotStore, whole: dict[str, Tensor], rows: dict[str, Written]
+    ) -> None:
+        self._names, self._whole, self._rows = names, whole, rows
+        needed = names.keys() - whole.keys() if whole else names.keys()
+        if root.keys() != needed:
+            root = root.only([name for name in names if name in needed])
+        self._root = root
         self._addresses: tuple[SlotLayout, SlotAddresses] | None = None
+
+    @property
+    def own(self) -> tuple[Tensor, ...]:
+        """The tensors that the last edit added, each once."""
+        values, written = self._changes
+        added = [*values.values(), *(change.by_turn[-1].rows for change in written.values())]
+        return tuple({(tensor.data_ptr(), tensor.nbytes): tensor for tensor in added}.values())
 
     def read(self, name: str) -> Tensor:
         """The slot: a new tensor, which belongs to the reader, if edits wrote rows of it."""
@@ -103,11 +115,15 @@ class EditedSlots(SlotStore):
     def with_earlier(self, earlier: EditedSlots, names: Iterable[str]) -> EditedSlots:
         """The same, but slots of these names are those of another call of the edit, which stay shared with it."""
         then = earlier.only(name for name in names if name in self._names)
-        now = self.only(name for name in self._names if name not in then)
+        now = self.only(name for name in self._names if name not in then._names)
         joined = EditedSlots(self, {}, ())
-        joined._names, joined.own = self._names, self.own
-        joined._whole, joined._rows = {**then._whole, **now._whole}, {**then._rows, **now._rows}
-        joined._root = JoinedSlots.of(then._root, now._root)
+        joined._changes = self._changes
+        joined._hold(
+            self._names,
+            JoinedSlots.of(then._root, now._root),
+            {**then._whole, **now._whole},
+            {**then._rows, **now._rows},
+        )
         return joined
 
     @property
@@ -128,6 +144,11 @@ class EditedSlots(SlotStore):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def _of(values: dict[str, Value], names: dict[str, None]) -> dict[str, Value]:
+    """Those of these names."""
+    return values if values.keys() <= names.keys() else {name: values[name] for name in values if name in names}
 
 
 def written_in(slots: SlotStore) -> Mapping[str, Written]:

@@ -20,6 +20,7 @@ class MemorySlots(SlotStore):
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = dict(tensors)
         self._addresses: tuple[SlotLayout, SlotAddresses] | None = None
+        self._nbytes: int | None = None
 
     def read(self, name: str) -> Tensor:
         found = self._tensors.get(name)
@@ -39,7 +40,9 @@ class MemorySlots(SlotStore):
 
     @property
     def nbytes(self) -> int:
-        return distinct_nbytes(self._tensors.values())
+        if self._nbytes is None:
+            self._nbytes = distinct_nbytes(self._tensors.values())
+        return self._nbytes
 
     @property
     def own_nbytes(self) -> int:
@@ -50,7 +53,11 @@ class MemorySlots(SlotStore):
         return iter(self._tensors.values())
 
     def only(self, names: Iterable[str]) -> MemorySlots:
-        return MemorySlots({name: self.read(name) for name in names})
+        names = list(names)
+        try:
+            return MemorySlots(dict(zip(names, map(self._tensors.__getitem__, names), strict=True)))
+        except KeyError as error:
+            raise self.missing(error.args[0]) from None
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors

@@ -35,7 +35,7 @@ from fisedit_compiler.recordings.stores import SlotStore
 from fisedit_compiler.runtime.execution.backend import ProgramBackend
 from fisedit_compiler.runtime.execution.cuda_graphs import GraphPool, HoistedNames
 from fisedit_compiler.runtime.execution.dense_graphs import DenseGraphs
-from fisedit_compiler.runtime.execution.graph_choice import choose_graph
+from fisedit_compiler.runtime.execution.graph_choice import GraphChoice, choose_graph
 from fisedit_compiler.runtime.execution.held_rows import HeldRows, cut_of
 from fisedit_compiler.runtime.execution.hoisting import HoistCache, Hoisted
 from fisedit_compiler.runtime.execution.in_order import InOrder
@@ -73,6 +73,7 @@ class Executable:
         self._bundles: list[tuple[Bundle, fx.GraphModule]] = []
         self._attributes: dict[str, Any] = {}
         self._pools: dict[Lowerable, GraphPool] = {}
+        self._choices: dict[tuple[bool, ...], GraphChoice] = {}
         self.plans = SitePlans(program, config)
 
     # -- weights ---------------------------------------------------------------------------------
@@ -259,14 +260,7 @@ class Executable:
             self.hoisted.run_eagerly()
         hoisted = self._hoisted(cache or self.hoisted, tensors, scalars, later)
         lowered = lowered and not plan.is_empty
-        chosen = choose_graph(
-            self.program,
-            update=update,
-            cut=held is not None,
-            shallow=shallow,
-            lowered=lowered,
-            reuses=self.config.reuse != "off",
-        )
+        chosen = self._choose(update=update, cut=held is not None, shallow=shallow, lowered=lowered)
         rows = {} if held is None or not shallow else held.rows(self.program, plan, padded=lowered)
         if lowered:
             pool = self._graph_pool(chosen.name)
@@ -307,10 +301,15 @@ class Executable:
 
     def interpreted_step(self) -> fx.GraphModule:
         """The graph of a lowered step on the module's weights, as nothing has compiled or staged it."""
-        chosen = choose_graph(
-            self.program, update=False, cut=False, shallow=False, lowered=True, reuses=self.config.reuse != "off"
-        )
-        return self._graph(chosen.name)
+        return self._graph(self._choose(update=False, cut=False, shallow=False, lowered=True).name)
+
+    def _choose(self, *, update: bool, cut: bool, shallow: bool, lowered: bool) -> GraphChoice:
+        key = (update, cut, shallow, lowered, self.program.has_reuse)
+        if key not in self._choices:
+            self._choices[key] = choose_graph(
+                self.program, update=update, cut=cut, shallow=shallow, lowered=lowered, reuses=self.config.reuse != "off"
+            )
+        return self._choices[key]
 
     def _graph_pool(self, name: Lowerable) -> GraphPool:
         """The pool of one of the graphs that are lowered; each is compiled on first use."""

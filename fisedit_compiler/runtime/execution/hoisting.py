@@ -21,6 +21,7 @@ from fisedit_compiler.passes.programs.hoist import BATCH_SIZE, Bundle
 from fisedit_compiler.runtime.execution.bundle_graphs import BundleRunner
 from fisedit_compiler.runtime.execution.bundle_values import BundleValues
 from fisedit_compiler.tensors.contents import ContentNumbers, Contents, Later
+from fisedit_compiler.tensors.streams import current_stream
 
 PROMPTS = 2
 """Prompts of one run, whose guidance may come in two calls."""
@@ -238,7 +239,7 @@ class HoistCache:
         self.computed[bundle.name] = self.computed.get(bundle.name, 0) + 1
         values = self.runner.run(bundle, module, arguments)
         form = self._forms.setdefault(values.layout, len(self._forms))
-        stream = torch.cuda.current_stream(values.device) if values.device.type == "cuda" else None
+        stream = current_stream(values.device) if values.device.type == "cuda" else None
         return HoistedGroup(named, values, form, stream)
 
 
@@ -247,6 +248,6 @@ def _keep_for_this_stream(groups: Sequence[HoistedGroup]) -> None:
     here: torch.cuda.Stream | None = None
     for group in groups:
         if group.stream is not None:
-            here = here or torch.cuda.current_stream(group.stream.device)
+            here = here or current_stream(group.stream.device)
             if group.stream != here:
                 group.values.record_stream(here)

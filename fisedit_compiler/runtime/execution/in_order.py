@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from fisedit_compiler.tensors.streams import current_stream
+
 
 class InOrder:
     """A re-entrant lock that orders the streams of those who take it one after another."""
@@ -33,7 +35,7 @@ class InOrder:
     @contextmanager
     def _ordered(self, device: torch.device) -> Iterator[None]:
         with self._lock:
-            stream = torch.cuda.current_stream(device)
+            stream = current_stream(device)
             if self._launched is not None and self._last != stream:
                 stream.wait_event(self._launched)
             try:

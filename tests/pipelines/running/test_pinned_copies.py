@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fisedit_compiler.pipelines.running import copies
-from fisedit_compiler.pipelines.running.copies import copies_behind
+from fisedit_compiler.pipelines.running.copies import LOOKED_AT, CopiesBehind
 from fisedit_compiler.pipelines.running.run_scheduler import scheduler_of_a_run
 from tests.support.tiny_pipeline import make_tiny_pipeline
 
@@ -40,7 +40,7 @@ def test_copies_to_the_device(copy: Any, started: list[Tensor]) -> None:
     value = torch.tensor([1.0, 2.0])
     expected = copy(value)
     assert not started
-    with copies_behind(BEHIND):
+    with CopiesBehind().block(BEHIND):
         found = copy(value)
     assert [one.tolist() for one in started] == [[1.0, 2.0]]
     assert (found.device, found.dtype, found.shape) == (expected.device, expected.dtype, expected.shape)
@@ -60,12 +60,32 @@ def test_copies_to_the_device(copy: Any, started: list[Tensor]) -> None:
 def test_everything_else_is_as_it_was(other: Any, started: list[Tensor]) -> None:
     value = torch.tensor([1.0, 2.0])
     expected = other(value)
-    with copies_behind(BEHIND):
+    with CopiesBehind().block(BEHIND):
         found = other(value)
     assert not started and found.dtype == expected.dtype and found.device == expected.device
-    with copies_behind(torch.device("cpu")), copies_behind(None):
+    with CopiesBehind().block(torch.device("cpu")), CopiesBehind().block(None):
         value.to(BEHIND)
     assert not started
+
+
+def test_blocks_of_which_the_first_copy_nothing_are_left_alone(started: list[Tensor]) -> None:
+    value, copies = torch.tensor([1.0, 2.0]), CopiesBehind()
+    for _ in range(LOOKED_AT):
+        with copies.block(BEHIND):
+            value + 1
+    with copies.block(BEHIND):
+        assert not torch._C._len_torch_function_stack() and value.to(BEHIND).device == BEHIND
+    assert not started
+
+
+@pytest.mark.parametrize("first", [0, LOOKED_AT - 1])
+def test_one_copy_among_the_first_blocks_makes_all_be_looked_at(first: int, started: list[Tensor]) -> None:
+    value, copies = torch.tensor([1.0, 2.0]), CopiesBehind()
+    for block in range(LOOKED_AT + 3):
+        with copies.block(BEHIND):
+            if block == first or block > LOOKED_AT:
+                value.to(BEHIND)
+    assert len(started) == 3
 
 
 def test_a_step_that_draws_noise_copies_it_behind(started: list[Tensor]) -> None:

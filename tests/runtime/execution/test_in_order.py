@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from fisedit_compiler.runtime.execution import in_order
 from fisedit_compiler.runtime.execution.in_order import InOrder
 from tests.support.runs import together
 
@@ -36,7 +37,7 @@ def test_a_stream_waits_for_what_another_one_launched_last(monkeypatch: pytest.M
     first_gpu, second_gpu = torch.device("cuda:0"), torch.device("cuda:1")
     one, other, elsewhere = Stream(first_gpu), Stream(first_gpu), Stream(second_gpu)
     current = [one]
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
+    monkeypatch.setattr(in_order, "current_stream", lambda device: current[0])
     monkeypatch.setattr(torch.cuda, "Event", Event)
     shared = InOrder()
     for stream in (one, one, other, one, elsewhere, elsewhere, other):
