@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-
 LOOKED_AT = 4
 """Blocks of one row that are looked at; if none of them copied anything the others are not."""
 

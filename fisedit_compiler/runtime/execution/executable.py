@@ -304,10 +304,11 @@ class Executable:
         return self._graph(self._choose(update=False, cut=False, shallow=False, lowered=True).name)
 
     def _choose(self, *, update: bool, cut: bool, shallow: bool, lowered: bool) -> GraphChoice:
-        key = (update, cut, shallow, lowered, self.program.has_reuse)
+        program, reuses = self.program, self.config.reuse != "off"
+        key = (update, cut, shallow, lowered, program.has_reuse)
         if key not in self._choices:
             self._choices[key] = choose_graph(
-                self.program, update=update, cut=cut, shallow=shallow, lowered=lowered, reuses=self.config.reuse != "off"
+                program, update=update, cut=cut, shallow=shallow, lowered=lowered, reuses=reuses
             )
         return self._choices[key]
 
