@@ -94,6 +94,9 @@ class FakeCopyOut:
 
 
 class FakeStream:
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        pass
+
     def wait_stream(self, other: Any) -> None:
         pass
 

@@ -160,7 +160,7 @@ class GraphPool:
             addresses = slots.addresses(graph.layout, graph.table.device)  # kept until the replay is launched
             _fill(graph, prepared, addresses, hoisted)
             graph.graph.replay()
-            return graph.owned.of(graph.outputs, prepared, unread)
+            return graph.owned.of(graph.outputs, prepared.counts, unread)
 
     @one_at_a_time
     def _captured(

@@ -24,6 +24,7 @@ from fisedit_compiler.compiling import one_at_a_time
 from fisedit_compiler.lowering.inductor import compile_dense
 from fisedit_compiler.runtime.execution.graph_capture import capture_into
 from fisedit_compiler.runtime.execution.in_order import InOrder
+from fisedit_compiler.runtime.execution.owned_outputs import OwnedOutputs
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class _Captured:
     graph: torch.cuda.CUDAGraph
     inputs: list[Tensor]
     outputs: list[Any]
+    owned: OwnedOutputs
 
 
 class DenseGraphs:
@@ -122,7 +124,7 @@ class DenseGraphs:
         inputs = [torch.zeros_like(value, device=device_of(arguments)) for value in arguments]
         # A copy of its own: Dynamo keeps what it compiled by a graph's code, and of one code only so many sizes.
         compiled = compile_dense(fx.GraphModule(graph, graph.graph))
-        captured = _Captured(torch.cuda.CUDAGraph(), inputs, [])
+        captured = _Captured(torch.cuda.CUDAGraph(), inputs, [], OwnedOutputs({}))
         memory = next((other.graph.pool() for other in self._captured.values()), None)
 
         def body() -> list[Any]:
@@ -147,10 +149,9 @@ def _replayed(captured: _Captured, arguments: Sequence[Tensor], wanted: int) -> 
         buffer.copy_(value)
     captured.graph.replay()
     results = captured.outputs[:wanted]
-    tensors = [value for value in results if isinstance(value, Tensor)]
-    copies = [torch.empty_like(value) for value in tensors]
-    torch._foreach_copy_(copies, tensors)
-    owned = iter(copies)
+    tensors = [value for value in captured.outputs if isinstance(value, Tensor)]
+    read = sum(isinstance(value, Tensor) for value in results)
+    owned = iter(captured.owned.of(tensors, {}, frozenset(range(read, len(tensors)))))
     return [next(owned) if isinstance(value, Tensor) else value for value in results]
 
 

@@ -270,7 +270,9 @@ class Executable:
         if held is not None and not shallow:
             count = len(cut_of(self.program).values)
             flat, kept = flat[:-count], flat[-count:]
-            held.keep([_own(value, flat) for value in kept], self.program, plan, tensors[self.program.spatial[0]])
+            if not lowered:  # what a CUDA graph returned is the caller's own already
+                kept = [_own(value, flat) for value in kept]
+            held.keep(kept, self.program, plan, tensors[self.program.spatial[0]])
         outputs, stored = self._divide(flat, chosen.updates)
         if lowered:
             return outputs, stored

@@ -24,7 +24,7 @@ def capturing(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Iterator[None]:
         # torch.cuda.graph leaves its own stream current where ending the capture fails.
         with (
             torch.cuda.stream(torch.cuda.current_stream()),
-            torch.cuda.graph(graph, pool=pool, capture_error_mode=_MODE),
+            torch.cuda.graph(graph, pool=pool, stream=_capture_stream(), capture_error_mode=_MODE),
         ):
             yield
     except BaseException:
@@ -57,6 +57,14 @@ def capture_into(
         return body()
 
 
+def _capture_stream() -> torch.cuda.Stream:
+    """A stream that no other thread is likely to launch on meanwhile.
+
+    torch gives its streams out again and again; those of high priority, which programs hardly ask for, are others.
+    """
+    return torch.cuda.Stream(priority=-1)
+
+
 def _free_generators() -> None:
     """Let random numbers be drawn again.
 
@@ -67,5 +75,5 @@ def _free_generators() -> None:
         return
     with suppress(RuntimeError), torch.cuda.stream(torch.cuda.current_stream()):
         value = torch.zeros(1, device="cuda")
-        with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode=_MODE):
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=_capture_stream(), capture_error_mode=_MODE):
             value += 1

@@ -1,4 +1,4 @@
-"""What a CUDA graph returns, as tensors of the caller's own: copied out of the graph's memory in one launch."""
+"""What a CUDA graph returns, as tensors of the caller's own: copied out of the graph's memory in a launch or a few."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from fisedit_compiler.kernels.addresses import ALIGNMENT, TARGETS, WORD, Runs, runs_of
-from fisedit_compiler.runtime.execution.padded_plans import PaddedPlan
 
 if TYPE_CHECKING:
     from fisedit_compiler.kernels.triton.copy_out import CopyOut
@@ -38,75 +37,77 @@ class OwnedOutputs:
         self.rows, self.together = rows, together
         self._kept: OrderedDict[Hashable, _Copies] = OrderedDict()
 
-    def of(self, outputs: Sequence[Tensor], prepared: PaddedPlan, unread: frozenset[int] = frozenset()) -> list[Tensor]:
+    def of(
+        self, outputs: Sequence[Tensor], counts: Mapping[Fraction, int], unread: frozenset[int] = frozenset()
+    ) -> list[Tensor]:
         """Copies of what a replay wrote; ``outputs`` are the graph's, always the same ones.
 
-        ``unread`` are the positions of those that are not wanted: the others follow each other in their order.
+        ``counts`` are the rows of each level that are not padding. ``unread`` are the positions of outputs that are not
+        wanted: the others follow each other in their order.
         """
-        key = (unread, *prepared.counts.items())
+        key = (unread, *counts.items())
         copies = self._kept.get(key)
         if copies is None:
-            copies = self._kept[key] = self._copies(outputs, prepared, unread)
+            copies = self._kept[key] = self._copies(outputs, counts, unread)
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
         return copies.make()
 
-    def _copies(self, outputs: Sequence[Tensor], prepared: PaddedPlan, unread: frozenset[int]) -> _Copies:
+    def _copies(self, outputs: Sequence[Tensor], counts: Mapping[Fraction, int], unread: frozenset[int]) -> _Copies:
         wanted = [place for place in range(len(outputs)) if place not in unread]
-        views = [self._view(place, outputs[place], prepared) for place in wanted]
+        views = [self._view(place, outputs[place], counts) for place in wanted]
         are_rows = {position for position, place in enumerate(wanted) if place in self.rows}
         together = {position: self.together[place] for position, place in enumerate(wanted) if place in self.together}
         return _Copies(views, are_rows, together)
 
-    def _view(self, place: int, output: Tensor, prepared: PaddedPlan) -> Tensor:
+    def _view(self, place: int, output: Tensor, counts: Mapping[Fraction, int]) -> Tensor:
         if place not in self.rows:
             return output
         axis, level = self.rows[place]
-        return output.narrow(axis, 0, prepared.counts[level])
+        return output.narrow(axis, 0, counts[level])
 
 
 class _Copies:
-    """How some views of a graph's memory are copied: most of them in one launch, to few pieces of memory."""
+    """How some views of a graph's memory are copied: a few launches, each to a few pieces of memory."""
 
     def __init__(self, views: Sequence[Tensor], are_rows: set[int], together: Mapping[int, Hashable]) -> None:
         self.views = views
         self._are_rows = are_rows
-        self._copier: CopyOut | None = None
         found = {position: runs_of(view) for position, view in enumerate(views)}
         runs = {n: each for n, each in found.items() if each is not None and not views[n].element_size() % WORD}
         if len(runs) < 2:  # a copy of its own is as good
             runs = {}
         pieces: dict[Hashable, list[int]] = {}
-        alone: list[int] = []
+        self._alone: list[tuple[int, tuple[int, ...]]] = []
         for position, of_view in runs.items():
             if position in together and _is_contiguous(views[position], of_view):
                 pieces.setdefault((views[position].dtype, together[position]), []).append(position)
             else:
-                alone.append(position)
-        for key in list(pieces)[TARGETS:]:
-            alone += pieces.pop(key)
+                self._alone.append((position, of_view.strides))
         self._pieces = [_Piece(views, positions) for positions in pieces.values()]
-        # One that finds no place in the launch is copied by itself.
-        self._alone = [(position, runs[position].strides) for position in alone[: TARGETS - len(pieces)]]
-        places = self._places()
-        self._apart = [position for position in range(len(views)) if position not in places]
-        if places:
-            from fisedit_compiler.kernels.triton import copy_out
+        self._apart = [position for position in range(len(views)) if position not in runs]
+        self._launches = self._launches_of(runs)
 
-            copied = list(places)
-            self._copier = copy_out.CopyOut(
-                [views[position] for position in copied], [runs[position] for position in copied], list(places.values())
-            )
+    def _launches_of(self, runs: Mapping[int, Runs]) -> list[CopyOut]:
+        # What goes to each target, the pieces first: position and byte.
+        targets: list[list[tuple[int, int]]] = [list(piece.places()) for piece in self._pieces]
+        targets += [[(position, 0)] for position, _ in self._alone]
+        if not targets:
+            return []
+        from fisedit_compiler.kernels.triton import copy_out
 
-    def _places(self) -> dict[int, tuple[int, int]]:
-        """By position, the piece of memory that a view is copied to, and the byte in it."""
-        places: dict[int, tuple[int, int]] = {}
-        for number, piece in enumerate(self._pieces):
-            places |= {position: (number, first) for position, first in piece.places()}
-        for number, (position, _) in enumerate(self._alone, start=len(self._pieces)):
-            places[position] = (number, 0)
-        return places
+        launches = []
+        for first in range(0, len(targets), TARGETS):
+            jobs = [
+                (position, number, byte)
+                for number, places in enumerate(targets[first : first + TARGETS])
+                for position, byte in places
+            ]
+            views = [self.views[position] for position, *_ in jobs]
+            places = [(number, byte) for _, number, byte in jobs]
+            launches.append(copy_out.CopyOut(views, [runs[position] for position, *_ in jobs], places))
+        return launches
 
     def make(self) -> list[Tensor]:
         """The copies, in the order of the views."""
@@ -119,8 +120,8 @@ class _Copies:
         for position in self._apart:
             kept = torch.contiguous_format if position in self._are_rows else torch.preserve_format
             owned[position] = self.views[position].clone(memory_format=kept)
-        if self._copier is not None:
-            self._copier.run(targets)
+        for number, launch in enumerate(self._launches):
+            launch.run(targets[number * TARGETS : (number + 1) * TARGETS])
         return owned
 
 

@@ -21,6 +21,8 @@ from fisedit_compiler.runtime.calls.programs import ProgramStore
 from fisedit_compiler.runtime.execution.executable import Executable
 from fisedit_compiler.runtime.sessions.reuse import Movement
 from fisedit_compiler.runtime.sessions.self_check import form_of, record_checked
+from fisedit_compiler.tensors.contents import Later
+from fisedit_compiler.tensors.deferred import DeferredChecks
 
 
 class RecordSession:
@@ -39,6 +41,8 @@ class RecordSession:
         self._compared: set[Executable] = set()
         self._compiled: dict[tuple[Executable, tuple[Any, ...]], bool] = {}
         self._movement = Movement()
+        self._deferred = DeferredChecks()
+        self._timesteps: list[tuple[int, Tensor]] = []
 
     def before(self) -> str:
         """Look whether the module is still the one that the recording is of. Another structure is followed.
@@ -60,6 +64,8 @@ class RecordSession:
             RecordingError: weights changed meanwhile.
         """
         self._check_weights(self.programs.refresh().weights)
+        self._deferred.wait()
+        self._note_timesteps()
         note_not_finite(self.recording, self._finite)
         self.recording.complete = True
 
@@ -79,17 +85,19 @@ class RecordSession:
                 f"record(maps={self.maps}): the module has no attention from sites to a text whose map could be "
                 f"recorded{_why_no_maps(executable)}. Record without maps."
             )
-        inputs = self._inputs.of(number, call.signature, call.tensors, executable.sample_slot)
-        known = executable in self._compared
+        later, timestep = Later(), self._timestep(call)
+        known = {} if timestep is None else {"timestep": timestep}
+        inputs = self._inputs.of(number, call.signature, call.tensors, executable.sample_slot, known, later)
+        compared = executable in self._compared
         confirmed = not executable.unsettled and form_of(call) in executable.confirmed
         expected, self._expected = self._expected, None
-        if confirmed and known:
+        if confirmed and compared:
             outputs, slots = executable.record(call.tensors, maps=maps, compiled=self._is_compiled(call))
         else:
             made = executable.interpret(call.tensors, maps=maps) if confirmed and expected is not None else None
             if made is None or not _same_bits(made[0], expected):
                 given = call
-                executable, made = record_checked(self.programs, call, maps=maps, may_capture=not known)
+                executable, made = record_checked(self.programs, call, maps=maps, may_capture=not compared)
                 structure = self.programs.structure_of(executable) or self.programs.name_now(given.structure)
                 call = replace(call, find_executable=lambda: executable, structure=structure)
                 if self.recording.model.structure == given.structure:
@@ -99,10 +107,29 @@ class RecordSession:
             again = not maps and self._is_compiled(call)
             outputs, slots = executable.record(call.tensors, compiled=True) if again else made
         self._compared.add(executable)
-        recorded = call.store(slots, call.timestep, inputs)
+        if timestep is not None:
+            self._timesteps.append((number, timestep))
+        recorded = call.store(slots, None if timestep is not None else call.timestep, inputs)
         self.recording.calls.append(replace(recorded, movement=self._movement.at(executable.program, slots)))
         self._finite.look(outputs)
+        later.defer(self._deferred, executable.hoisted.clear)
+        self._deferred.poll()
         return executable.assemble(outputs)
+
+    def _timestep(self, call: Call) -> Tensor | None:
+        """A copy of the timestep, if reading it would wait for the device, which had nothing to do then."""
+        if not call.has_timestep:
+            return None
+        value = call.tensors["timestep"]
+        return value.clone() if value.is_cuda else None
+
+    def _note_timesteps(self) -> None:
+        """Read the timesteps of all calls, which nobody waited for while they were made."""
+        if self._timesteps:
+            # Whole and half numbers of whatever type are the same in this one.
+            values = torch.stack([value.to(torch.float64).reshape(()) for _, value in self._timesteps]).tolist()
+            for (number, _), value in zip(self._timesteps, values, strict=True):
+                self.recording.calls[number] = replace(self.recording.calls[number], timestep=value)
 
     def _is_compiled(self, call: Call) -> bool:
         """Whether such calls of this run are compiled: as was decided at the first of them."""

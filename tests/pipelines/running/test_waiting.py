@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import diffusers
@@ -128,6 +129,29 @@ def test_what_was_copied_to_the_host_may_be_read() -> None:
     assert [wait.operation for wait in waits.found] == ["Tensor.cpu"]
 
 
+@contextmanager
+def waiting_is_an_error(pipe: Any, unet: torch.nn.Module) -> Iterator[Counter[str]]:
+    """Inside the block the steps of a run may not wait, from the calls on that are checked at once; counts calls."""
+    made: Counter[str] = Counter()
+
+    def strict_after_the_checks(*_: object) -> None:
+        made["calls"] += 1
+        torch.cuda.set_sync_debug_mode("error" if made["calls"] > CHECKED_AT_ONCE else "default")
+
+    def decode(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("default")  # the steps are over
+        return type(pipe.vae).decode(pipe.vae, latents, *args, **kwargs)
+
+    handle = unet.register_forward_pre_hook(strict_after_the_checks)
+    pipe.vae.decode = decode
+    try:
+        yield made
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        handle.remove()
+        del pipe.vae.decode
+
+
 @pytest.mark.gpu
 def test_steps_of_an_edit_are_no_error_where_waiting_is_one() -> None:
     """The same by CUDA itself, which also sees copies to the device."""
@@ -135,24 +159,20 @@ def test_steps_of_an_edit_are_no_error_where_waiting_is_one() -> None:
     with Editor(pipe, progress=False) as editor:
         base = editor.generate("a cat", seed=3, num_inference_steps=STEPS)
         editor.edit(base, "a dog", mask=box())  # compiles and captures
-        unet, calls = editor.compiled, 0
-
-        def strict_after_the_checks(*_: object) -> None:
-            nonlocal calls
-            calls += 1
-            torch.cuda.set_sync_debug_mode("error" if calls > CHECKED_AT_ONCE else "default")
-
-        def decode(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            torch.cuda.set_sync_debug_mode("default")  # the steps are over
-            return type(pipe.vae).decode(pipe.vae, latents, *args, **kwargs)
-
-        handle = unet.register_forward_pre_hook(strict_after_the_checks)
-        pipe.vae.decode = decode
-        try:
+        with waiting_is_an_error(pipe, editor.compiled) as made:
             edit = editor.edit(base, "a fox", mask=box())
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-            handle.remove()
-            del pipe.vae.decode
-    assert calls == STEPS
-    assert edit.unchanged_outside and edit.report.sparse_calls == STEPS
+    assert made["calls"] == STEPS
+    assert edit.unchanged_outside and edit.report.sparse_calls + edit.report.shallow_calls == STEPS
+
+
+@pytest.mark.gpu
+def test_nor_are_those_of_a_base_and_its_timesteps_are_known_afterwards() -> None:
+    pipe = make_tiny_pipeline().to("cuda")
+    with Editor(pipe, progress=False) as editor:
+        first, _ = (editor.generate("a cat", seed=3, num_inference_steps=STEPS) for _ in range(2))  # compiles
+        with waiting_is_an_error(pipe, editor.compiled) as made:
+            base = editor.generate("a fox", seed=3, num_inference_steps=STEPS)
+        edit = editor.edit(base, "a dog", mask=box())
+    assert made["calls"] == STEPS and edit.unchanged_outside
+    timesteps = [[call.timestep for call in one.recording.calls] for one in (first, base) if one.recording]
+    assert timesteps[0] == timesteps[1] and None not in timesteps[0] and len(set(timesteps[0])) == STEPS

@@ -71,7 +71,11 @@ def edit(module: SparseModule, recording: Recording, mask: Tensor | None, calls:
 
 
 def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [entry.getMessage() for entry in caplog.records if entry.levelno >= logging.WARNING]
+    return [
+        entry.getMessage()
+        for entry in caplog.records
+        if entry.levelno >= logging.WARNING and entry.name.startswith("fisedit_compiler")
+    ]
 
 
 # -- when -------------------------------------------------------------------------------------------------

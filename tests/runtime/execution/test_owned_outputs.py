@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from fisedit_compiler.runtime.execution.owned_outputs import OwnedOutputs
-from fisedit_compiler.runtime.execution.padded_plans import PaddedPlan
 from tests.support.graph_stand_in import patch_cuda
 
 LEVEL = Fraction(1)
 ROWS = {1: (1, LEVEL), 2: (2, LEVEL), 3: (1, LEVEL), 5: (1, LEVEL)}
 
 
-def plan(count: int) -> PaddedPlan:
-    nothing: Any = None
-    return PaddedPlan(0, nothing, {}, {LEVEL: count})
+def rows_of(count: int) -> dict[Fraction, int]:
+    return {LEVEL: count}
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -47,8 +44,7 @@ def test_results_have_memory_of_their_own_without_padded_rows(device: str) -> No
     for count in (16, 11, 11, 1, 16):
         for output in outputs[:4]:
             output.copy_(torch.rand(output.shape, device=device) < 0.5)  # a replay writes there
-        padded = plan(count)
-        found = owned.of(outputs, padded)
+        found = owned.of(outputs, rows_of(count))
         expected = [
             output.narrow(ROWS[position][0], 0, count) if position in ROWS else output
             for position, output in enumerate(outputs)
@@ -74,7 +70,7 @@ def test_what_lives_and_dies_together_shares_memory_and_nothing_else_does(device
     for count, unread in ((16, frozenset()), (12, frozenset({2})), (12, frozenset()), (16, frozenset())):
         for output in outputs:
             output.normal_()
-        found = owned.of(outputs, plan(count), unread)
+        found = owned.of(outputs, rows_of(count), unread)
         places = [place for place in range(len(outputs)) if place not in unread]
         expected = [outputs[place].narrow(1, 0, count) if place in rows else outputs[place] for place in places]
         assert all(map(torch.equal, found, expected))
@@ -99,6 +95,6 @@ def test_what_lives_and_dies_together_shares_memory_and_nothing_else_does(device
 def test_more_outputs_than_a_launch_has_targets_are_copied_all_the_same(device: str) -> None:
     outputs = [torch.randn(2, 16, 8, device=device) for _ in range(40)]
     owned = OwnedOutputs(dict.fromkeys(range(40), (1, LEVEL)), {place: place // 2 for place in range(0, 40)})
-    found = owned.of(outputs, plan(9))
+    found = owned.of(outputs, rows_of(9))
     assert all(map(torch.equal, found, [output[:, :9] for output in outputs]))
     assert all(value.is_contiguous() for value in found)
