@@ -116,13 +116,16 @@ class Editor:
         return self
 
     def close(self) -> None:
-        """Put the original modules back; closing twice is fine. Waits while another thread compiles.
+        """Put the original modules back and forget encoded texts; closing twice is fine.
+
+        Waits while another thread compiles.
 
         Raises:
             ModeError: another thread's run of the pipeline is going on; close the editor after it.
         """
         with only_run_of(self.pipe):  # exchanging a module in the middle of a run would spoil it
             self._parts.restore()
+            self._texts.clear()
 
     def generate(
         self,

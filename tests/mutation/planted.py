@@ -302,4 +302,11 @@ BUGS = (
         "a run reads an edit in another one's layout", ("tests/runtime/sessions/test_runs_apart.py",)),
     Bug("pipelines/editing/one_run.py", "if not use.lock.acquire(blocking=False):", "if use.lock is None:",
         "two runs of a pipeline step one scheduler", ("tests/pipelines/editing/test_one_run.py",)),
+    Bug("pipelines/running/texts.py", "if self._tensors is not self._state.tensors:", "if self._tensors is None:",
+        "a text is encoded with weights that are gone",
+        ("tests/pipelines/running/test_encoder_graphs_of_another_encoder.py",)),
+    Bug("pipelines/running/encoder_graphs.py", "return None if form is None else (form, state)", "return form",
+        "a text under autocast is the one without", ("tests/pipelines/running/test_encoder_graphs.py",)),
+    Bug("pipelines/running/encoder_graphs.py", "            _compare(expected, self.outputs)\n", "",
+        "embeddings are not the encoder's own", ("tests/pipelines/running/test_encoder_graphs.py",)),
 )  # fmt: skip

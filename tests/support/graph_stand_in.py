@@ -1,6 +1,7 @@
 """A stand-in for CUDA graphs on the CPU: what was "captured" is run again, on the tensors it was captured with.
 
-It reads recordings through the table of addresses, as the real kernels do: it shows whether everything a replay reads
+A step that is compiled is run again whole; of what runs eagerly, :func:`record_operations` notes every operation. It
+reads recordings through the table of addresses, as the real kernels do: it shows whether everything a replay reads
 was brought to the captured tensors. That kernels and compilation are right, only a GPU shows. No test lives here.
 """
 
@@ -14,8 +15,12 @@ from weakref import WeakSet
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fisedit_compiler.kernels.addresses import Runs, is_plain, tensor_at
+from fisedit_compiler.pipelines.running import encoder_graphs
+from fisedit_compiler.pipelines.running.encoder_graphs import EncoderGraphs
 from fisedit_compiler.runtime.execution.executable import Executable
 
 
@@ -141,6 +146,77 @@ def fake_capture(graph: FakeGraph, pool: object = None, **_: Any) -> Iterator[No
         FakeGraph.capturing = None
 
 
+class _Operations(TorchDispatchMode):
+    """Notes operations with the memory that they read and write, and refuses what CUDA refuses in a capture.
+
+    Attributes:
+        results: what is allocated while capturing, which holds nothing until the first replay.
+    """
+
+    def __init__(self, graph: FakeGraph) -> None:
+        super().__init__()
+        self.graph = graph
+        self.results: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.data_dependent_output in func.tags:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+        result = func(*args, **(kwargs or {}))
+        # The memory, not the tensors: one whose ``.data`` is exchanged is read where it was, as by a graph.
+        args, kwargs, there = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs or {}, result))
+        given = {_memory(value) for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
+        written = [value for value in pytree.tree_leaves(there) if _is_new(value, given)]
+        self.results += written
+
+        def again() -> None:
+            found = pytree.tree_leaves(func(*args, **kwargs))
+            for target, value in zip(written, (value for value in found if _is_new(value, given)), strict=True):
+                target.copy_(value)
+
+        self.graph.captured.append(again)
+        return result
+
+
+def _memory(value: Tensor) -> int:
+    return value.untyped_storage().data_ptr()
+
+
+def _is_new(value: Any, given: set[int]) -> bool:
+    return isinstance(value, Tensor) and _memory(value) not in given
+
+
+@contextmanager
+def record_operations(graph: FakeGraph, pool: object = None, stream: object = None) -> Iterator[None]:
+    """Stands for ``capturing`` around what runs eagerly."""
+    if pool is not None:
+        assert any(other.memory is pool for other in FakeGraph.alive), "the pool of memory is gone"
+        graph.memory = pool
+    operations = _Operations(graph)
+    FakeGraph.capturing = graph
+    try:
+        with operations:
+            yield
+    finally:
+        FakeGraph.capturing = None
+    for value in operations.results:
+        value.fill_(float("nan") if value.is_floating_point() else 0)
+
+
+def patch_encoder_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let text encoders be captured on the CPU."""
+    monkeypatch.setattr(EncoderGraphs, "_capturable", lambda graphs, tensors: True)
+    monkeypatch.setattr(encoder_graphs, "capturing", record_operations)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: FakeGraph.capturing is not None)
+    _patch_streams(monkeypatch)
+
+
+def _patch_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+
+
 def patch_cuda(monkeypatch: pytest.MonkeyPatch, compile: Callable[..., Any] = fake_compile) -> None:
     """Let the pool run on the CPU, with ``compile`` in ``torch.compile``'s place."""
     stage_rings = pytest.importorskip("fisedit_compiler.kernels.triton.stage_rings")
@@ -150,11 +226,8 @@ def patch_cuda(monkeypatch: pytest.MonkeyPatch, compile: Callable[..., Any] = fa
     monkeypatch.setattr(stage_copies, "CopyStager", FakeCopyStager)
     monkeypatch.setattr(copy_out, "CopyOut", FakeCopyOut)
     monkeypatch.setattr(torch, "compile", compile)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", fake_capture)
-    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
-    monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
-    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    _patch_streams(monkeypatch)
     monkeypatch.setattr(Executable, "_uses_cuda_graphs", _would_use_cuda_graphs)
 
 

@@ -74,6 +74,10 @@ class ModelState:
         """How often weights were seen to have moved, whether or not they came back."""
         return self._weights.moves
 
+    def moved(self) -> bool:
+        """Whether torch knows of a write to a weight, or of an exchange of its memory, since the key was read."""
+        return self._weights.moved()
+
     def glance(self) -> ModelKey:
         """The module's key by what can be seen without reading weights: for between two calls of a run."""
         assert self._current is not None

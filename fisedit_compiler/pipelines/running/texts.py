@@ -3,6 +3,8 @@
 A base, its edits and their negative prompts mostly repeat texts. What an encoder made of some tokens is kept, for the
 texts that were used last. It is given out only in runs of the Editor, and only while the encoder is what it was: the
 same weights, read at the start of every run, the same structure, the same scale of its adapters.
+
+A new text is encoded by a CUDA graph of the encoder where there can be one (``encoder_graphs.py``).
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from functools import partial
@@ -18,17 +20,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from fisedit_compiler.capture.ambient import Ambient
 from fisedit_compiler.capture.keys import ModelState
 from fisedit_compiler.compiling import computing
+from fisedit_compiler.pipelines.running.encoder_graphs import EncoderGraphs, copied, spelled
 
 ENCODERS = ("text_encoder", "text_encoder_2")
 """Attributes of pipelines that hold one."""
 KEPT = 16
 """Texts, or batches of them, that are kept of an encoder."""
-_PLAIN = (bool, int, float, str, type(None), torch.dtype)
+_COLLECTING = "transformers.utils."
+"""Where the hooks are from that transformers leaves on an encoder whose hidden states somebody asked for."""
 
 _run: ContextVar[object] = ContextVar("fisedit_texts", default=None)
 """The run that this context is in: calls made elsewhere are the encoder's own."""
@@ -41,6 +44,10 @@ class Texts:
 
     def __init__(self) -> None:
         self._known: dict[str, EncodedTexts] = {}
+
+    def clear(self) -> None:
+        """Forget all texts, and let go of the memory that encoding them takes. No run is going on."""
+        self._known.clear()
 
     @contextmanager
     def encoded_once(self, pipe: Any) -> Iterator[None]:
@@ -78,6 +85,9 @@ class EncodedTexts:
         self._state = ModelState(encoder)
         self._model: Hashable = None
         self._kept: OrderedDict[Hashable, Any] = OrderedDict()
+        self._graphs = EncoderGraphs(type(encoder).__name__)
+        self._tensors: Mapping[str, Tensor] | None = None
+        self._scaled: list[nn.Module] = []
 
     @contextmanager
     def given_out(self, run: object) -> Iterator[None]:
@@ -87,6 +97,11 @@ class EncodedTexts:
         if model != self._model:
             self._model = model
             self._kept.clear()
+        # Weights that moved and are equal leave the key as it is, but are read again, as another mapping.
+        if self._tensors is not self._state.tensors:
+            self._tensors = self._state.tensors
+            self._scaled = [part for part in self.encoder.modules() if hasattr(part, "scaling")]
+            self._graphs.drop()
         own = self.encoder.forward
         replaced = vars(self.encoder).get("forward")
         self.encoder.forward = partial(self._encode, run, own)  # type: ignore[method-assign]
@@ -103,15 +118,22 @@ class EncodedTexts:
         asked = _contents((args, kwargs))
         if asked is None:
             return own(*args, **kwargs)
-        key = asked, _scales(self.encoder), Ambient.now(), _arithmetic()
+        state = _scales(self._scaled), Ambient.now(), _arithmetic()
+        key = asked, state
         found = self._kept.get(key)
         if found is None:
             self.computed += 1
-            found = self._kept[key] = _copied(own(*args, **kwargs))
+            found = self._kept[key] = self._computed(own, args, kwargs, state)
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
-        return _copied(found)  # a pipeline may write to what it gets
+        return copied(found)  # a pipeline may write to what it gets
+
+    def _computed(self, own: Callable[..., Any], args: Any, kwargs: Any, state: Hashable) -> Any:
+        # Graphs read weights where they were when the run began; somebody's torch.compile makes its own of the forward.
+        if self._state.moved() or self.encoder._compiled_call_impl is not None:
+            return copied(own(*args, **kwargs))
+        return self._graphs.run(own, args, kwargs, state)
 
 
 @contextmanager
@@ -132,23 +154,36 @@ def _alone(encoder: nn.Module) -> Iterator[bool]:
 def _only_computes(encoder: nn.Module) -> bool:
     """Whether a call of the encoder does nothing but to return what follows from its inputs."""
     known = type(encoder).__module__.startswith("transformers.models.")
-    if not known or encoder.training or any(value.is_meta for value in encoder.parameters()):
+    return known and not encoder.training and all(map(_only_returns, encoder.modules()))
+
+
+def _only_returns(part: nn.Module) -> bool:
+    """Whether weights are there and nothing is called beside the forward that does more than to collect outputs."""
+    if part._forward_pre_hooks or "_hf_hook" in vars(part):
         return False
-    return not any(
-        part._forward_hooks or part._forward_pre_hooks or "_hf_hook" in vars(part) for part in encoder.modules()
-    )
+    if not all(map(_only_collects, part._forward_hooks.values())):
+        return False
+    return not any(value is not None and value.is_meta for value in part._parameters.values())
 
 
-def _scales(encoder: nn.Module) -> Hashable:
+def _only_collects(hook: Any) -> bool:
+    """Whether a hook is one of those by which transformers gathers hidden states, for what a call returns."""
+    return (getattr(hook, "__module__", None) or "").startswith(_COLLECTING)
+
+
+def _scales(scaled: list[nn.Module]) -> Hashable:
     """Scales of adapters, which a pipeline sets for one call."""
-    found = [getattr(part, "scaling", None) for part in encoder.modules()]
+    found = [getattr(part, "scaling", None) for part in scaled]
     return tuple(str(scaling) for scaling in found if scaling is not None)
 
 
 def _arithmetic() -> Hashable:
     """Switches of the process by which the last bits of a product are others."""
     cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
-    flags: list[bool] = [cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()]
+    flags: list[bool] = [
+        cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled(),
+        cuda.matmul.allow_fp16_reduced_precision_reduction, cuda.matmul.allow_bf16_reduced_precision_reduction,
+    ]  # fmt: skip
     with suppress(RuntimeError):  # torch answers no such question where old and new settings are mixed
         flags += [cudnn.enabled, cudnn.allow_tf32, cuda.matmul.allow_tf32]
     return torch.get_num_threads(), tuple(flags)
@@ -159,18 +194,9 @@ def _contents(value: Any) -> Hashable:
 
     Reads token ids from the device. That is at the start of a run, when there is nothing to wait for.
     """
-    if isinstance(value, Tensor):
-        host = value.detach().cpu().contiguous()
-        return str(value.device), value.dtype, tuple(value.shape), host.reshape(-1).view(torch.uint8).numpy().tobytes()
-    if isinstance(value, _PLAIN):
-        return type(value).__name__, value
-    if isinstance(value, dict):
-        value = [part for item in sorted(value.items()) for part in item]
-    if isinstance(value, (list, tuple)):
-        parts = tuple(map(_contents, value))
-        return None if None in parts else parts
-    return None
+    return spelled(value, _bytes)
 
 
-def _copied(value: Any) -> Any:
-    return pytree.tree_map_only(Tensor, torch.clone, value)
+def _bytes(value: Tensor) -> Hashable:
+    host = value.detach().cpu().contiguous()
+    return str(value.device), value.dtype, tuple(value.shape), host.reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -18,13 +18,13 @@ _refused: list[torch.cuda.CUDAGraph] = []
 
 
 @contextmanager
-def capturing(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Iterator[None]:
+def capturing(graph: torch.cuda.CUDAGraph, pool: Any = None, stream: torch.cuda.Stream | None = None) -> Iterator[None]:
     """``torch.cuda.graph``, except that after an error the current stream and random numbers are as they were."""
     try:
         # torch.cuda.graph leaves its own stream current where ending the capture fails.
         with (
             torch.cuda.stream(torch.cuda.current_stream()),
-            torch.cuda.graph(graph, pool=pool, stream=_capture_stream(), capture_error_mode=_MODE),
+            torch.cuda.graph(graph, pool=pool, stream=stream or _capture_stream(), capture_error_mode=_MODE),
         ):
             yield
     except BaseException:

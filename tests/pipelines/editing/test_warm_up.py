@@ -12,7 +12,7 @@ import torch
 from fisedit_compiler import Editor, SparsifyConfig
 from fisedit_compiler.errors import ConfigError
 from fisedit_compiler.runtime.execution.cuda_graphs import GraphPool
-from tests.support.graph_stand_in import fake_compile, patch_cuda
+from tests.support.graph_stand_in import fake_compile, patch_cuda, patch_encoder_graphs
 from tests.support.tiny_pipeline import make_tiny_pipeline
 
 MASK = torch.zeros(16, 16, dtype=torch.bool)
@@ -56,6 +56,19 @@ def test_the_first_edit_finds_everything_made(made: list[str], pipe: Any, parts:
         edit = editor.edit(base, "a dog", mask=MASK)
         assert edit.report.sparse_calls == 3 and edit.unchanged_outside
         assert made.count("compiled") == made.count("dense") == count
+
+
+def test_texts_are_encoded_by_a_graph_from_the_first_run_on(
+    made: list[str], pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patch_encoder_graphs(monkeypatch)
+    with Editor(pipe, SparsifyConfig(norm="incremental", dense_above=1.0)) as editor:
+        editor.prepare()
+        graphs = editor._texts._known["text_encoder"]._graphs
+        (graph,) = graphs._graphs()
+        base = editor.generate("a cat", seed=3, num_inference_steps=3)
+        editor.edit(base, "a dog", mask=MASK)
+        assert graphs._graphs() == [graph] and graphs.refused is None
 
 
 def test_a_run_ahead_changes_no_later_one(made: list[str], pipe: Any) -> None:

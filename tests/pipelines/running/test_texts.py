@@ -76,7 +76,7 @@ def test_embeddings_are_the_encoders_own(pipe: Any) -> None:
 def test_other_arguments_and_another_state_are_other_calls(pipe: Any) -> None:
     texts = Texts()
     ids = pipe.tokenizer("a cat", padding="max_length", max_length=32, return_tensors="pt").input_ids
-    for expected in (4, 4):
+    for expected in (4, 8, 8):  # asked for hidden states, transformers puts hooks on the encoder, once
         with texts.encoded_once(pipe), torch.no_grad():
             plain = pipe.text_encoder(ids)
             assert pipe.text_encoder(ids, output_hidden_states=True).hidden_states is not None
@@ -85,6 +85,18 @@ def test_other_arguments_and_another_state_are_other_calls(pipe: Any) -> None:
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 assert not torch.equal(pipe.text_encoder(ids)[0].float(), plain[0])
         assert computed(texts) == expected
+
+
+def test_texts_whose_hidden_states_are_wanted_are_encoded_once_too(pipe: Any) -> None:
+    """Other than the user's own, the hooks that transformers puts on the encoder do nothing but collect them."""
+    texts = Texts()
+    ids = pipe.tokenizer("a cat", padding="max_length", max_length=32, return_tensors="pt").input_ids
+    for expected in (1, 2, 2):
+        with texts.encoded_once(pipe), torch.no_grad():
+            found = pipe.text_encoder(ids, output_hidden_states=True).hidden_states
+        assert any(part._forward_hooks for part in pipe.text_encoder.modules()) and computed(texts) == expected
+        with torch.no_grad():
+            assert all(map(torch.equal, found, pipe.text_encoder(ids, output_hidden_states=True).hidden_states))
 
 
 def test_switches_that_change_the_last_bits_are_part_of_the_question(pipe: Any) -> None:

@@ -250,7 +250,7 @@ def test_the_stream_is_the_callers_after_a_refusal(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: Stream())
     monkeypatch.setattr(torch.cuda, "Stream", lambda priority: "capture's")
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool, stream, capture_error_mode: Graph())
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: Graph())
     monkeypatch.setattr(graph_capture, "_refused", [])
     graph: Any = object()
     with pytest.raises(RuntimeError, match="cannot end"), graph_capture.capturing(graph):
