@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any
 
 import torch
@@ -58,11 +59,17 @@ def capture_into(
 
 
 def _capture_stream() -> torch.cuda.Stream:
-    """A stream that no other thread is likely to launch on meanwhile.
+    """The device's stream for captures, on which no other thread is likely to launch meanwhile.
 
-    torch gives its streams out again and again; those of high priority, which programs hardly ask for, are others.
+    torch gives its streams out again and again; those of high priority, which programs hardly ask for, are others. It
+    is one, since libraries keep a workspace for every stream.
     """
-    return torch.cuda.Stream(priority=-1)
+    return _stream_of(torch.cuda.current_device() if torch.cuda.is_initialized() else None)
+
+
+@cache
+def _stream_of(device: int | None) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=-1)
 
 
 def _free_generators() -> None:

@@ -249,7 +249,7 @@ def test_the_stream_is_the_callers_after_a_refusal(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: Stream())
-    monkeypatch.setattr(torch.cuda, "Stream", lambda priority: "capture's")
+    monkeypatch.setattr(graph_capture, "_stream_of", lambda device: "capture's")
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: Graph())
     monkeypatch.setattr(graph_capture, "_refused", [])
     graph: Any = object()
