@@ -11,7 +11,10 @@ from fisedit_compiler.lowering.program import CompiledProgram
 from fisedit_compiler.passes.programs.reuse import Cut
 from fisedit_compiler.recordings.stores import SlotStore
 from fisedit_compiler.recordings.stores.edited import Change, EditedSlots, written_in
+from fisedit_compiler.slots.base import SlotKind
+from fisedit_compiler.slots.site_sums import SiteSums
 from fisedit_compiler.slots.turn import Edit, Turn
+from fisedit_compiler.tensors.late import nbytes_of
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -23,7 +26,8 @@ def after_sparse_call(
     updates: Mapping[str, Tensor],
     earlier: SlotStore | None = None,
 ) -> SlotStore:
-    """The slots of a sparse call.
+    """The slots of a sparse call. What it changed is written down later, unless a kind of another package has to be
+    asked, which may refuse.
 
     Args:
         program: says what each update is.
@@ -33,6 +37,30 @@ def after_sparse_call(
         earlier: of a shallow call, the slots of the full call that it took values from. Those of coarser levels are
             shared with it as a whole: they belong together, and to what was computed from them.
     """
+    if earlier is not None:
+        assert isinstance(earlier, EditedSlots)  # as this function returned it
+
+    def make() -> EditedSlots:
+        return _written_down(program, base, turn, updates, earlier)
+
+    return EditedSlots.later(make, nbytes_of(updates)) if _asks_nobody(program) else make()
+
+
+def _asks_nobody(program: CompiledProgram) -> bool:
+    """Whether no kind of slots has a way of its own to write rows, but for those of this package."""
+    return all(type(slot.kind).written in _OWN_WAYS for slot in program.slots)
+
+
+_OWN_WAYS = (SlotKind.written, SiteSums.written)
+
+
+def _written_down(
+    program: CompiledProgram,
+    base: SlotStore,
+    turn: Turn,
+    updates: Mapping[str, Tensor],
+    earlier: EditedSlots | None,
+) -> EditedSlots:
     slots, known = {slot.name: slot for slot in program.slots}, written_in(base)
     changes: dict[str, Change] = {}
     edit = Edit(turn, base, updates)
@@ -45,7 +73,6 @@ def after_sparse_call(
     edited = EditedSlots(base, changes, slots)
     if earlier is None:
         return edited
-    assert isinstance(earlier, EditedSlots)  # as this function returned it
     assert isinstance(program.cut, Cut)
     return edited.with_earlier(earlier, program.cut.deep)
 

@@ -289,6 +289,21 @@ def test_dropping_a_turn_frees_its_rows_and_keeps_what_others_need() -> None:
     assert not [reference for reference in (*last, *middle, *roots) if reference() is not None]
 
 
+@pytest.mark.parametrize("reuse", ["off", 0.5])
+def test_dropping_a_turn_that_was_written_over_frees_it_though_nobody_read_the_later_one(reuse: Any) -> None:
+    """What an edit changed is written down when somebody asks; until then it refers to what it edited."""
+    compiled = model_and_compiled("sd15", norm="incremental", reuse=reuse)[1]
+    recording, steps = chain(compiled, "sd15", (TURNS[0], TURNS[0]))
+    first, kept = (step.recording for step in steps)
+    rows = [weakref.ref(change.by_turn[-1].rows) for call in first for change in written_in(call.slots).values()]
+    del first, steps, recording
+    gc.collect()
+    assert rows and not [reference for reference in rows if reference() is not None]
+    for call in kept:
+        assert isinstance(call.slots, EditedSlots)
+        assert call.own_nbytes == sum(tensor.nbytes for tensor in call.slots.own)
+
+
 def test_reading_a_slot_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is put together for a call is gone after it."""
     compiled = model_and_compiled()[1]

@@ -4,11 +4,15 @@ An edit writes the active rows of canvases and small values such as statistics. 
 other slots with the recording that was edited. A slot that was written to is put together when somebody reads it, and
 the result is not kept. A view of a view is a view of the same recording: views do not refer to each other, so
 dropping a recording frees exactly what no other one needs.
+
+Writing down what an edit changed takes longer than a call on a GPU does. So a view may be made later: when it is first
+asked for something, or when the recording that was edited is dropped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -22,6 +26,32 @@ from fisedit_compiler.slots.written import Written
 Change = Tensor | Written
 """What an edit made of a slot: another value, or rows over its value, those of earlier edits included."""
 Value = TypeVar("Value", Tensor, Written)
+
+
+@dataclass(slots=True, eq=False)
+class _Contents:
+    """What a view consists of.
+
+    Attributes:
+        names: of its slots.
+        root: has those that no edit wrote whole.
+        whole: values that an edit wrote whole.
+        rows: what edits wrote over either.
+        values: of ``whole``, what the last edit wrote.
+        written: of ``rows``, likewise.
+    """
+
+    names: dict[str, None]
+    root: SlotStore
+    whole: dict[str, Tensor]
+    rows: dict[str, Written]
+    values: dict[str, Tensor]
+    written: dict[str, Written]
+
+    def __post_init__(self) -> None:
+        needed = self.names.keys() - self.whole.keys() if self.whole else self.names.keys()
+        if self.root.keys() != needed:
+            self.root = self.root.only([name for name in self.names if name in needed])
 
 
 class EditedSlots(SlotStore):
@@ -42,45 +72,70 @@ class EditedSlots(SlotStore):
         whole: dict[str, Tensor] = {}
         rows: dict[str, Written] = {}
         if isinstance(base, EditedSlots):
-            root, whole, rows = base._root, base._whole, base._rows
-        names = dict.fromkeys(base if names is None else names)
+            then = base._contents
+            root, whole, rows = then.root, then.whole, then.rows
         values = {name: change for name, change in changes.items() if isinstance(change, Tensor)}
         written = {name: change for name, change in changes.items() if isinstance(change, Written)}
-        self._changes = (values, written)
+        lasting = {name: change for name, change in rows.items() if name not in values}
+        kept = dict.fromkeys(base if names is None else names)
         self._hold(
-            names,
-            root,
-            _of({**whole, **values}, names),
-            _of({**{name: change for name, change in rows.items() if name not in values}, **written}, names),
+            _Contents(kept, root, _of({**whole, **values}, kept), _of({**lasting, **written}, kept), values, written)
         )
 
-    def _hold(
-        self, names: dict[str, None], root: SlotStore, whole: dict[str, Tensor], rows: dict[str, Written]
-    ) -> None:
-        self._names, self._whole, self._rows = names, whole, rows
-        needed = names.keys() - whole.keys() if whole else names.keys()
-        if root.keys() != needed:
-            root = root.only([name for name in names if name in needed])
-        self._root = root
+    def _hold(self, contents: _Contents | None) -> None:
+        self._known = contents
+        self._make: Callable[[], EditedSlots] | None = None
+        self._own_nbytes: int | None = None
         self._addresses: tuple[SlotLayout, SlotAddresses] | None = None
+
+    @classmethod
+    def later(cls, make: Callable[[], EditedSlots], own_nbytes: int) -> EditedSlots:
+        """What ``make`` gives, which is called when the view is first asked for a slot or for :meth:`settle`.
+
+        Until then everything is kept that ``make`` refers to.
+
+        Args:
+            make: makes the view; any thread may call it, and two may at once.
+            own_nbytes: bytes that the edit adds.
+        """
+        view = cls.__new__(cls)
+        view._hold(None)
+        view._make, view._own_nbytes = make, own_nbytes
+        return view
+
+    def settle(self) -> None:
+        """Refer to what is needed only."""
+        _ = self._contents
+
+    @property
+    def _contents(self) -> _Contents:
+        contents, make = self._known, self._make
+        if contents is None:
+            # Whoever settled it meanwhile noted the contents before forgetting how they are made.
+            contents = self._known if make is None else make()._contents
+            assert contents is not None
+            self._known = contents
+            self._make = None
+        return contents
 
     @property
     def own(self) -> tuple[Tensor, ...]:
         """The tensors that the last edit added, each once."""
-        values, written = self._changes
-        added = [*values.values(), *(change.by_turn[-1].rows for change in written.values())]
+        contents = self._contents
+        added = [*contents.values.values(), *(change.by_turn[-1].rows for change in contents.written.values())]
         return tuple({(tensor.data_ptr(), tensor.nbytes): tensor for tensor in added}.values())
 
     def read(self, name: str) -> Tensor:
         """The slot: a new tensor, which belongs to the reader, if edits wrote rows of it."""
-        if name not in self._names:
+        contents = self._contents
+        if name not in contents.names:
             raise self.missing(name)
-        value = self._whole[name] if name in self._whole else self._root.read(name)
-        return self._rows[name].over(value) if name in self._rows else value
+        value = contents.whole[name] if name in contents.whole else contents.root.read(name)
+        return contents.rows[name].over(value) if name in contents.rows else value
 
     def addresses(self, layout: SlotLayout, device: torch.device) -> SlotAddresses:
         """The addresses; kept, as :class:`MemorySlots` keeps its own, if no slot had to be put together for them."""
-        if self._rows:
+        if self._contents.rows:
             return SlotAddresses.of(self.read, layout, device)
         known = self._addresses  # looked at once: several runs may read a recording
         if known is None or known[0] is not layout:
@@ -89,61 +144,68 @@ class EditedSlots(SlotStore):
 
     def prefetch(self, call: int) -> None:
         """Told to the store of the root: what edits wrote is in memory."""
-        self._root.prefetch(call)
+        self._contents.root.prefetch(call)
 
     @property
     def nbytes(self) -> int:
-        return self._root.nbytes + distinct_nbytes(self._written())
+        return self._contents.root.nbytes + distinct_nbytes(self._written())
 
     @property
     def own_nbytes(self) -> int:
         """Bytes that the last edit added. A turn's index tables, shared by all its slots and calls, do not count."""
-        return sum(tensor.nbytes for tensor in self.own)
+        if self._own_nbytes is None:
+            self._own_nbytes = sum(tensor.nbytes for tensor in self.own)
+        return self._own_nbytes
 
     def tensors(self) -> Iterator[Tensor]:
-        yield from self._root.tensors()
+        yield from self._contents.root.tensors()
         yield from self._written()
 
     def only(self, names: Iterable[str]) -> EditedSlots:
         """A view of the same slots, of these names only; it has nothing of its own."""
         names = list(names)
         for name in names:
-            if name not in self._names:
+            if name not in self._contents.names:
                 raise self.missing(name)
         return EditedSlots(self, {}, names)
 
     def with_earlier(self, earlier: EditedSlots, names: Iterable[str]) -> EditedSlots:
         """The same, but slots of these names are those of another call of the edit, which stay shared with it."""
-        then = earlier.only(name for name in names if name in self._names)
-        now = self.only(name for name in self._names if name not in then._names)
-        joined = EditedSlots(self, {}, ())
-        joined._changes = self._changes
+        mine = self._contents
+        then = earlier.only(name for name in names if name in mine.names)._contents
+        now = self.only(name for name in mine.names if name not in then.names)._contents
+        joined = EditedSlots.__new__(EditedSlots)
         joined._hold(
-            self._names,
-            JoinedSlots.of(then._root, now._root),
-            {**then._whole, **now._whole},
-            {**then._rows, **now._rows},
+            _Contents(
+                mine.names,
+                JoinedSlots.of(then.root, now.root),
+                {**then.whole, **now.whole},
+                {**then.rows, **now.rows},
+                mine.values,
+                mine.written,
+            )
         )
         return joined
 
     @property
     def written(self) -> Mapping[str, Written]:
         """The slots that edits wrote rows of."""
-        return self._rows
+        return self._contents.rows
 
     def _written(self) -> Iterator[Tensor]:
-        yield from self._whole.values()
-        for change in self._rows.values():
+        contents = self._contents
+        yield from contents.whole.values()
+        for change in contents.rows.values():
             yield from change.tensors()
 
     def __contains__(self, name: object) -> bool:
-        return name in self._names
+        return name in self._contents.names
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._contents.names)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._contents.names)
 
 
 def _of(values: dict[str, Value], names: dict[str, None]) -> dict[str, Value]:

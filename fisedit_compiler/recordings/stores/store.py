@@ -58,6 +58,9 @@ class SlotStore(Mapping[str, Tensor]):
                 number is needed first.
         """
 
+    def settle(self) -> None:
+        """Let go of what is held only until somebody asks for it. Nothing, for most stores."""
+
     @property
     @abstractmethod
     def nbytes(self) -> int:

@@ -48,6 +48,7 @@ from fisedit_compiler.runtime.execution.hoisting import Hoisted, HoistedGroup
 from fisedit_compiler.runtime.execution.in_order import InOrder
 from fisedit_compiler.runtime.execution.owned_outputs import OwnedOutputs
 from fisedit_compiler.runtime.execution.padded_plans import PaddedPlan, PaddedPlans
+from fisedit_compiler.tensors.late import LateTensors
 
 if TYPE_CHECKING:
     from fisedit_compiler.kernels.triton.stage_copies import CopyStager
@@ -137,7 +138,7 @@ class GraphPool:
         strict: bool = True,
         held: Values = MappingProxyType({}),
         unread: frozenset[int] = frozenset(),
-    ) -> list[Tensor]:
+    ) -> LateTensors:
         """Replay (or first capture) the step; returned tensors are the caller's own.
 
         ``held`` are rows of an earlier call with this plan, as a graph returned them: padded to the same bucket.

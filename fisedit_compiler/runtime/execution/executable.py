@@ -43,6 +43,7 @@ from fisedit_compiler.runtime.execution.padded_plans import SitePlans
 from fisedit_compiler.runtime.samples.recorded_samples import are_first, are_independent
 from fisedit_compiler.runtime.samples.sample_axes import BatchAxes, batch_axes
 from fisedit_compiler.tensors.contents import Later
+from fisedit_compiler.tensors.late import LateMapping
 
 PER_CALL = frozenset({"timestep"})
 """Inputs that change from call to call."""
@@ -218,7 +219,7 @@ class Executable:
         hoisted: HoistCache | None = None,
         held: HeldRows | None = None,
         shallow: bool = False,
-    ) -> tuple[list[Any], dict[str, Tensor]]:
+    ) -> tuple[list[Any], Mapping[str, Tensor]]:
         """The sparse call; with ``update`` also what it changes of its slots, by name (see ``program.updates``).
 
         ``scalars`` and ``later`` are those of :meth:`HoistCache.evaluate`; ``hoisted`` is a cache of the caller's own.
@@ -254,7 +255,7 @@ class Executable:
         cache: HoistCache | None,
         held: HeldRows | None,
         shallow: bool,
-    ) -> tuple[list[Any], dict[str, Tensor]]:
+    ) -> tuple[list[Any], Mapping[str, Tensor]]:
         lowered = self.is_lowered(tensors)
         if not lowered and self.backend.refused is not None:
             self.hoisted.run_eagerly()
@@ -262,20 +263,19 @@ class Executable:
         lowered = lowered and not plan.is_empty
         chosen = self._choose(update=update, cut=held is not None, shallow=shallow, lowered=lowered)
         rows = {} if held is None or not shallow else held.rows(self.program, plan, padded=lowered)
+        keeping = None if shallow else held
+        count = 0 if keeping is None else len(cut_of(self.program).values)
         if lowered:
             pool = self._graph_pool(chosen.name)
-            flat: Sequence[Any] = pool.run(pool.prepare(plan), tensors, slots, hoisted, strict, rows, chosen.unread)
-        else:
-            flat, _ = self._run(chosen.name, Sources(tensors, slots, hoisted, plan, held=rows))
-        if held is not None and not shallow:
-            count = len(cut_of(self.program).values)
-            flat, kept = flat[:-count], flat[-count:]
-            if not lowered:  # what a CUDA graph returned is the caller's own already
-                kept = [_own(value, flat) for value in kept]
-            held.keep(kept, self.program, plan, tensors[self.program.spatial[0]])
+            owned = pool.run(pool.prepare(plan), tensors, slots, hoisted, strict, rows, chosen.unread)
+            if keeping is not None:
+                keeping.keep(owned[-count:], self.program, plan, tensors[self.program.spatial[0]])
+            return owned[: len(self.program.outputs)], LateMapping(owned, chosen.places)
+        flat, _ = self._run(chosen.name, Sources(tensors, slots, hoisted, plan, held=rows))
+        if keeping is not None:
+            flat, kept = flat[:-count], [_own(value, flat[:-count]) for value in flat[-count:]]
+            keeping.keep(kept, self.program, plan, tensors[self.program.spatial[0]])
         outputs, stored = self._divide(flat, chosen.updates)
-        if lowered:
-            return outputs, stored
         if any(output.slot is None for output in self.program.outputs):
             # An output without sites may be a hoisted value itself, or a view of one.
             kept = [*hoisted.values(), *slots.values()]

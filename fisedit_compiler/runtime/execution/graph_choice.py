@@ -8,6 +8,7 @@ anyway, so one compiled graph serves all, and a call leaves what it does not wan
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fisedit_compiler.lowering.lowered import Lowerable
@@ -23,11 +24,13 @@ class GraphChoice:
         name: of the graph.
         updates: the slots that the call gets updates of, in order; they lie behind the model's outputs.
         unread: positions of results that the graph returns and the call does not want.
+        places: where each update is among the results that are wanted.
     """
 
     name: Lowerable
     updates: tuple[str, ...]
     unread: frozenset[int]
+    places: Mapping[str, int]
 
 
 def shares_update() -> bool:
@@ -58,7 +61,9 @@ def choose_graph(
     if runs_cut and not cut:
         assert isinstance(program.cut, Cut)
         unread |= set(range(kept, kept + len(program.cut.values)))
-    return GraphChoice(_name(runs_update, runs_cut, shallow), changed if update else (), frozenset(unread))
+    wanted = changed if update else ()
+    places = {name: place for place, name in enumerate(wanted, start=first)}
+    return GraphChoice(_name(runs_update, runs_cut, shallow), wanted, frozenset(unread), places)
 
 
 def _name(update: bool, cut: bool, shallow: bool) -> Lowerable:

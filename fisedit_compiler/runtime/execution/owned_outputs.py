@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fisedit_compiler.kernels.addresses import ALIGNMENT, TARGETS, WORD, Runs, runs_of
+from fisedit_compiler.tensors.late import LateTensors
 
 if TYPE_CHECKING:
     from fisedit_compiler.kernels.triton.copy_out import CopyOut
@@ -39,7 +40,7 @@ class OwnedOutputs:
 
     def of(
         self, outputs: Sequence[Tensor], counts: Mapping[Fraction, int], unread: frozenset[int] = frozenset()
-    ) -> list[Tensor]:
+    ) -> LateTensors:
         """Copies of what a replay wrote; ``outputs`` are the graph's, always the same ones.
 
         ``counts`` are the rows of each level that are not padding. ``unread`` are the positions of outputs that are not
@@ -87,6 +88,7 @@ class _Copies:
                 self._alone.append((position, of_view.strides))
         self._pieces = [_Piece(views, positions) for positions in pieces.values()]
         self._apart = [position for position in range(len(views)) if position not in runs]
+        self._nbytes = [view.nbytes for view in views]
         self._launches = self._launches_of(runs)
 
     def _launches_of(self, runs: Mapping[int, Runs]) -> list[CopyOut]:
@@ -109,20 +111,28 @@ class _Copies:
             launches.append(copy_out.CopyOut(views, [runs[position] for position, *_ in jobs], places))
         return launches
 
-    def make(self) -> list[Tensor]:
+    def make(self) -> LateTensors:
         """The copies, in the order of the views."""
-        owned: list[Tensor] = [*self.views]
-        targets = [piece.make(owned) for piece in self._pieces]
+        made: list[Tensor | None] = [None] * len(self.views)
+        memories = [piece.memory() for piece in self._pieces]
+        targets = [*memories]
         for position, strides in self._alone:
             view = self.views[position]
-            owned[position] = torch.empty_strided(view.shape, strides, dtype=view.dtype, device=view.device)
-            targets.append(owned[position])
+            own = made[position] = torch.empty_strided(view.shape, strides, dtype=view.dtype, device=view.device)
+            targets.append(own)
         for position in self._apart:
             kept = torch.contiguous_format if position in self._are_rows else torch.preserve_format
-            owned[position] = self.views[position].clone(memory_format=kept)
+            made[position] = self.views[position].clone(memory_format=kept)
         for number, launch in enumerate(self._launches):
             launch.run(targets[number * TARGETS : (number + 1) * TARGETS])
-        return owned
+
+        pieces = self._pieces  # what is made later keeps nothing of the graph's memory alive
+
+        def make(row: list[Tensor | None]) -> None:
+            for piece, memory in zip(pieces, memories, strict=True):
+                piece.make(memory, row)
+
+        return LateTensors(made, make, self._nbytes)
 
 
 class _Piece:
@@ -148,17 +158,16 @@ class _Piece:
             for number, position in enumerate(positions):
                 yield position, (start + number * strides[0]) * self.dtype.itemsize
 
-    def make(self, owned: list[Tensor]) -> Tensor:
-        """New memory; tensors in it become elements of ``owned``.
+    def memory(self) -> Tensor:
+        """New memory."""
+        return torch.empty(self.size, dtype=self.dtype, device=self.device)
 
-        One call makes all tensors of a shape: two hundred calls would take longer than the work of a GPU does.
-        """
-        memory = torch.empty(self.size, dtype=self.dtype, device=self.device)
+    def make(self, memory: Tensor, row: list[Tensor | None]) -> None:
+        """Put the tensors in a piece of memory in their places of a row; one call makes all of a shape."""
         for positions, shape, strides, start in self._stacks:
             stack = memory.as_strided(shape, strides, start)
             for position, made in zip(positions, stack.unbind(), strict=True):
-                owned[position] = made
-        return memory
+                row[position] = made
 
 
 def _is_contiguous(view: Tensor, runs: Runs) -> bool:

@@ -6,6 +6,7 @@ the calls of one recording per copy.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,9 @@ class EditRecorder:
         self.recording, self.copies = recording, copies
         self.results = tuple(Recording(recording.model, recording.config) for _ in range(copies if record else 0))
         self.later: Later | None = None
+        for result in self.results:
+            # What is written down later refers to the recording that is edited until then.
+            weakref.finalize(recording, _settle, weakref.ref(result)).atexit = False
         self._inputs = InputCopies()
         self._apart: dict[int, tuple[Tensor, list[Tensor]]] = {}
 
@@ -142,3 +146,10 @@ class EditRecorder:
             found[name] = apart[id(value)] = parts
         self._apart = apart  # equal inputs of calls that follow each other stay one tensor
         return found
+
+
+def _settle(result: weakref.ref[Recording]) -> None:
+    """Let go of the recording that was edited, which nobody else has any more."""
+    recording = result()
+    for call in () if recording is None else recording.calls:
+        call.slots.settle()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
+from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -14,6 +18,7 @@ from fisedit_compiler.slots.row_form import RowForm
 from fisedit_compiler.slots.turn import Turn
 from fisedit_compiler.slots.written import Written, WrittenRows
 from tests.support.noting_slots import NotingSlots
+from tests.support.runs import together
 
 FORM = RowForm(Fraction(1), 1)
 
@@ -66,6 +71,51 @@ def test_it_holds_tensors_and_no_other_view() -> None:
     del recorded, first
     assert [held() for held in dropped] == [None, None, None], "the statistics were replaced: nobody reads them"
     assert canvas() is not None and second.read("canvas")[0, :, 0].tolist() == [1.0, 0.0, 2.0, 0.0]
+
+
+def test_what_is_made_later_is_made_once_and_keeps_nothing_of_how() -> None:
+    recorded, made = base(), list[int]()
+    first = written(recorded, turn(0), 1.0)
+    covered = weakref.ref(written_in(first)["canvas"].by_turn[0].rows)
+
+    def make(first: EditedSlots = first) -> EditedSlots:
+        made.append(1)
+        return written(first, turn(0, 2), 2.0)
+
+    view = EditedSlots.later(make, 2 * 2 * 4)
+    del first, make
+    assert view.own_nbytes == 2 * 2 * 4 and not made and covered() is not None
+    view.settle()
+    assert covered() is None, "rows that are written over are nobody's"
+    assert list(view) == ["canvas", "statistics"] and len(view) == 2 and "canvas" in view
+    assert view.read("canvas")[0, :, 0].tolist() == [2.0, 0.0, 2.0, 0.0]
+    assert view.own_nbytes == sum(tensor.nbytes for tensor in view.own)
+    again = written(view, turn(1), 3.0)
+    assert again.read("canvas")[0, :, 0].tolist() == [2.0, 3.0, 2.0, 0.0] and made == [1]
+
+
+@pytest.mark.parametrize("ask", [
+    lambda view: view.read("canvas"), lambda view: list(view), lambda view: "canvas" in view, lambda view: view.nbytes,
+    lambda view: list(view.tensors()), lambda view: view.only(["canvas"]), lambda view: written_in(view),
+    lambda view: view.addresses({"canvas": (8, 2, 1)}, torch.device("cpu")), lambda view: written(view, turn(1), 1.0),
+    lambda view: view.with_earlier(written(base(), turn(1), 1.0), ["canvas"]), lambda view: view.prefetch(0),
+])  # fmt: skip
+def test_whatever_is_asked_of_it_first(ask: Callable[[EditedSlots], Any]) -> None:
+    view = EditedSlots.later(lambda: written(base(), turn(0), 1.0), 8)
+    ask(view)
+    assert view.read("canvas")[0, :, 0].tolist() == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_threads_may_ask_at_once() -> None:
+    gate = threading.Barrier(2, timeout=20)
+
+    def make() -> EditedSlots:
+        gate.wait()  # both are making it
+        return written(base(), turn(0), 1.0)
+
+    view = EditedSlots.later(make, 8)
+    found = together([lambda: view.read("canvas")[0, :, 0].tolist() for _ in range(2)])
+    assert found == [[1.0, 0.0, 0.0, 0.0]] * 2
 
 
 def test_a_table_of_addresses_is_kept_if_nothing_was_put_together_for_it() -> None:
