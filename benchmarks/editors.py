@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from fisedit_compiler import Editor
     from fisedit_compiler.config import Reuse
 
-AS_IT_COMES, DECODER = "as it comes", "decoder too"
-EDITORS = (AS_IT_COMES, DECODER, "inductor", "eager")
-"""What an Editor is given: nothing, the VAE's decoder as a part, or its own default with a backend by name."""
+AS_IT_COMES, DECODER, UNET_ALONE = "as it comes", "decoder too", "UNet alone"
+EDITORS = (AS_IT_COMES, DECODER, UNET_ALONE, "inductor", "eager")
+"""What an Editor is given: nothing, the VAE's decoder as a part (on a GPU that is the default) or the UNet alone, or a
+backend by name."""
 
 
 @contextmanager
@@ -38,6 +39,8 @@ def _editor(pipe: Any, name: str) -> Iterator[Editor]:
         editor = Editor(pipe)
     elif name == DECODER:
         editor = Editor(pipe, parts=("unet", "vae.decoder"))
+    elif name == UNET_ALONE:
+        editor = Editor(pipe, parts=("unet",))
     else:
         editor = Editor(pipe, replace(EDITOR_CONFIG, backend=name))  # type: ignore[arg-type]
     with editor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from fisedit_compiler.config import Reuse, SparsifyConfig
 from fisedit_compiler.masks import Box, MaskLike, Polygon
@@ -25,13 +25,14 @@ from fisedit_compiler.pipelines.editing.runs import DenseRun, Edit, Generation
 from fisedit_compiler.pipelines.editing.warm_up import warm_up
 from fisedit_compiler.pipelines.inversion.load import DdimInversion, Loaded, Method, load
 from fisedit_compiler.pipelines.inversion.pictures import ImageLike
+from fisedit_compiler.pipelines.part_registry import usual_parts
 from fisedit_compiler.pipelines.parts import UNET, Parts
 from fisedit_compiler.pipelines.running.texts import Texts
 
 Boxes = Box | Sequence[Box] | None
 Polygons = Polygon | Sequence[Polygon] | None
 Mask = MaskLike | MaskDetector | None
-Names = Sequence[str] | None
+Names = Sequence[str] | Literal["usual"] | None
 EDITOR_CONFIG = SparsifyConfig(norm="incremental", reuse="auto")
 """How an Editor compiles a UNet unless told otherwise. New objects change the statistics of every norm; with recorded
 ones an edit looks less like the dense run, for less time and memory a call. Reuse across steps costs little of that
@@ -48,7 +49,8 @@ class Editor:
     compiled already. ``config`` is a ``SparsifyConfig`` for that compilation, :data:`EDITOR_CONFIG` by default.
     ``progress`` switches the progress bars on or off; by default the pipeline's own setting counts
     (``pipe.set_progress_bar_config(disable=...)``). ``parts`` names what is compiled: with
-    ``("unet", "vae.decoder")`` edits are decoded sparsely, too; ``None`` stands for all that
+    ``("unet", "vae.decoder")`` edits are decoded sparsely, too. ``"usual"`` is that on a GPU and the UNet alone
+    elsewhere (:func:`~fisedit_compiler.pipelines.part_registry.usual_parts`); ``None`` stands for all that
     :data:`~fisedit_compiler.pipelines.parts.PARTS` knows.
 
     A pipeline makes one run at a time: its scheduler is the run's. Threads and tasks edit at once with a pipeline and
@@ -59,13 +61,14 @@ class Editor:
     """
 
     def __init__(
-        self, pipe: Any, config: SparsifyConfig | None = None, *, progress: bool | None = None, parts: Names = (UNET,)
+        self, pipe: Any, config: SparsifyConfig | None = None, *, progress: bool | None = None, parts: Names = "usual"
     ) -> None:
         refusals.check_pipeline(pipe)
         self.pipe = pipe
         self.config = config
         self.progress = progress
-        self._parts = Parts(pipe, config, EDITOR_CONFIG, parts)
+        self._parts = Parts(pipe, config, EDITOR_CONFIG, (UNET,) if parts == "usual" else parts)
+        self._chooses_parts = parts == "usual"
         self._texts = Texts()
 
     def __enter__(self) -> Editor:
@@ -81,6 +84,9 @@ class Editor:
 
     @property
     def _ready(self) -> Parts:
+        if self._chooses_parts:  # not before: the pipeline may have been moved to its device meanwhile
+            self._parts.add(usual_parts(self.pipe, self._parts.config), asked=False)
+            self._chooses_parts = False
         self._parts.prepare(self._driver.shows_progress)
         return self._parts
 

@@ -137,6 +137,18 @@ def is_compiled(module: Any) -> TypeGuard[CompiledPart]:
     return callable(getattr(module, "record", None)) and callable(getattr(module, "edit", None))
 
 
+def usual_parts(pipe: Any, config: SparsifyConfig) -> tuple[str, ...]:
+    """The names of the parts that an Editor compiles by itself.
+
+    The decoder is one on a GPU where code is made for it: the picture of an edit takes a few milliseconds then instead
+    of as long as a dozen calls of the UNet. Elsewhere an edit would have to be made again many times before that pays
+    for what its compilation and its recording take.
+    """
+    device = next(iter(pipe.unet.parameters())).device
+    compiles = device.type == "cuda" and config.backend_on(device.type) == "inductor"
+    return (UNET, DECODER) if compiles else (UNET,)
+
+
 def chosen_parts(names: Sequence[str] | None) -> list[Part]:
     """The parts of these names, all if left out.
 

@@ -93,13 +93,20 @@ class Parts:
         self._given: dict[Part, nn.Module] = {}
         self._compiled: dict[Part, CompiledPart] = {}
         self._refused: dict[Part, nn.Module] = {}
+        self._by_themselves: set[Part] = set()
+        self.add(names, asked=True)
+        self.given_back = False
+
+    def add(self, names: Sequence[str] | None, *, asked: bool) -> None:
+        """Also compile these, as far as the pipeline has them. What nobody ``asked`` for fails without a warning."""
         for part in chosen_parts(names):
-            module = part.find(pipe)
-            if module is not None:
+            module = part.find(self.pipe)
+            if module is not None and part not in self._given:
                 self._given[part] = module
                 if is_compiled(module):
                     self._compiled[part] = module
-        self.given_back = False
+                if not asked:
+                    self._by_themselves.add(part)
 
     def __getitem__(self, name: str) -> SparseModule:
         """The compiled module of a part that is ready."""
@@ -153,7 +160,8 @@ class Parts:
                     except (CaptureError, LayoutError) as error:
                         if not part.optional:
                             raise
-                        logger.warning("pipe.%s is not compiled and runs as it is: %s", part.name, error)
+                        level = logging.INFO if part in self._by_themselves else logging.WARNING
+                        logger.log(level, "pipe.%s is not compiled and runs as it is: %s", part.name, error)
                         self._refused[part] = module
                         continue
                     part.put(self.pipe, cast(nn.Module, compiled))

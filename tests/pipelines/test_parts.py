@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,11 +16,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
-from fisedit_compiler import SparsifyConfig, api
+from fisedit_compiler import SparsifyConfig, api, pipelines
 from fisedit_compiler.errors import ConfigError, ModeError, RecordingError
 from fisedit_compiler.pipelines import Editor, LatentDifference
 from fisedit_compiler.pipelines.decoding.decoder import bordered
 from fisedit_compiler.pipelines.decoding.vae import SparseVAE
+from fisedit_compiler.pipelines.part_registry import usual_parts
 from fisedit_compiler.pipelines.parts import DECODER, PARTS, entered, register_part, use
 from tests.support.tiny_pipeline import PinnedUNet, make_tiny_pipeline
 
@@ -140,6 +143,37 @@ def test_which_parts_are_compiled_is_asked_for() -> None:
             Editor(pipe, parts=wrong)
     with pytest.raises(ConfigError, match="the UNet is always compiled"):
         Editor(pipe, parts=(DECODER,))
+
+
+@pytest.mark.parametrize("backend", ["auto", "inductor", "eager"])
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+def test_the_usual_parts_are_the_decoder_too_where_code_is_made_for_it(device: str, backend: Any) -> None:
+    parameter = SimpleNamespace(device=torch.device(device))
+    pipe = SimpleNamespace(unet=SimpleNamespace(parameters=lambda: [parameter]))
+    expected = ("unet", DECODER) if device == "cuda" and backend != "eager" else ("unet",)
+    assert usual_parts(pipe, SparsifyConfig(backend=backend)) == expected
+
+
+def test_the_usual_parts_are_chosen_when_they_are_compiled_and_none_is_missed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A pipeline may be moved to its device after the Editor was made."""
+    monkeypatch.setattr(api, "sparsify", lambda module, config=None, example_inputs=None: PinnedUNet(module))
+    usual: list[str] = ["unet"]
+    monkeypatch.setattr(pipelines.editor, "usual_parts", lambda pipe, config: usual)
+    pipe = make_tiny_pipeline()
+    own, pipe.vae = pipe.vae, AutoencoderTiny().eval()
+    with caplog.at_level(logging.INFO, "fisedit_compiler"), Editor(pipe) as editor:
+        usual.append(DECODER)
+        editor.prepare()
+        levels = [record.levelno for record in caplog.records if "runs as it is" in record.getMessage()]
+        assert levels == [logging.INFO], "nobody asked for it"
+        pipe.vae = own
+        editor.prepare()
+        assert type(pipe.vae) is SparseVAE
+    assert pipe.vae is own
+    with Editor(pipe, parts=("unet",)) as editor:
+        assert editor.prepare() is editor and pipe.vae is own
 
 
 def test_a_vae_of_another_kind_is_left_alone(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

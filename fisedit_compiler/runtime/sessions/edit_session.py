@@ -253,7 +253,8 @@ class EditSession:
         if self.fallback is not None:
             if self.plan is None:
                 self.plan = pinning_plan(edited.grown, executable.program, 0, call.sample.device)
-                self._compiled = executable.expect_dense(call.tensors)
+                # A run of one call, as a decoder's is, never saves what a compilation takes.
+                self._compiled = self.recording.num_calls > 1 and executable.expect_dense(call.tensors)
             own = self._own(executable, call.sample.device)
             result, slots = run_densely(
                 call, base, own or self.plan, record=bool(self._recorder), compiled=self._compiled

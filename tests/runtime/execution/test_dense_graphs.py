@@ -255,6 +255,19 @@ def test_code_that_took_an_argument_for_a_constant_is_not_used(
     assert "differs by" in told
 
 
+def test_runs_that_a_compilation_never_pays_for_are_interpreted(compiler: Compiler) -> None:
+    """A decoder makes one call a run, of which its pipeline has the outputs already."""
+    module = made()
+    for seed in range(4):
+        given = inputs(seed)
+        with module.record(outputs=[output(module.original(**given))]) as recording:
+            module(**given)
+    full = box(0, 0, *SIZE, *SIZE)
+    for _ in range(4):
+        edit(module, recording, full, [inputs(9)])
+    assert not compiler.dense
+
+
 def test_a_call_runs_where_an_argument_is_that_is_not_on_the_cpu() -> None:
     there = torch.empty(2, device="meta")
     assert device_of([torch.ones(()), there]).type == "meta" and device_of([there, torch.ones(())]).type == "meta"
