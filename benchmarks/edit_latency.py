@@ -343,6 +343,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--editors", nargs="+", choices=editors.EDITORS, default=list(editors.EDITORS), help="with --as-it-comes: which"
     )
+    parser.add_argument(
+        "--no-bases", dest="bases", action="store_false", help="with --as-it-comes: no base runs, which compile first"
+    )
     parser.add_argument("--only-editors", action="store_true", help="with --as-it-comes: nothing else")
     parser.add_argument("--dense-form", choices=FORMS, default=STRONGEST, help="of the compiled baseline")
     parser.add_argument("--warmup", type=positive, default=1, help="untimed repeats before the timed ones")

@@ -68,7 +68,8 @@ def measure(subject: Any, unet: Any, prompt: str, settings: Mapping[str, Any]) -
                 found += _edits(subject, name, editor, base, fraction, facts)
                 print(found, flush=True)
             del base
-            found += _bases(subject, name, editor, settings, facts)
+            if subject.options.bases:
+                found += _bases(subject, name, editor, settings, facts)
             executables = editor.compiled._programs.executables()
             refused = next(filter(None, (one.backend.refused or one.dense.refused for one in executables)), None)
         yield [{**row, "refused": refused} for row in found]

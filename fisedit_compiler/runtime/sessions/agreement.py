@@ -26,6 +26,8 @@ from fisedit_compiler.tensors.bits import differs
 from fisedit_compiler.tensors.contents import Later
 from fisedit_compiler.tensors.deferred import DeferredChecks
 
+_PACKED = image(Fraction(1)).packed
+"""The layout that inputs are recorded in."""
 CHECKED_AT_ONCE = 2
 """Calls of a run whose inputs are checked before anything is launched: most mistakes show there."""
 
@@ -238,7 +240,7 @@ class Agreement:
         if slot is not None:
             recorded = base.slots[slot]
             outside = self._outside_masks(number, recorded.device)
-            wrong = differs(image(Fraction(1)).packed.from_dense(call.sample), recorded) & outside
+            wrong = differs(_PACKED.from_dense(call.sample), recorded) & outside
 
             def other_input() -> RecordingError:
                 if bool(any_not_finite(call.sample)):
