@@ -11,8 +11,7 @@ run side by side.
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Mapping, Sequence
-from fractions import Fraction
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from operator import attrgetter
 from types import MappingProxyType
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fisedit_compiler.compiling import made_once, one_at_a_time
+from fisedit_compiler.compiling import one_at_a_time
 from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.errors import LoweringError
 from fisedit_compiler.geometry.site_plan import SitePlan
@@ -30,15 +29,15 @@ from fisedit_compiler.graph.inputs import Input, Sources, graph_inputs, resolve
 from fisedit_compiler.lowering.lowered import Lowerable
 from fisedit_compiler.lowering.program import CompiledProgram
 from fisedit_compiler.passes.programs.hoist import Bundle
-from fisedit_compiler.passes.programs.reuse import Cut
 from fisedit_compiler.recordings.stores import SlotStore
 from fisedit_compiler.runtime.execution.backend import ProgramBackend
 from fisedit_compiler.runtime.execution.cuda_graphs import GraphPool, HoistedNames
 from fisedit_compiler.runtime.execution.dense_graphs import DenseGraphs
-from fisedit_compiler.runtime.execution.graph_choice import GraphChoice, choose_graph
+from fisedit_compiler.runtime.execution.graph_choice import GraphChoice, choose_graph, kept_by_edits
 from fisedit_compiler.runtime.execution.held_rows import HeldRows, cut_of
 from fisedit_compiler.runtime.execution.hoisting import HoistCache, Hoisted
 from fisedit_compiler.runtime.execution.in_order import InOrder
+from fisedit_compiler.runtime.execution.interpreted import interpreted
 from fisedit_compiler.runtime.execution.padded_plans import SitePlans
 from fisedit_compiler.runtime.samples.recorded_samples import are_first, are_independent
 from fisedit_compiler.runtime.samples.sample_axes import BatchAxes, batch_axes
@@ -70,7 +69,7 @@ class Executable:
         samples = [s.name for s in program.slots if s.origin == program.spatial[0] and s.kind.holds == "packed"]
         self.sample_slot = samples[0] if samples else None
         self._graphs: dict[str, fx.GraphModule] = {}
-        self._inputs: dict[str, Sequence[Input]] = {}
+        self._interpreted: dict[str, tuple[Callable[..., Any], Sequence[Input]]] = {}
         self._bundles: list[tuple[Bundle, fx.GraphModule]] = []
         self._attributes: dict[str, Any] = {}
         self._pools: dict[Lowerable, GraphPool] = {}
@@ -96,6 +95,7 @@ class Executable:
             if not self._attributes:
                 return
             self._graphs.clear()
+            self._interpreted.clear()
             self.dense.drop()
             self._bundles = []
             self._drop_pools()
@@ -125,9 +125,18 @@ class Executable:
 
     def _run(self, name: str, sources: Sources) -> tuple[Sequence[Any], list[Any]]:
         """What a graph returns for a call, and the arguments it was given."""
-        graph = self._graph(name)
-        arguments = resolve(made_once(self._inputs, name, lambda: graph_inputs(graph.graph)), sources)
-        return graph(*arguments), arguments
+        function, inputs = self._interpreted.get(name) or self._made_interpreted(name)
+        arguments = resolve(inputs, sources)
+        return function(*arguments), arguments
+
+    @one_at_a_time
+    def _made_interpreted(self, name: str) -> tuple[Callable[..., Any], Sequence[Input]]:
+        bound = self._graph(name)
+        made = interpreted(bound), graph_inputs(bound.graph)
+        with self._lock:
+            if self._graphs.get(name) is bound:  # kept beside the graph that it was made of, or not at all
+                self._interpreted[name] = made
+        return made
 
     def _bundle_modules(self) -> list[tuple[Bundle, fx.GraphModule]]:
         return self._bundles or self._bound_bundles()
@@ -159,8 +168,7 @@ class Executable:
     def interpret(self, tensors: Mapping[str, Tensor], *, maps: bool = False) -> tuple[list[Any], dict[str, Tensor]]:
         """What :meth:`record` gives, of the graph as nothing has compiled it: the module's own outputs bit for bit."""
         arguments = self._arguments(tensors)
-        flat = self._graph("maps.recording" if maps else "recording")(*arguments)
-        return self._stored(flat, arguments)
+        return self._stored(self._graph("maps.recording" if maps else "recording")(*arguments), arguments)
 
     def outputs(self, tensors: Mapping[str, Tensor]) -> list[Any] | None:
         """The flat outputs of a dense call as compiled code; ``None`` where that fails, for the module itself."""
@@ -328,18 +336,7 @@ class Executable:
             HoistedNames(bundle.values, bool(bundle.dependences & PER_CALL), not bundle.dependences)
             for bundle in program.bundles
         ]
-        rows: dict[int, tuple[int, Fraction]] = {}
-        together: dict[int, Hashable] = {}
-        if name.endswith("update"):
-            levels = {slot.name: slot.layout.level for slot in program.slots}
-            deep = program.cut.deep if isinstance(program.cut, Cut) else frozenset()
-            changes = program.reuse.updates if name == "reuse.shallow_update" else program.updates
-            for position, changed in enumerate(changes, start=len(program.outputs)):
-                level = levels[changed.slot]
-                if changed.dim is not None and level is not None:
-                    rows[position] = (changed.dim, level)
-                # A later edit replaces the rows of a level all at once, and a shallow call has none of the deep slots.
-                together[position] = (level, changed.dim is None, changed.slot in deep)
+        rows, together = kept_by_edits(program, name)
         lowered = program.lowered(name)
         with self._lock:
             pool = self._pools.get(name)

@@ -8,8 +8,9 @@ anyway, so one compiled graph serves all, and a call leaves what it does not wan
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 
 from fisedit_compiler.lowering.lowered import Lowerable
 from fisedit_compiler.lowering.program import CompiledProgram
@@ -72,3 +73,26 @@ def _name(update: bool, cut: bool, shallow: bool) -> Lowerable:
     if shallow:
         return "reuse.shallow_update" if update else "reuse.shallow"
     return "reuse.full_update" if update else "reuse.full"
+
+
+def kept_by_edits(
+    program: CompiledProgram, name: Lowerable
+) -> tuple[dict[int, tuple[int, Fraction]], dict[int, Hashable]]:
+    """Which results of a graph are rows, and which are kept and dropped together, both by position.
+
+    They are those of :class:`~fisedit_compiler.runtime.execution.owned_outputs.OwnedOutputs`.
+    """
+    rows: dict[int, tuple[int, Fraction]] = {}
+    together: dict[int, Hashable] = {}
+    if not name.endswith("update"):
+        return rows, together
+    levels = {slot.name: slot.layout.level for slot in program.slots}
+    deep = program.cut.deep if isinstance(program.cut, Cut) else frozenset()
+    changes = program.reuse.updates if name == "reuse.shallow_update" else program.updates
+    for position, changed in enumerate(changes, start=len(program.outputs)):
+        level = levels[changed.slot]
+        if changed.dim is not None and level is not None:
+            rows[position] = (changed.dim, level)
+        # A later edit replaces the rows of a level all at once, and a shallow call has none of the deep slots.
+        together[position] = (level, changed.dim is None, changed.slot in deep)
+    return rows, together
