@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 
-import torch
 from torch import Tensor
 
 from fisedit_compiler.kernels.providers import Provider
@@ -31,14 +30,8 @@ def _check(values: Tensor, taps: Tensor) -> None:
 
 def _reference(values: Tensor, taps: Tensor) -> Tensor:
     _check(values, taps)
-    batch, sites, channels = values.shape
-    if batch > 1 and values.is_cpu:
-        # On the CPU, index_select along dimension 0 copies whole rows and is several times faster.
-        start = torch.arange(0, batch * sites, sites, device=values.device)
-        index = (taps.reshape(1, -1) + start[:, None]).reshape(-1)
-        gathered = values.reshape(-1, channels).index_select(0, index)
-    else:
-        gathered = values.index_select(1, taps.reshape(-1))
+    batch, _, channels = values.shape
+    gathered = values.index_select(1, taps.reshape(-1))
     return gathered.reshape(batch * taps.shape[0], taps.shape[1] * channels)
 
 
