@@ -70,16 +70,18 @@ def crossing(points: Sequence[Point]) -> float | None:
 def measurements(name: str, report: Mapping[str, Any]) -> list[Measured]:
     """The models of one report of ``step_latency``; none in a report of another benchmark.
 
-    A GPU's dense calls run as compiled ones when the sparse ones do, so that is the baseline of an Inductor report.
+    The baseline is what a dense call of the edit runs: compiled code for the full-size models on a GPU, the module
+    itself for the embedded one.
     """
     if report.get("benchmark") != "step_latency":
         return []
     settings, machine = report["settings"], report["machine"]
     # Reports older than the setting: full-size models were measured with Inductor, the embedded one never.
     backend = settings.get("backend", "inductor" if "models" in settings else "eager")
+    baseline = "compiled" if "models" in settings else "eager"
     by_model: dict[str, list[Point]] = {}
     for row in report["rows"]:
-        if row.get("kind", "sparse") != "sparse" or row.get("baseline", "compiled") != "compiled":
+        if row.get("kind", "sparse") != "sparse" or row.get("baseline", baseline) != baseline:
             continue
         dense = row["baseline_ms"] if "baseline_ms" in row else row["dense_ms"]
         points = by_model.setdefault(row.get("model", settings.get("model", "")), [])

@@ -2,7 +2,7 @@
 
 A base image is made and recorded once. Then, for every mask, edits with prompts never seen before are timed in turn,
 wall clock from the prompt to the PIL image: the stock pipeline that runs the new prompt from the base's noise (eager,
-and on a GPU with a UNet under torch.compile in its fastest form too), the same pipeline inside ``compiled.edit()``,
+and with a UNet under torch.compile in its fastest form), the same pipeline inside ``compiled.edit()``,
 and ``Editor.edit()``. Every run is made twice: once untouched, for the time of the whole, and once with the queue of
 the GPU drained around its parts, for the share of each. By default the embedded model is measured, with ``--models``
 Stable Diffusion's architectures with random weights.
@@ -30,7 +30,7 @@ from rich.table import Table
 from benchmarks import editors
 from benchmarks.step_latency import area
 from benchmarks.support import pipelines
-from benchmarks.support.dense_forms import FORMS, STRONGEST, compiled_unet
+from benchmarks.support.dense_forms import FORMS, NO_FORM, STRONGEST, compiled_unet
 from benchmarks.support.harness import (
     Report,
     Stopwatch,
@@ -232,7 +232,7 @@ def prepare_subject(name: str, options: argparse.Namespace, device: torch.device
         raise SystemExit(f"{name}: the base's latents are not finite in {dtype}; choose another --dtype")
     facts["unet_calls"] = subject.base.recording.num_calls
     facts["recording_gib"] = round(subject.base.recording.nbytes / 2**30, 3)
-    if device.type == "cuda":
+    if options.dense_form != NO_FORM:
         subject.dense[COMPILED] = pipe.unet = compiled_unet(unet, options.dense_form)
         facts["dense_form"] = options.dense_form
         with _fact(facts, "dense_compile_s", device):
@@ -347,7 +347,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--no-bases", dest="bases", action="store_false", help="with --as-it-comes: no base runs, which compile first"
     )
     parser.add_argument("--only-editors", action="store_true", help="with --as-it-comes: nothing else")
-    parser.add_argument("--dense-form", choices=FORMS, default=STRONGEST, help="of the compiled baseline")
+    parser.add_argument("--dense-form", choices=(*FORMS, NO_FORM), default=STRONGEST, help="of the compiled baseline")
     parser.add_argument("--warmup", type=positive, default=1, help="untimed repeats before the timed ones")
     return parser.parse_args(arguments)
 

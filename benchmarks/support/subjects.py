@@ -6,7 +6,7 @@ Timing and printing live in ``harness.py``, questions in the other modules.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,14 +84,15 @@ class Call:
     base_text: torch.Tensor
     edit_text: torch.Tensor
 
-    def dense(self, unet: nn.Module, *, text: torch.Tensor | None = None) -> torch.Tensor:
+    def dense(self, unet: Callable[..., Any], *, text: torch.Tensor | None = None) -> torch.Tensor:
         """Call a UNet, compiled or not, as a diffusers pipeline does."""
-        return unet(
+        output: torch.Tensor = unet(
             self.sample,
             torch.tensor(TIMESTEP, device=self.sample.device),
             encoder_hidden_states=self.base_text if text is None else text,
             return_dict=False,
         )[0]
+        return output
 
 
 def load_unet(model: Path | None, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -134,18 +135,25 @@ class Run:
         calls: number of UNet calls.
         batch: 2 is one image with guidance.
         tokens: length of the text.
-        size: sites along a side of the latents; the model's own if left out.
+        size: sites along a side of the latents, or along height and width; the model's own if left out.
     """
 
     def __init__(
-        self, unet: nn.Module, *, calls: int, batch: int = 2, tokens: int = 77, size: int | None = None
+        self,
+        unet: nn.Module,
+        *,
+        calls: int,
+        batch: int = 2,
+        tokens: int = 77,
+        size: int | tuple[int, int] | None = None,
     ) -> None:
         config: Any = unet.config
         self._config: dict[str, Any] = dict(config)
         self._parameter = next(unet.parameters())
         self._generator = torch.Generator().manual_seed(0)
         self.calls, self.batch, self._tokens = calls, batch, tokens
-        self.height = self.width = size or int(self._config["sample_size"])
+        size = size or int(self._config["sample_size"])
+        self.height, self.width = (size, size) if isinstance(size, int) else size
         self.timesteps = torch.linspace(900, 100, calls, device=self._parameter.device).long().unbind()
         self.samples = [self._normal(batch, 4, self.height, self.width) for _ in range(calls)]
         self._noise = self._normal(batch, 4, self.height, self.width)

@@ -24,7 +24,9 @@ from benchmarks import (
     step_latency,
     wrapper_overhead,
 )
+from benchmarks.support import dense_forms, peers
 from benchmarks.support.harness import Report, Stopwatch, Timing, alternate, machine, versions
+from benchmarks.support.peers import Peer
 from benchmarks.support.subjects import make_call, square_mask
 from tests.support.zoo import ZOO
 
@@ -91,18 +93,63 @@ def test_report_names_machine_and_versions_but_not_the_host(tmp_path):
     assert os.uname().nodename not in text
 
 
-def test_step_latency_writes_a_row_per_fraction(tmp_path):
+def test_step_latency_writes_a_row_per_fraction_and_baseline(tmp_path):
     path = tmp_path / "rows.json"
     size = ["--height", "32", "--width", "32", "--repeats", "2", "--warmup", "1"]
-    step_latency.main(["--fractions", "0.06", "1.0", *size, "--json", str(path)])
+    names = list(dense_forms.BASELINES[:2])
+    step_latency.main(["--fractions", "0.06", "1.0", *size, "--baselines", *names, "--json", str(path)])
     written = json.loads(path.read_text())
-    assert [row["mask_fraction"] for row in written["rows"]] == pytest.approx([0.06, 1.0], abs=0.02)
-    assert [row["kind"] for row in written["rows"]] == ["sparse", "dense"], "a full mask is above the break-even"
+    assert [row["mask_fraction"] for row in written["rows"]] == pytest.approx([0.06, 0.06, 1.0, 1.0], abs=0.02)
+    kinds = ["sparse", "sparse", "dense", "dense"]
+    assert [row["kind"] for row in written["rows"]] == kinds, "a full mask is above the break-even"
+    assert [row["baseline"] for row in written["rows"]] == 2 * names
     for row in written["rows"]:
-        assert row["ratio"] == pytest.approx(row["dense_ms"] / row["sparse_ms"], rel=0.01)
-        assert min(row["dense_ms"], row["sparse_ms"], row["sparse_first_call_ms"]) > 0
+        assert row["ratio"] == pytest.approx(row["baseline_ms"] / row["sparse_ms"], rel=0.01)
+        assert min(row["baseline_ms"], row["sparse_ms"], row["sparse_first_call_ms"]) > 0
+        assert row["strongest"] == (row["baseline"] == written["settings"]["strongest"])
     assert {"cpu", "cores", "threads"} <= set(written["machine"])
     assert "diffusers" in written["versions"]
+
+
+@pytest.mark.slow
+def test_step_latency_compares_with_every_dense_call_of_a_cpu(monkeypatch):
+    unet = ZOO["sd15"]().module
+    monkeypatch.setattr(step_latency, "load_unet", lambda *_: unet)
+    report = step_latency.main(["--fractions", "0.1", "--height", "16", "--width", "16", "--repeats", "1"])
+    assert [row["baseline"] for row in report.rows] == list(dense_forms.BASELINES)
+    assert sum(row["strongest"] for row in report.rows) == 1
+    assert set(report.settings["baseline_first_call_s"]) == set(dense_forms.BASELINES)
+
+
+def test_step_latency_has_rows_of_peers_that_are_never_the_strongest(monkeypatch):
+    unet = ZOO["sd15"]().module
+    monkeypatch.setattr(step_latency, "load_unet", lambda *_: unet)
+    # Any module that is there stands for an installed project.
+    monkeypatch.setattr(peers, "PEERS", {"csv": lambda unet, run: Peer("csv", "a note", lambda *_, **__: [None], 2)})
+    size = ["--height", "16", "--width", "24", "--repeats", "1"]
+    report = step_latency.main(["--fractions", "0.1", *size, "--baselines", "eager", "--peers"])
+    assert [(row["baseline"], row["strongest"]) for row in report.rows] == [("eager", True), ("csv", False)]
+    assert report.settings["peers"] == {"csv": "a note"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * ("compiled" in name)) for name in dense_forms.BASELINES]
+)
+def test_a_dense_baseline_computes_what_the_unet_does(name):
+    unet = ZOO["sd15"]().module
+    weights = {key: (value.clone(), value.stride()) for key, value in unet.state_dict().items()}
+    call = make_call(unet, batch=2, height=16, width=16, tokens=5)
+    with torch.no_grad():
+        torch.testing.assert_close(call.dense(dense_forms.dense_baseline(unet, name)), call.dense(unet))
+    for key, value in unet.state_dict().items():
+        assert torch.equal(value, weights[key][0]) and value.stride() == weights[key][1], key
+
+
+def test_the_strongest_baseline_is_one_of_a_whole_run():
+    times = {"a": (9.0, 5.0, 5.0), "b": (6.0, 6.0, 6.0), "of another project": (1.0, 1.0, 1.0)}
+    rows = [{"baseline": name, "baseline_ms": times[name][area]} for area in range(3) for name in times]
+    assert dense_forms.mark_strongest(rows, ["a", "b"]) == "a"
+    assert [row["strongest"] for row in rows] == 3 * [True, False, False]
 
 
 def test_model_key_times_reading_comparing_and_looking(monkeypatch):

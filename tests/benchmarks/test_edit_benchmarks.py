@@ -72,11 +72,13 @@ def test_a_row_that_fails_costs_no_other_row(tmp_path, monkeypatch, capsys):
 # -- whole edits -------------------------------------------------------------------------------------
 
 
-def test_edit_latency_says_where_the_time_goes(tmp_path):
+@pytest.mark.parametrize("form", ["none", pytest.param("channels_last", marks=pytest.mark.slow)])
+def test_edit_latency_says_where_the_time_goes(tmp_path, form):
     path = tmp_path / "rows.json"
-    edit_latency.main(["--size", "64", "--steps", "2", *ONCE, "--json", str(path)])
-    (row,) = json.loads(path.read_text())["rows"]
+    edit_latency.main(["--size", "64", "--steps", "2", *ONCE, "--dense-form", form, "--json", str(path)])
+    row, *others = json.loads(path.read_text())["rows"]
     assert (row["baseline"], row["image"], row["steps"], row["kind"]) == ("eager", "64x64", 2, "sparse")
+    assert [other["baseline"] for other in others] == ["compiled"] * (form != "none")
     assert row["unchanged_outside"]
     assert row["ratio"] == pytest.approx(row["baseline_ms"] / row["sparse_ms"], rel=0.01)
     for run in ("baseline", "sparse"):
@@ -86,7 +88,8 @@ def test_edit_latency_says_where_the_time_goes(tmp_path):
 
 def test_edit_latency_measures_the_editor_as_it_comes(tmp_path):
     path = tmp_path / "rows.json"
-    edit_latency.main(["--size", "64", "--steps", "2", *ONCE, "--as-it-comes", "--json", str(path)])
+    few = ["--size", "64", "--steps", "2", *ONCE, "--dense-form", "none"]
+    edit_latency.main([*few, "--as-it-comes", "--json", str(path)])
     rows = [row for row in json.loads(path.read_text())["rows"] if "row" in row]
     names = [f"editor, {name}" for name in editors.EDITORS if name != "inductor"]
     tasks = ("edit", "edit, reuse off", "base")

@@ -53,6 +53,13 @@ def test_rows_that_fell_back_are_left_out() -> None:
     assert measured.source == {"file": "a.json", "model": "tiny", "machine": "a processor", "torch": "9.9"}
 
 
+def test_dense_calls_are_those_that_an_edit_falls_back_to() -> None:
+    rows = [row(0.5, 0.0, 5.0, baseline=name, baseline_ms=time) for name, time in (("eager", 10.0), ("compiled", 8.0))]
+    (embedded,) = measurements("a.json", report(rows))
+    (full_size,) = measurements("a.json", report(rows, models=["sd21"]))
+    assert (embedded.points, full_size.points) == (((0.5, 0.5),), ((0.5, 5.0 / 8.0),))
+
+
 def test_other_benchmarks_are_left_out() -> None:
     assert measurements("b.json", {"benchmark": "compile_time"}) == []
 
@@ -81,7 +88,7 @@ def test_the_packages_figures_are_those_of_the_committed_reports() -> None:
 def test_from_a_measurement_to_the_file(tmp_path: Path) -> None:
     """Full circle on a small map, where times are noise but rows are rows."""
     rows, output = tmp_path / "rows.json", tmp_path / "break_even.json"
-    size = ["--height", "32", "--width", "32", "--repeats", "2", "--warmup", "1"]
+    size = ["--height", "32", "--width", "32", "--repeats", "2", "--warmup", "1", "--baselines", "eager"]
     step_latency.main(["--fractions", "0.06", "1.0", "--dense-above", "1", *size, "--json", str(rows)])
     written = json.loads(rows.read_text())
     assert [found["kind"] for found in written["rows"]] == ["sparse", "sparse"]
