@@ -8,7 +8,7 @@ nothing, and what libraries do at their first call is over before a capture begi
 
 A graph does again what the device did, never what the host decided. So an encoder whose forward reads a tensor on the
 host gets none (transformers looks whether an attention mask is all ones, and not while it is captured), and the first
-replay is compared with the encoder itself, bit for bit.
+replay is compared with the encoder itself, bit for bit. A form whose bits are others gets none.
 """
 
 from __future__ import annotations
@@ -39,10 +39,19 @@ PATIENCE = 16
 """Calls that a form is encoded without a graph at most, where graphs were made in vain."""
 
 _NOTICE = "%s runs without CUDA graphs from now on, which takes some milliseconds a text and gives the same results: %s"
+DIFFERENT = 3
+"""Forms whose replays gave other bits, from which on no other is captured."""
+_HERE = "%s encodes texts of one form without a CUDA graph, which takes some milliseconds more: %s"
+_NEVER = -(10**9)
+"""Calls of a form that gets no graph, so to speak."""
 _PLAIN = (bool, int, float, str, type(None), torch.dtype)
 
 _in_order = InOrder()
 """For all encoders: graphs that were captured on one stream share the workspaces of libraries."""
+
+
+class OtherBits(ValueError):
+    """A replay gave other bits: a library chose another kernel while it was captured, for these sizes."""
 
 
 class EncoderGraphs:
@@ -59,7 +68,7 @@ class EncoderGraphs:
         self.name = name
         self.refused: str | None = None
         self._known: OrderedDict[Hashable, _EncoderGraph | int] = OrderedDict()
-        self._before = 1
+        self._before, self._differed = 1, 0
 
     def run(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], state: Hashable) -> Any:
         """What ``forward`` returns, in tensors of the caller's own. Made without gradients.
@@ -121,10 +130,16 @@ class EncoderGraphs:
         try:
             return _EncoderGraph(forward, args, kwargs, memory)
         except Exception as error:
-            self.refused = f"{type(error).__name__}: {error}".splitlines()[0]
-            self._known.clear()
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            self._differed += isinstance(error, OtherBits)
+            only_here = isinstance(error, OtherBits) and self._differed < DIFFERENT
         # Outside of the handler: the error's frames hold what the attempt had allocated.
-        logger.info(_NOTICE, self.name, self.refused)
+        if only_here:
+            logger.info(_HERE, self.name, why)
+            return _NEVER
+        self.refused = why
+        self._known.clear()
+        logger.info(_NOTICE, self.name, why)
         return 0
 
 
@@ -202,7 +217,8 @@ def _compare(expected: Any, found: Any) -> None:
     """Refuse a graph that computes something else.
 
     Raises:
-        ValueError: a result is not the encoder's own bit for bit, or is no tensor, number or text.
+        OtherBits: a result is not the encoder's own bit for bit.
+        ValueError: a result is no tensor, number or text.
     """
     (right, structure), (given, other) = pytree.tree_flatten(expected), pytree.tree_flatten(found)
     if structure != other:
@@ -210,7 +226,7 @@ def _compare(expected: Any, found: Any) -> None:
     for number, (leaf, value) in enumerate(zip(right, given, strict=True)):
         if isinstance(leaf, Tensor) and isinstance(value, Tensor):
             if not is_equal(leaf, value):
-                raise ValueError(f"result {number} of the first replay is another one than the encoder's own")
+                raise OtherBits(f"result {number} of the first replay is another one than the encoder's own")
         elif not isinstance(leaf, _PLAIN) or leaf != value:
             raise ValueError(f"result {number} is a {type(value).__name__}, which no replay makes anew")
 

@@ -16,7 +16,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderMo
 
 from fisedit_compiler.pipelines import Editor
 from fisedit_compiler.pipelines.running import encoder_graphs
-from fisedit_compiler.pipelines.running.encoder_graphs import KEPT, EncoderGraphs, _NothingRead
+from fisedit_compiler.pipelines.running.encoder_graphs import DIFFERENT, KEPT, EncoderGraphs, _NothingRead
 from tests.pipelines.running.encodings import LENGTH, Encoding, assert_same, make, told
 from tests.support.graph_stand_in import patch_encoder_graphs
 from tests.support.tiny_pipeline import make_tiny_pipeline
@@ -68,7 +68,9 @@ def test_few_forms_are_kept(device: str) -> None:
     encoding = Encoding(device)
     for batch in range(1, KEPT + 3):
         encoding.check(3, batch=batch)
-    assert len(encoding.graphs._known) == len(encoding.graphs._graphs()) == KEPT
+    assert len(encoding.graphs._known) == KEPT
+    if device == "cpu":  # a GPU's libraries may choose another kernel for some of them
+        assert len(encoding.graphs._graphs()) == KEPT
 
 
 def test_arguments_come_in_any_order_and_hold_anything(device: str) -> None:
@@ -128,10 +130,11 @@ def test_an_encoder_that_reads_tensors_on_the_host_gets_no_graph(
 
 
 class Differs(nn.Module):
-    """Computes something else while it is captured."""
+    """Computes something else while it is captured, but for two texts."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return hidden + 1 if torch.cuda.is_current_stream_capturing() else hidden
+        other = hidden.shape[0] != 2 and torch.cuda.is_current_stream_capturing()
+        return hidden + 1 if other else hidden
 
 
 class Synchronises(nn.Module):
@@ -143,16 +146,35 @@ class Synchronises(nn.Module):
         return hidden
 
 
-@pytest.mark.parametrize(
-    ("activation", "reason"), [(Differs, "is another one than the encoder's own"), (Synchronises, "captur")]
-)
-def test_a_graph_that_fails_or_differs_is_not_used(
-    activation: type[nn.Module], reason: str, device: str, replays: list[None], caplog: pytest.LogCaptureFixture
-) -> None:
+def activated(device: str, activation: nn.Module) -> Encoding:
     encoding = Encoding(device)
     for part in encoding.encoder.modules():
         if hasattr(part, "activation_fn"):
-            part.activation_fn = activation()
+            part.activation_fn = activation
+    return encoding
+
+
+def test_a_form_whose_graph_differs_gets_none_and_after_a_few_no_other_does(
+    device: str, replays: list[None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A library may choose another kernel while it is captured, for some sizes."""
+    encoding = activated(device, Differs())
+    with caplog.at_level(logging.INFO):
+        encoding.check(4)
+        assert encoding.graphs.refused is None and not replays
+        encoding.check(4, batch=2)
+        assert len(replays) == 3, "another form gets one"
+        encoding.check(4)
+        for batch in (3, 4):
+            assert len(encoding.graphs._graphs()) == 1
+            encoding.check(3, batch=batch)
+    assert encoding.graphs.refused is not None and not encoding.graphs._known and len(replays) == 3
+    said = [text for text in map(logging.LogRecord.getMessage, caplog.records) if "the encoder's own" in text]
+    assert len(said) == DIFFERENT and said[-1].startswith("CLIPTextModel runs without")
+
+
+def test_a_graph_that_fails_is_not_used(device: str, replays: list[None], caplog: pytest.LogCaptureFixture) -> None:
+    encoding = activated(device, Synchronises())
     with caplog.at_level(logging.INFO):
         for _ in range(3):
             encoding.check(3)
@@ -161,7 +183,7 @@ def test_a_graph_that_fails_or_differs_is_not_used(
         encoding.check(3)
     assert not replays and not encoding.graphs._known
     (message,) = told(caplog)
-    assert message.startswith("CLIPTextModel runs without") and reason in message
+    assert message.startswith("CLIPTextModel runs without") and "captur" in message
 
 
 def test_running_out_of_memory_is_no_error(
@@ -293,7 +315,9 @@ def test_on_a_gpu_threads_replay_on_streams_of_their_own() -> None:
         try:
             with torch.cuda.stream(stream):
                 for _ in range(10):
-                    encoding.check(4)
+                    # Libraries promise no bits where several streams compute at once.
+                    for found, expected in encoding.run(4):
+                        torch.testing.assert_close(found[0], expected[0])
         except BaseException as error:
             errors.append(error)
 
