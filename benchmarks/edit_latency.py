@@ -337,16 +337,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=positive, help="of the scheduler; default: 50 on a GPU, 10 on a CPU")
     parser.add_argument("--size", type=positive, help="side of the image in pixels; default: the model's")
     parser.add_argument("--record", action="store_true", help="record the edits too, as the Editor does by default")
-    parser.add_argument(
-        "--as-it-comes", action="store_true", help="also time Editor(pipe) with no setting beside those with one"
-    )
-    parser.add_argument(
-        "--editors", nargs="+", choices=editors.EDITORS, default=list(editors.EDITORS), help="with --as-it-comes: which"
-    )
-    parser.add_argument(
-        "--no-bases", dest="bases", action="store_false", help="with --as-it-comes: no base runs, which compile first"
-    )
-    parser.add_argument("--only-editors", action="store_true", help="with --as-it-comes: nothing else")
+    editors.add_options(parser)
     parser.add_argument("--dense-form", choices=(*FORMS, NO_FORM), default=STRONGEST, help="of the compiled baseline")
     parser.add_argument("--warmup", type=positive, default=1, help="untimed repeats before the timed ones")
     return parser.parse_args(arguments)

@@ -7,6 +7,7 @@ is timed in turn with the dense runs.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,20 @@ AS_IT_COMES, DECODER, UNET_ALONE = "as it comes", "decoder too", "UNet alone"
 EDITORS = (AS_IT_COMES, DECODER, UNET_ALONE, "inductor", "eager")
 """What an Editor is given: nothing, the VAE's decoder as a part (on a GPU that is the default) or the UNet alone, or a
 backend by name."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Which Editors are timed, and in what tasks."""
+    parser.add_argument(
+        "--as-it-comes", action="store_true", help="also time Editor(pipe) with no setting beside those with one"
+    )
+    parser.add_argument(
+        "--editors", nargs="+", choices=EDITORS, default=list(EDITORS), help="with --as-it-comes: which"
+    )
+    parser.add_argument(
+        "--no-bases", dest="bases", action="store_false", help="with --as-it-comes: no base runs, which compile first"
+    )
+    parser.add_argument("--only-editors", action="store_true", help="with --as-it-comes: nothing else")
 
 
 @contextmanager

@@ -83,6 +83,8 @@ def runs_of(view: Tensor, most: int = 4096) -> Runs | None:
         length *= sizes[outer.pop()]
     if prod(sizes[axis] for axis in outer) > most:
         return None
+    if not outer:  # its own strides, also those of axes of one element, which any would do for
+        return Runs((0,), length, tuple(strides))
     steps = product(*(range(0, sizes[axis] * strides[axis], strides[axis]) for axis in outer))
     # Axes of one element keep their place, so that what is in the usual order has the usual strides.
     order = list(range(view.dim())) if axes == sorted(axes) else [*axes, *(set(range(view.dim())) - set(axes))]

@@ -34,6 +34,27 @@ class SlotAddresses:
         return cls(address_table(list(tensors.values()), device), tensors)
 
 
+class KnownAddresses:
+    """The addresses of one store by the layouts that were asked for last: full calls and shallow ones have their own.
+
+    Several runs may ask at once.
+    """
+
+    def __init__(self, kept: int = 2) -> None:
+        self._most = kept
+        self._kept: tuple[tuple[SlotLayout, SlotAddresses], ...] = ()
+
+    def of(self, layout: SlotLayout, make: Callable[[], SlotAddresses]) -> SlotAddresses:
+        """Those of a layout; the same object again while the layout is the same object."""
+        kept = self._kept
+        for known, addresses in kept:
+            if known is layout:
+                return addresses
+        made = make()
+        self._kept = ((layout, made), *kept[: self._most - 1])
+        return made
+
+
 def _as_laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     if tensor.stride() == strides and (is_plain(tensor) or not tensor.numel()):
         return tensor

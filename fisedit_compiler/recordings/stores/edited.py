@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fisedit_compiler.recordings.stores.addresses import SlotAddresses, SlotLayout
+from fisedit_compiler.recordings.stores.addresses import KnownAddresses, SlotAddresses, SlotLayout
 from fisedit_compiler.recordings.stores.joined import JoinedSlots
 from fisedit_compiler.recordings.stores.store import SlotStore, distinct_nbytes
 from fisedit_compiler.slots.written import Written
@@ -86,7 +86,7 @@ class EditedSlots(SlotStore):
         self._known = contents
         self._make: Callable[[], EditedSlots] | None = None
         self._own_nbytes: int | None = None
-        self._addresses: tuple[SlotLayout, SlotAddresses] | None = None
+        self._addresses = KnownAddresses()
 
     @classmethod
     def later(cls, make: Callable[[], EditedSlots], own_nbytes: int) -> EditedSlots:
@@ -137,10 +137,7 @@ class EditedSlots(SlotStore):
         """The addresses; kept, as :class:`MemorySlots` keeps its own, if no slot had to be put together for them."""
         if self._contents.rows:
             return SlotAddresses.of(self.read, layout, device)
-        known = self._addresses  # looked at once: several runs may read a recording
-        if known is None or known[0] is not layout:
-            known = self._addresses = (layout, SlotAddresses.of(self.read, layout, device))
-        return known[1]
+        return self._addresses.of(layout, lambda: SlotAddresses.of(self.read, layout, device))
 
     def prefetch(self, call: int) -> None:
         """Told to the store of the root: what edits wrote is in memory."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from fisedit_compiler.recordings.stores.addresses import SlotAddresses, SlotLayout
+from fisedit_compiler.recordings.stores.addresses import KnownAddresses, SlotAddresses, SlotLayout
 from fisedit_compiler.recordings.stores.store import SlotStore, distinct_nbytes
 
 
@@ -19,7 +19,7 @@ class MemorySlots(SlotStore):
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = dict(tensors)
-        self._addresses: tuple[SlotLayout, SlotAddresses] | None = None
+        self._addresses = KnownAddresses()
         self._nbytes: int | None = None
 
     def read(self, name: str) -> Tensor:
@@ -29,11 +29,8 @@ class MemorySlots(SlotStore):
         return found
 
     def addresses(self, layout: SlotLayout, device: torch.device) -> SlotAddresses:
-        """The addresses; the same object again while the layout is the same object."""
-        known = self._addresses  # looked at once: several runs may read a recording
-        if known is None or known[0] is not layout:
-            known = self._addresses = (layout, SlotAddresses.of(self.read, layout, device))
-        return known[1]
+        """The addresses; the same object again while the layout is one of the last two objects."""
+        return self._addresses.of(layout, lambda: SlotAddresses.of(self.read, layout, device))
 
     def prefetch(self, call: int) -> None:
         """Everything is there already."""

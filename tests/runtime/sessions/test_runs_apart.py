@@ -15,6 +15,7 @@ from fisedit_compiler import Recording, SparseModule, SparsifyConfig, sparsify
 from fisedit_compiler.errors import FiseditError
 from fisedit_compiler.pipelines.instruments import timed_calls
 from fisedit_compiler.recordings.stores import hold
+from fisedit_compiler.recordings.stores.addresses import KnownAddresses
 from fisedit_compiler.recordings.stores.edited import EditedSlots
 from fisedit_compiler.runtime.execution.executable import PER_CALL
 from fisedit_compiler.runtime.execution.hoisting import HoistCache
@@ -235,16 +236,28 @@ def test_a_store_gives_each_reader_the_addresses_of_its_layout(view: bool) -> No
     mine, others = {"slot": (6, 1)}, {"slot": (1, 4)}
     asked: list[Any] = []
 
-    def keep(store: Any, kept: Any) -> None:
-        store.__dict__["kept"] = kept
+    def keep_in(known: Any, kept: Any) -> None:
+        known.__dict__["kept"] = kept
         if not asked:
             asked.append(None)
             asked[0] = store.addresses(others, torch.device("cpu"))
 
-    watched = property(lambda store: store.__dict__.get("kept"), keep)
-    store.__class__ = type("Watched", (type(store),), {"_addresses": watched})
+    watched = property(lambda known: known.__dict__.get("kept", ()), keep_in)
+    store._addresses.__class__ = type("Watched", (KnownAddresses,), {"_kept": watched})  # type: ignore[attr-defined]
     found = store.addresses(mine, torch.device("cpu"))
     assert found.tensors["slot"].stride() == mine["slot"] and asked[0].tensors["slot"].stride() == others["slot"]
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_full_and_shallow_calls_in_turn_find_their_addresses_again(view: bool) -> None:
+    recorded_slots = hold({"slot": torch.randn(4, 6)})
+    store = EditedSlots(recorded_slots, {}) if view else recorded_slots
+    layouts = [{"slot": (6, 1)}, {"slot": (1, 4)}, {"slot": (6, 1)}]
+    first, second = (store.addresses(layout, torch.device("cpu")) for layout in layouts[:2])
+    assert store.addresses(layouts[0], torch.device("cpu")) is first
+    assert store.addresses(layouts[1], torch.device("cpu")) is second
+    store.addresses(layouts[2], torch.device("cpu"))
+    assert store.addresses(layouts[0], torch.device("cpu")) is not first, "a third one drives the oldest out"
 
 
 def test_a_stopwatch_counts_the_calls_of_its_own_block(compiled: SparseModule) -> None:
