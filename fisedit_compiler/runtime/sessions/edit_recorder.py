@@ -40,7 +40,9 @@ class EditRecorder:
         self.later: Later | None = None
         for result in self.results:
             # What is written down later refers to the recording that is edited until then.
-            weakref.finalize(recording, _settle, weakref.ref(result)).atexit = False
+            settling = weakref.finalize(recording, _settle, weakref.ref(result))
+            forgetting = weakref.finalize(result, settling.detach)
+            settling.atexit = forgetting.atexit = False
         self._inputs = InputCopies()
         self._apart: dict[int, tuple[Tensor, list[Tensor]]] = {}
 
