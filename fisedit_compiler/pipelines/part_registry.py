@@ -144,9 +144,10 @@ def usual_parts(pipe: Any, config: SparsifyConfig) -> tuple[str, ...]:
     of as long as a dozen calls of the UNet. Elsewhere an edit would have to be made again many times before that pays
     for what its compilation and its recording take.
     """
-    device = next(iter(pipe.unet.parameters())).device
-    compiles = device.type == "cuda" and config.backend_on(device.type) == "inductor"
-    return (UNET, DECODER) if compiles else (UNET,)
+    models = [pipe.unet, getattr(pipe, "vae", None)]
+    first = [next(iter(model.parameters()), None) for model in models if isinstance(model, nn.Module)]
+    on_gpu = len(first) == len(models) and all(value is not None and value.device.type == "cuda" for value in first)
+    return (UNET, DECODER) if on_gpu and config.backend_on("cuda") == "inductor" else (UNET,)
 
 
 def chosen_parts(names: Sequence[str] | None) -> list[Part]:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
+from torch import nn
 
 from fisedit_compiler import SparsifyConfig, api, pipelines
 from fisedit_compiler.errors import ConfigError, ModeError, RecordingError
@@ -145,12 +146,27 @@ def test_which_parts_are_compiled_is_asked_for() -> None:
         Editor(pipe, parts=(DECODER,))
 
 
+class On(nn.Module):
+    """A model on a device that need not be there."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.places = [] if device == "nothing" else [SimpleNamespace(device=torch.device(device))]
+
+    def parameters(self, recurse: bool = True) -> Iterator[Any]:
+        return iter(self.places)
+
+
 @pytest.mark.parametrize("backend", ["auto", "inductor", "eager"])
-@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
-def test_the_usual_parts_are_the_decoder_too_where_code_is_made_for_it(device: str, backend: Any) -> None:
-    parameter = SimpleNamespace(device=torch.device(device))
-    pipe = SimpleNamespace(unet=SimpleNamespace(parameters=lambda: [parameter]))
-    expected = ("unet", DECODER) if device == "cuda" and backend != "eager" else ("unet",)
+@pytest.mark.parametrize(
+    ("unet", "vae"),
+    [("cpu", "cpu"), ("cuda", "cuda"), ("mps", "mps"), ("cuda", "cpu"), ("cuda", "nothing"), ("cuda", None)],
+)
+def test_the_usual_parts_are_the_decoder_too_where_code_is_made_for_it(
+    unet: str, vae: str | None, backend: Any
+) -> None:
+    pipe = SimpleNamespace(unet=On(unet), vae=None if vae is None else On(vae))
+    expected = ("unet", DECODER) if unet == vae == "cuda" and backend != "eager" else ("unet",)
     assert usual_parts(pipe, SparsifyConfig(backend=backend)) == expected
 
 
