@@ -321,7 +321,8 @@ def _views(value: Any, ordered: bool) -> list[Any] | None:
         or type(value).__iter__ is not base.__iter__
     ):
         return None
-    keys = [base.keys(value)] if ordered and len(value) > 1 else []
+    # A single text has no order, and nothing else is equal to it.
+    keys = [base.keys(value)] if ordered and (len(value) > 1 or not all(type(key) is str for key in value)) else []
     return keys if all(map(_is_unequal_to_others, value.values())) else [*keys, base.values(value)]
 
 

@@ -94,6 +94,7 @@ class Model(nn.Module):
         read, write = closing_over()
         self.read = read
         self.codes: set[Any] = {1}
+        self.numbered: dict[Any, Any] = {1: "a"}
         self.conv.register_forward_pre_hook(lambda *_: None)
         self.conv.register_forward_hook(lambda *_: None)
         self.conv.register_forward_hook(lambda *_: torch.ones(1))
@@ -157,6 +158,7 @@ WRITES: dict[str, Callable[[Model], Any]] = {
     "an equal object in a list": lambda model: model.many.__setitem__(2, Named(2.0)),
     "an equal object in a dictionary": lambda model: model.few.update(named=Named(2.0)),
     "an equal number in a set": lambda model: (model.codes.remove(1), model.codes.add(1.0)),
+    "an equal key of another type": lambda model: model.numbered.update({1.0: model.numbered.pop(1)}),
     "the order of a dictionary": lambda model: model.few.update(one=model.few.pop("one")),
     "the order of an ordered dictionary": lambda model: model.ordered.move_to_end("a"),
     "the order of parts": lambda model: model.parts.update({"a": model.parts.pop("a")}),
