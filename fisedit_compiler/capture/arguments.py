@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from fractions import Fraction
+from operator import is_
 from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -48,15 +49,33 @@ def bind(
 def _signature(forward: Callable[..., Any]) -> inspect.Signature:
     """The signature of a method; that of a function is looked up, as every call of a run asks for the same one."""
     function = getattr(forward, "__func__", None)
-    if not isinstance(function, FunctionType):
+    parts = _parts(function)
+    if parts is None:
         return inspect.signature(forward)
+    assert isinstance(function, FunctionType)
     known = _signatures.get(function)
-    if known is None:
-        known = _signatures[function] = inspect.signature(forward)
-    return known
+    if known is None or len(known[0]) != len(parts) or not all(map(is_, known[0], parts)):
+        known = _signatures[function] = parts, inspect.signature(forward)
+    return known[1]
 
 
-_signatures: WeakKeyDictionary[FunctionType, inspect.Signature] = WeakKeyDictionary()
+def _parts(function: Any) -> list[Any] | None:
+    """What the signature of a function is made of, anybody may exchange it; ``None`` if that is not known."""
+    parts: list[Any] = []
+    for _ in range(_WRAPPERS):
+        if type(function) is not FunctionType:
+            return None
+        own, named = vars(function), function.__kwdefaults__ or {}
+        parts += (function.__code__, function.__defaults__, *named, *named.values(), own.get("__signature__"))
+        if "__wrapped__" not in own:
+            return parts
+        function = own["__wrapped__"]
+    return None
+
+
+_WRAPPERS = 8
+"""Functions that wrap each other, at most, of which a signature is kept."""
+_signatures: WeakKeyDictionary[FunctionType, tuple[list[Any], inspect.Signature]] = WeakKeyDictionary()
 
 
 def flatten(arguments: Mapping[str, Any]) -> tuple[list[Leaf], list[Leaf]]:
