@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -106,6 +106,11 @@ class EditedSlots(SlotStore):
     def settle(self) -> None:
         """Refer to what is needed only."""
         _ = self._contents
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied or pickled: the slots, not how they are made nor where they are in this process."""
+        self.settle()
+        return {**vars(self), "_addresses": None}
 
     @property
     def _contents(self) -> _Contents:

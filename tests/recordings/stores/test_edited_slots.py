@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 import weakref
 from collections.abc import Callable
@@ -92,6 +94,15 @@ def test_what_is_made_later_is_made_once_and_keeps_nothing_of_how() -> None:
     assert view.own_nbytes == sum(tensor.nbytes for tensor in view.own)
     again = written(view, turn(1), 3.0)
     assert again.read("canvas")[0, :, 0].tolist() == [2.0, 3.0, 2.0, 0.0] and made == [1]
+
+
+@pytest.mark.parametrize("copied", [lambda view: pickle.loads(pickle.dumps(view)), copy.deepcopy, copy.copy])
+def test_a_copy_has_the_slots_and_nothing_of_how_they_are_made(copied: Callable[[EditedSlots], EditedSlots]) -> None:
+    view = EditedSlots.later(lambda: written(base(), turn(0), 1.0), 8)
+    other = copied(view)
+    del view
+    assert other._make is None
+    assert other.read("canvas")[0, :, 0].tolist() == [1.0, 0.0, 0.0, 0.0] and other.own_nbytes == 8
 
 
 @pytest.mark.parametrize("ask", [
