@@ -323,6 +323,18 @@ def test_reading_a_slot_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not [reference for reference in read if reference() is not None]
 
 
+def test_a_base_keeps_nothing_of_edits_that_are_dropped() -> None:
+    compiled = model_and_compiled("sd15")[1]
+    before = len(weakref.finalize._registry)  # type: ignore[attr-defined]
+    recording, steps = chain(compiled, "sd15", TURNS[:1])
+    result = weakref.ref(steps[0].recording)
+    assert len(weakref.finalize._registry) == before + 1  # type: ignore[attr-defined]
+    steps.clear()
+    gc.collect()
+    assert result() is None and recording.complete
+    assert len(weakref.finalize._registry) == before  # type: ignore[attr-defined]
+
+
 def test_tables_of_a_chain_are_made_once() -> None:
     """Merging what turns wrote is host work; fifty calls of a run must not repeat it."""
     sites = [{1: torch.tensor([1, 4, 5])}, {1: torch.tensor([0, 4])}, {1: torch.tensor([2, 5])}]

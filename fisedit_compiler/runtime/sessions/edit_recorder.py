@@ -39,10 +39,7 @@ class EditRecorder:
         self.results = tuple(Recording(recording.model, recording.config) for _ in range(copies if record else 0))
         self.later: Later | None = None
         for result in self.results:
-            # What is written down later refers to the recording that is edited until then.
-            settling = weakref.finalize(recording, _settle, weakref.ref(result))
-            forgetting = weakref.finalize(result, settling.detach)
-            settling.atexit = forgetting.atexit = False
+            _settle_with(recording, result)
         self._inputs = InputCopies()
         self._apart: dict[int, tuple[Tensor, list[Tensor]]] = {}
 
@@ -148,6 +145,15 @@ class EditRecorder:
             found[name] = apart[id(value)] = parts
         self._apart = apart  # equal inputs of calls that follow each other stay one tensor
         return found
+
+
+def _settle_with(recording: Recording, result: Recording) -> None:
+    """Settle a result when the recording that is edited is dropped: what is written down later refers to it until then.
+
+    A base outlives most of its edits, so nothing is kept of one that is dropped before it.
+    """
+    settling = weakref.finalize(recording, _settle, weakref.ref(result, lambda _: settling.detach()))
+    settling.atexit = False
 
 
 def _settle(result: weakref.ref[Recording]) -> None:
