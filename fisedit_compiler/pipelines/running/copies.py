@@ -53,12 +53,12 @@ class _Copies(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function is Tensor.to and args[0].device.type == "cpu" and "non_blocking" not in kwargs and len(args) < 4:
+        if function is Tensor.to and _can_be_pinned(args[0]) and "non_blocking" not in kwargs and len(args) < 4:
             target = _target((*args[1:], *kwargs.values()))
             if target is not None and is_behind(target):
                 self.copied = True
                 return function(pinned(args[0]), *args[1:], **{**kwargs, "non_blocking": True})
-        elif function is torch.tensor and not _holds_tensors(args[0]):
+        elif function is torch.tensor and args and not _holds_tensors(args[0]):
             target = _target((kwargs.get("device"),))
             if target is not None and is_behind(target):
                 self.copied = True
@@ -73,7 +73,13 @@ def is_behind(device: torch.device) -> bool:
 
 def pinned(value: Tensor) -> Tensor:
     """A copy in memory that a CUDA device reads by itself; it is kept until that is done."""
-    return value.pin_memory()
+    # torch pins in the layout as it is, and cannot write to elements that share memory (``expand``).
+    expanded = any(size > 1 and not stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    return (value.contiguous() if expanded else value).pin_memory()
+
+
+def _can_be_pinned(value: Tensor) -> bool:
+    return value.device.type == "cpu" and value.layout is torch.strided
 
 
 def _target(arguments: tuple[Any, ...]) -> torch.device | None:

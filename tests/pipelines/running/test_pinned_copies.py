@@ -48,13 +48,32 @@ def test_copies_to_the_device(copy: Any, started: list[Tensor]) -> None:
     assert len(started) == 1
 
 
+@pytest.mark.parametrize("value", [
+    torch.tensor(3.0).expand(4), torch.ones(2, 1).expand(2, 3), torch.ones(3, 4).t(), torch.ones(3, 4)[:, ::2],
+    torch.ones(0, 4), torch.tensor(3.0),
+])  # fmt: skip
+def test_a_value_of_any_layout_is_pinned(value: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own pinning makes memory of the same layout and copies to it, which it refuses of expanded ones."""
+
+    def pin_memory(value: Tensor) -> Tensor:
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype).copy_(value)
+
+    monkeypatch.setattr(copies, "is_behind", lambda device: device.type == "meta")
+    monkeypatch.setattr(Tensor, "pin_memory", pin_memory)
+    assert torch.equal(copies.pinned(value), value)
+    with CopiesBehind().block(BEHIND):
+        found = value.to(BEHIND)
+    assert found.stride() == value.to(BEHIND).stride()
+
+
 @pytest.mark.parametrize(
     "other",
     [
         lambda value: value.to(torch.float16), lambda value: value.to("cpu"), lambda value: value.to(value),
         lambda value: value.to(BEHIND, non_blocking=True), lambda value: value.to(BEHIND, torch.float32, False),
         lambda value: torch.tensor([1.0]), lambda value: torch.tensor(3.0, device="cpu"), lambda value: value + 1,
-        lambda value: torch.empty(2, device=BEHIND).to(torch.float16),
+        lambda value: torch.empty(2, device=BEHIND).to(torch.float16), lambda value: value.to_sparse().to(BEHIND),
+        lambda value: torch.tensor(data=[1.0, 2.0], device=BEHIND),
     ],
 )  # fmt: skip
 def test_everything_else_is_as_it_was(other: Any, started: list[Tensor]) -> None:
