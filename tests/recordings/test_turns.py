@@ -335,6 +335,24 @@ def test_a_base_keeps_nothing_of_edits_that_are_dropped() -> None:
     assert len(weakref.finalize._registry) == before  # type: ignore[attr-defined]
 
 
+def test_nothing_is_written_down_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base may be garbage that is collected then; comparing sites would wait for the device."""
+    compiled = model_and_compiled("sd15")[1]
+    recording, steps = chain(compiled, "sd15", TURNS[:2])
+    result, slots = steps[1].recording, steps[1].recording.calls[0].slots
+    assert isinstance(slots, EditedSlots)
+    with monkeypatch.context() as capture:
+        capture.setattr(torch.cuda, "is_initialized", lambda: True)
+        capture.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        capture.setattr(Turn, "covers", lambda *_: pytest.fail("asked the device"))
+        del recording
+        steps.clear()
+        gc.collect()
+    assert slots._make is not None
+    expected = chain(compiled, "sd15", TURNS[:2])[1][1].recording
+    assert all(torch.equal(result.slot(0, name), expected.slot(0, name)) for name in slots)
+
+
 def test_tables_of_a_chain_are_made_once() -> None:
     """Merging what turns wrote is host work; fifty calls of a run must not repeat it."""
     sites = [{1: torch.tensor([1, 4, 5])}, {1: torch.tensor([0, 4])}, {1: torch.tensor([2, 5])}]

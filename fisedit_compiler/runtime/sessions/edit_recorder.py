@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from fisedit_compiler.recordings.recorded_inputs import InputCopies
@@ -157,7 +158,13 @@ def _settle_with(recording: Recording, result: Recording) -> None:
 
 
 def _settle(result: weakref.ref[Recording]) -> None:
-    """Let go of the recording that was edited, which nobody else has any more."""
+    """Let go of the recording that was edited, which nobody else has any more.
+
+    Not while this thread captures a CUDA graph, where garbage may be collected too: comparing sites waits for the
+    device, which ends the capture. It is done when somebody asks for a slot, then.
+    """
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        return
     recording = result()
     for call in () if recording is None else recording.calls:
         call.slots.settle()
