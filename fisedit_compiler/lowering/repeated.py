@@ -31,6 +31,7 @@ from fisedit_compiler.lowering.regions import Region
 
 aten = torch.ops.aten
 ADDRESSED = torch.ops.fisedit.attention_addressed.default
+SUMS = torch.ops.fisedit.update_statistics_addressed.default
 SMALLEST = 6
 """Calls of a block, at least."""
 
@@ -82,7 +83,13 @@ def _match_rings(graph: fx.Graph) -> None:
 
 
 def _take_own_entries(graph: fx.Graph) -> None:
-    """Attention gets its own part of the table of addresses: entries' numbers in the whole one are nobody else's."""
+    """A call gets its own part of the table of addresses: entries' numbers in the whole one are nobody else's."""
+    for node in ir.nodes_calling(graph, [SUMS]):
+        *before, addresses, entry, recorded = node.args
+        if isinstance(input_of(addresses), AddressInput) and isinstance(entry, int):
+            with graph.inserting_before(_first_call(graph)):
+                own = ir.call(graph, aten.slice.Tensor, (addresses, 0, entry, entry + 1))
+            node.args = (*before, own, 0, recorded)
     for node in ir.nodes_calling(graph, [ADDRESSED]):
         arguments: tuple[Any, ...] = (*node.args, None)[:11]
         *before, addresses, key, value, scale = arguments

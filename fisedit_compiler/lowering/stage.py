@@ -111,7 +111,7 @@ def _stage_sums(node: fx.Node, kept: fx.Node | None, made: dict[Input, fx.Node],
         results = [call(graph, operator.getitem, (both, position)) for position in range(1 if kept is None else 2)]
     for old, new in zip([node, kept], results, strict=False):
         assert old is not None
-        new.meta = dict(old.meta)
+        new.meta = {**node.meta, **old.meta}
         old.replace_all_uses_with(new)
         graph.erase_node(old)
 

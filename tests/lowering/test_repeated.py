@@ -29,6 +29,7 @@ from tests.support.compiled_zoo import compiled_model, make_mask, record_run
 from tests.support.pass_tools import Forward, StepCall, compile_small, example, step_call, zoo_step_call
 
 INVOKE = torch.ops.higher_order.invoke_subgraph
+NORMS = ("recorded", "incremental")
 REPEATING = ("sd15", "sdxl", "scale_shift")
 SIZE = (8, 24)
 
@@ -57,8 +58,8 @@ def lowered_without_regions(program: Any, graph: fx.Graph) -> fx.Graph:
 
 
 @cache
-def call_of(name: str, kind: str) -> StepCall:
-    return zoo_step_call(name, make_mask(kind, SIZE, seed=5), padding=True)
+def call_of(name: str, kind: str, norm: str = "recorded") -> StepCall:
+    return zoo_step_call(name, make_mask(kind, SIZE, seed=5), norm, padding=True)
 
 
 def chain_call(count: int = 3, kind: str = "block", **layers: nn.Module) -> StepCall:
@@ -95,7 +96,8 @@ def test_blocks_of_a_unet_become_few_regions_with_their_names() -> None:
     assert all(node.name.startswith(ir.path_of(node).replace(".", "_")) for node in calls)
 
 
-def test_a_unet_of_the_size_of_stable_diffusion_has_few_regions() -> None:
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_unet_of_the_size_of_stable_diffusion_has_few_regions(norm: Any) -> None:
     """Two resnets a level and three on the way up, as Stable Diffusion has them, in few channels."""
     from diffusers import UNet2DConditionModel
 
@@ -109,7 +111,7 @@ def test_a_unet_of_the_size_of_stable_diffusion_has_few_regions() -> None:
         cross_attention_dim=16,
         norm_num_groups=4,
     )
-    (program,) = sparsify(unet.eval(), SparsifyConfig(cache=False)).programs
+    (program,) = sparsify(unet.eval(), SparsifyConfig(cache=False, norm=norm)).programs
     called = regions_of(program.lowered("update"))
     attentions = {name: count for name, count in called.items() if "attentions" in name}
     assert attentions == {f"down_blocks_{level}_attentions_0": 5 for level in range(3)}
@@ -163,9 +165,10 @@ def test_the_listing_shows_a_region_once_in_front_of_its_first_call() -> None:
 
 @pytest.mark.parametrize("name", REPEATING)
 @pytest.mark.parametrize("graph", ["step", "update"])
-def test_a_step_gives_the_same_bits(name: str, graph: str) -> None:
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_step_gives_the_same_bits(name: str, graph: str, norm: str) -> None:
     for kind in ("site", "scattered", "full"):
-        call = call_of(name, kind)
+        call = call_of(name, kind, norm)
         program = call.executable.program
         expected = call.run(lowered_without_regions(program, getattr(program, graph)))
         lowered = program.lowered(graph)  # type: ignore[arg-type]
@@ -192,21 +195,22 @@ def arguments_of(call: StepCall, graph: fx.Graph) -> list[Any]:
     return arguments
 
 
-def test_every_region_is_traced_once_for_every_mask() -> None:
+@pytest.mark.parametrize("norm", NORMS)
+def test_every_region_is_traced_once_for_every_mask(norm: str) -> None:
     traced: list[fx.GraphModule] = []
 
     def keep(graph: fx.GraphModule, _: Any) -> Any:
         traced.append(graph)
         return graph
 
-    program = call_of("sd15", "scattered").executable.program
+    program = call_of("sd15", "scattered", norm).executable.program
     lowered = program.lowered("update")
-    step = call_of("sd15", "scattered").executable._bind(lowered)
+    step = call_of("sd15", "scattered", norm).executable._bind(lowered)
     allow_regions(lowered)
     compiled = torch.compile(step, fullgraph=True, backend=aot_autograd(fw_compiler=keep))
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
         for kind in ("scattered", "block", "row"):
-            call = call_of("sd15", kind)
+            call = call_of("sd15", kind, norm)
             results = compiled(*arguments_of(call, lowered))
             for actual, expected in zip(results, call.run(program.update), strict=True):
                 assert_close(actual, expected, torch.float32)

@@ -205,8 +205,8 @@ def step_call(
     return StepCall(executable, plan, slots, dict(call.tensors), hoisted)
 
 
-def zoo_step_call(name: str, mask: Tensor, **options: Any) -> StepCall:
+def zoo_step_call(name: str, mask: Tensor, norm: Any = "recorded", **options: Any) -> StepCall:
     """:func:`step_call` of a zoo model, for two samples as large as the mask."""
     size = (mask.shape[0], mask.shape[1])
-    base = base_run(name, "recorded", "cached", 2, size)
-    return step_call(compiled_model(name), base, edit_inputs(name, 2, size, mask), mask, **options)
+    base = base_run(name, norm, "cached", 2, size)
+    return step_call(compiled_model(name, norm=norm), base, edit_inputs(name, 2, size, mask), mask, **options)
