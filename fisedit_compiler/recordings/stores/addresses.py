@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +54,10 @@ class KnownAddresses:
         made = make()
         self._kept = ((layout, made), *kept[: self._most - 1])
         return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, maybe in another process, has its slots elsewhere: it knows no addresses."""
+        return KnownAddresses, (self._most,)
 
 
 def _as_laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:

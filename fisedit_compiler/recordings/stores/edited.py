@@ -108,9 +108,9 @@ class EditedSlots(SlotStore):
         _ = self._contents
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is copied or pickled: the slots, not how they are made nor where they are in this process."""
+        """What is copied or pickled: the slots, not how they are made."""
         self.settle()
-        return {**vars(self), "_addresses": None}
+        return vars(self)
 
     @property
     def _contents(self) -> _Contents:

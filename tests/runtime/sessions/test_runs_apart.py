@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -258,6 +260,10 @@ def test_full_and_shallow_calls_in_turn_find_their_addresses_again(view: bool) -
     assert store.addresses(layouts[1], torch.device("cpu")) is second
     store.addresses(layouts[2], torch.device("cpu"))
     assert store.addresses(layouts[0], torch.device("cpu")) is not first, "a third one drives the oldest out"
+    for other in (copy.deepcopy(store), pickle.loads(pickle.dumps(store))):
+        found = other.addresses(layouts[0], torch.device("cpu"))
+        assert found.tensors["slot"] is other.read("slot"), "a copy has its own"
+        assert other._addresses is not store._addresses  # type: ignore[attr-defined]
 
 
 def test_a_stopwatch_counts_the_calls_of_its_own_block(compiled: SparseModule) -> None:
