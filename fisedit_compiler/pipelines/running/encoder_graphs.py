@@ -261,4 +261,4 @@ def _current(device: torch.device) -> AbstractContextManager[Any]:
 def _stream(device: torch.device) -> torch.cuda.Stream:
     """What encoders are captured on; nothing else is, so that they share no workspace with graphs of other rooms."""
     with _current(device):
-        return torch.cuda.Stream()
+        return torch.cuda.Stream(priority=-1)  # torch gives the others to any thread, also while this one captures

@@ -12,7 +12,7 @@ asked for something, or when the recording that was edited is dropped.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from fisedit_compiler.recordings.stores.addresses import KnownAddresses, SlotAddresses, SlotLayout
 from fisedit_compiler.recordings.stores.joined import JoinedSlots
 from fisedit_compiler.recordings.stores.store import SlotStore, distinct_nbytes
-from fisedit_compiler.slots.written import Written
+from fisedit_compiler.slots.written import Written, WrittenRows
 
 Change = Tensor | Written
 """What an edit made of a slot: another value, or rows over its value, those of earlier edits included."""
@@ -108,9 +108,13 @@ class EditedSlots(SlotStore):
         _ = self._contents
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is copied or pickled: the slots, not how they are made."""
-        self.settle()
-        return vars(self)
+        """What is copied or pickled: the slots, not how they are made, and each in memory of its own.
+
+        What one call of an edit wrote shares pieces of memory; pickle writes the whole piece for every tensor in it.
+        """
+        known: dict[int, Any] = {}
+        parts = {item.name: _apart(getattr(self._contents, item.name), known) for item in fields(_Contents)}
+        return {**vars(self), "_known": _Contents(**parts)}
 
     @property
     def _contents(self) -> _Contents:
@@ -213,6 +217,22 @@ class EditedSlots(SlotStore):
 def _of(values: dict[str, Value], names: dict[str, None]) -> dict[str, Value]:
     """Those of these names."""
     return values if values.keys() <= names.keys() else {name: values[name] for name in values if name in names}
+
+
+def _apart(value: Any, known: dict[int, Any]) -> Any:
+    """The same with a copy of every tensor that shares its memory; ``known`` are those that were made, by identity."""
+    if isinstance(value, dict):
+        return {name: _apart(item, known) for name, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_apart(item, known) for item in value)
+    if id(value) not in known:
+        made = value
+        if isinstance(value, Tensor) and value.untyped_storage().nbytes() != value.nbytes:
+            made = value.clone(memory_format=torch.contiguous_format)
+        elif isinstance(value, (Written, WrittenRows)):
+            made = replace(value, **{item.name: _apart(getattr(value, item.name), known) for item in fields(value)})
+        known[id(value)] = made
+    return known[id(value)]
 
 
 def written_in(slots: SlotStore) -> Mapping[str, Written]:

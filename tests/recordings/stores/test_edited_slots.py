@@ -117,6 +117,26 @@ def test_whatever_is_asked_of_it_first(ask: Callable[[EditedSlots], Any]) -> Non
     assert view.read("canvas")[0, :, 0].tolist() == [1.0, 0.0, 0.0, 0.0]
 
 
+def test_what_shares_a_piece_of_memory_is_pickled_and_copied_once() -> None:
+    """As what one call on a GPU wrote does: pickle would write the whole piece for every slot."""
+    names = [f"slot{number}" for number in range(50)]
+    recorded = MemorySlots({name: torch.zeros(1, 40, 2) for name in names})
+    piece, where = torch.randn(50, 1, 30, 2), turn(*range(30))
+    changes = {name: Written(FORM, (WrittenRows(where, rows),)) for name, rows in zip(names, piece, strict=True)}
+    view = EditedSlots.later(lambda: EditedSlots(recorded, {**changes, "slot0": piece.new_ones(2, 1, 40, 2)[0]}), 0)
+    packed = pickle.dumps(view)
+    assert len(packed) < 2 * view.nbytes + 50_000
+    for other in (pickle.loads(packed), copy.deepcopy(view)):
+        assert all(torch.equal(other.read(name), view.read(name)) for name in names)
+        assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in other.own)
+        assert len(other.own) == 50 and other.written["slot1"] is other._contents.written["slot1"]
+        again = written_in(other)["slot1"].after(WrittenRows(turn(39), rows(5.0, 1)))
+        assert EditedSlots(other, {"slot1": again}).read("slot1")[0, 39].tolist() == [5.0, 5.0]
+    assert (
+        view.read("slot1").data_ptr() != 0 and view.written["slot1"].by_turn[0].rows.data_ptr() == piece[1].data_ptr()
+    )
+
+
 def test_threads_may_ask_at_once() -> None:
     gate = threading.Barrier(2, timeout=20)
 
