@@ -228,7 +228,7 @@ def _apart(value: Any, known: dict[int, Any]) -> Any:
     if id(value) not in known:
         made = value
         if isinstance(value, Tensor) and value.untyped_storage().nbytes() != value.nbytes:
-            made = value.clone(memory_format=torch.contiguous_format)
+            made = value.clone()  # of a dense tensor: its strides stay
         elif isinstance(value, (Written, WrittenRows)):
             made = replace(value, **{item.name: _apart(getattr(value, item.name), known) for item in fields(value)})
         known[id(value)] = made

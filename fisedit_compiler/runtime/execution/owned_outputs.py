@@ -82,17 +82,17 @@ class _Copies:
         pieces: dict[Hashable, list[int]] = {}
         self._alone: list[tuple[int, tuple[int, ...]]] = []
         for position, of_view in runs.items():
-            if position in together and _is_contiguous(views[position], of_view):
+            if position in together:
                 pieces.setdefault((views[position].dtype, together[position]), []).append(position)
             else:
                 self._alone.append((position, of_view.strides))
-        self._pieces = [_Piece(views, positions) for positions in pieces.values()]
+        self._pieces = [_Piece(views, runs, positions) for positions in pieces.values()]
         self._apart = [position for position in range(len(views)) if position not in runs]
         self._nbytes = [view.nbytes for view in views]
         self._launches = self._launches_of(runs)
 
-    def _launches_of(self, runs: Mapping[int, Runs]) -> list[CopyOut]:
-        # What goes to each target, the pieces first: position and byte.
+    def _launches_of(self, runs: Mapping[int, Runs]) -> list[tuple[int, CopyOut]]:
+        # Each with the first of its targets. What goes to each, the pieces first: position and byte.
         targets: list[list[tuple[int, int]]] = [list(piece.places()) for piece in self._pieces]
         targets += [[(position, 0)] for position, _ in self._alone]
         if not targets:
@@ -101,14 +101,16 @@ class _Copies:
 
         launches = []
         for first in range(0, len(targets), TARGETS):
-            jobs = [
-                (position, number, byte)
-                for number, places in enumerate(targets[first : first + TARGETS])
-                for position, byte in places
-            ]
-            views = [self.views[position] for position, *_ in jobs]
-            places = [(number, byte) for _, number, byte in jobs]
-            launches.append(copy_out.CopyOut(views, [runs[position] for position, *_ in jobs], places))
+            chunk = enumerate(targets[first : first + TARGETS])
+            jobs = [(position, number, byte) for number, places in chunk for position, byte in places]
+            # One launch copies whole vectors, or word by word: a few odd rows must not slow all others down.
+            whole = [position for position in runs if _is_of_vectors(self.views[position], runs[position])]
+            for alike in (set(whole), runs.keys() - set(whole)):
+                some = [job for job in jobs if job[0] in alike]
+                if some:
+                    views = [self.views[position] for position, *_ in some]
+                    places = [(number, byte) for _, number, byte in some]
+                    launches.append((first, copy_out.CopyOut(views, [runs[position] for position, *_ in some], places)))
         return launches
 
     def make(self) -> LateTensors:
@@ -123,8 +125,8 @@ class _Copies:
         for position in self._apart:
             kept = torch.contiguous_format if position in self._are_rows else torch.preserve_format
             made[position] = self.views[position].clone(memory_format=kept)
-        for number, launch in enumerate(self._launches):
-            launch.run(targets[number * TARGETS : (number + 1) * TARGETS])
+        for first, launch in self._launches:
+            launch.run(targets[first : first + TARGETS])
 
         pieces = self._pieces  # what is made later keeps nothing of the graph's memory alive
 
@@ -136,21 +138,24 @@ class _Copies:
 
 
 class _Piece:
-    """Outputs of one dtype that share a piece of memory, in which those of equal shapes lie side by side."""
+    """Outputs of one dtype that share a piece of memory, in which those of equal shapes and strides lie side by side.
 
-    def __init__(self, views: Sequence[Tensor], positions: Sequence[int]) -> None:
+    Each begins where vectors may be loaded from, and is dense in the order of its runs.
+    """
+
+    def __init__(self, views: Sequence[Tensor], runs: Mapping[int, Runs], positions: Sequence[int]) -> None:
         first = views[positions[0]]
         self.dtype, self.device = first.dtype, first.device
-        by_shape: dict[torch.Size, list[int]] = {}
+        alike: dict[tuple[torch.Size, tuple[int, ...]], list[int]] = {}
         for position in positions:
-            by_shape.setdefault(views[position].shape, []).append(position)
+            alike.setdefault((views[position].shape, runs[position].strides), []).append(position)
         self.size = 0
         self._stacks: list[tuple[list[int], tuple[int, ...], tuple[int, ...], int]] = []
-        for shape, alike in by_shape.items():
-            stacked = (len(alike), *shape)
-            strides = tuple(prod(stacked[axis + 1 :]) for axis in range(len(stacked)))
-            self._stacks.append((alike, stacked, strides, self.size))
-            self.size += prod(stacked)
+        whole = ALIGNMENT // self.dtype.itemsize
+        for (shape, strides), members in alike.items():
+            step = -(-prod(shape) // whole) * whole
+            self._stacks.append((members, (len(members), *shape), (step, *strides), self.size))
+            self.size += len(members) * step
 
     def places(self) -> Iterator[tuple[int, int]]:
         """Every position, and the byte at which it lies."""
@@ -170,11 +175,8 @@ class _Piece:
                 row[position] = made
 
 
-def _is_contiguous(view: Tensor, runs: Runs) -> bool:
-    """Whether a copy is laid out as its shape says, and the next one can lie right behind it."""
-    expected = 1
-    for size, stride in zip(reversed(view.shape), reversed(runs.strides), strict=True):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return not view.nbytes % ALIGNMENT
+def _is_of_vectors(view: Tensor, runs: Runs) -> bool:
+    """Whether each run begins where a vector may be loaded from, there and in a dense copy."""
+    size = view.element_size()
+    apart = len(runs.starts) == 1 or not runs.length * size % ALIGNMENT
+    return apart and not view.data_ptr() % ALIGNMENT and not any(start * size % ALIGNMENT for start in runs.starts)
