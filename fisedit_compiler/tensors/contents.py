@@ -85,10 +85,13 @@ def is_equal(one: Tensor, other: Tensor) -> bool:
 
 def _bits(value: Tensor) -> Tensor:
     """The same memory as integers: so NaN is itself, and 0.0 is not -0.0."""
-    value = value.detach()
+    if value.requires_grad:
+        value = value.detach()
     if value.is_complex():
         value = torch.view_as_real(value.resolve_conj())
-    return value.resolve_neg().view(_INTEGERS[value.element_size()])
+    if value.is_neg():
+        value = value.resolve_neg()
+    return value.view(_INTEGERS[value.element_size()])
 
 
 class ContentNumbers:

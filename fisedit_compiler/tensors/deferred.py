@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fisedit_compiler.tensors.streams import current_stream
 
-TOGETHER = 8
-"""Outcomes that are copied to the host in one go: two or three calls of a run."""
+TOGETHER = 24
+"""Outcomes that are copied to the host in one go: eight calls of a run or so."""
 
 Error = Callable[[], Exception]
 
@@ -72,7 +72,7 @@ class DeferredChecks:
         host = torch.empty(len(gathered), dtype=torch.bool, device="cpu", pin_memory=True)
         arrived = torch.cuda.Event()
         with torch.cuda.stream(self._stream):
-            host.copy_(torch.stack([wrong.reshape(()) for wrong, _ in gathered]), non_blocking=True)
+            host.copy_(torch.stack([wrong if wrong.dim() == 0 else wrong.reshape(()) for wrong, _ in gathered]), non_blocking=True)
             arrived.record(self._stream)
         self._pending.append(_Pending(host, arrived, [error for _, error in gathered]))
 

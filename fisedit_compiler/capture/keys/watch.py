@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fisedit_compiler.capture.keys.notes import Change, Drawn, Reordered, Rewritten, entries
-from fisedit_compiler.capture.keys.writes import clock, dict_version
+from fisedit_compiler.capture.keys.writes import clock, dict_version, dictionary_of
 
 _MISSING = object()
 _LARGE = 6
@@ -48,7 +48,8 @@ class Watch:
         # Pairs of lists, so that one comparison in C looks at all of them. Those in the first pair count their writes.
         self._timed: list[Any] = []
         self._timed_kept: list[Any] = []
-        self._timed_seen: tuple[list[int], list[Any]] | None = None
+        self._timed_dicts: list[dict[Any, Any]] = []
+        self._timed_versions: list[int] | None = None
         self._live: list[Any] = []
         self._kept: list[Any] = []
         # What comparing does not tell of them, and what it was: the order of keys, and elements that are equal without
@@ -118,6 +119,7 @@ class Watch:
         if not (ordered and isinstance(live, OrderedDict)) and self._is_timed(live):
             self._timed.append(live)
             self._timed_kept.append(kept)
+            self._timed_dicts.append(dictionary_of(live))
         elif (views := _views(live, ordered)) is None:
             self._others.append((live, kept))
         else:
@@ -205,24 +207,14 @@ class Watch:
         reading = self._clock.read()
         if reading == self._reading:
             return False
-        if not (self._timed_stayed() or all(map(_alike, self._timed, self._timed_kept))):
-            return True
-        self._reading = reading  # nothing was written to, or what was there before
+        # A write to any dictionary that anybody has a watch on makes all of them be asked: cheaper than looking.
+        versions = list(map(self._clock.version, self._timed_dicts))
+        then = self._timed_versions or [None] * len(versions)
+        for live, kept, now, before in zip(self._timed, self._timed_kept, versions, then, strict=True):
+            if now != before and not _alike(live, kept):
+                return True
+        self._reading, self._timed_versions = reading, versions  # nothing was written to, or what was there before
         return False
-
-    def _timed_stayed(self) -> bool:
-        """Whether those that count their writes hold the very objects that they held, in their order: told in C.
-
-        A write to any dictionary that anybody has a watch on makes all of them be looked at.
-        """
-        if self._timed_seen is None:
-            plain = all(type(values) in (dict, OrderedDict, MappingProxyType) for values in self._timed)
-            kept = self._timed_kept if plain else []
-            self._timed_seen = list(map(len, kept)), list(chain.from_iterable(map(_contents, kept)))
-        lengths, seen = self._timed_seen
-        return list(map(len, self._timed)) == lengths and all(
-            map(is_, chain.from_iterable(map(_contents, self._timed)), seen)
-        )
 
     def changes(self) -> Iterator[Change | Reordered | Rewritten | Drawn]:
         """What was written since, place by place; slower than :meth:`changed`."""
@@ -279,10 +271,6 @@ def _own_address(value: Tensor) -> int:
         return value.data_ptr()
     except RuntimeError:
         return id(value)
-
-
-def _contents(values: Mapping[Any, Any]) -> chain[Any]:
-    return chain(values, values.values())
 
 
 def _copied(value: Any) -> Any:

@@ -27,7 +27,8 @@ class Clock:
     """A reading that changes with every write to any dictionary that was wound up with it."""
 
     def __init__(self, version: Callable[[Any], int]) -> None:
-        self._version = version
+        self.version = version
+        """The number of the last event of a dictionary that is watched."""
         self._last = version({})
         self._readings = count()
         self._reading = next(self._readings)
@@ -37,20 +38,24 @@ class Clock:
 
         One that is empty must be looked at all the same: filling it at once is not counted.
         """
-        if isinstance(values, MappingProxyType):
-            values = gc.get_referents(values)[0]
+        values = dictionary_of(values)
         if not isinstance(values, dict):
             return False
-        self._version(values)
+        self.version(values)
         return True
 
     def read(self) -> int:
         """The reading. With several threads it may also change where nothing was written."""
-        now = self._version({})
+        now = self.version({})
         if now != self._last + 1:
             self._reading = next(self._readings)
         self._last = now
         return self._reading
+
+
+def dictionary_of(values: Any) -> Any:
+    """The dictionary behind a class's, which shows itself as a proxy only; anything else as it is."""
+    return gc.get_referents(values)[0] if isinstance(values, MappingProxyType) else values
 
 
 @cache
