@@ -57,7 +57,8 @@ class FollowEdits:
 
     def __call__(self, pipe: Any, step: int, timestep: Any, tensors: Tensors) -> Tensors:
         kept = []
-        for number, latents in enumerate(tensors["latents"].split(1)):
+        together = tensors["latents"]
+        for number, latents in enumerate(together.split(1) if len(self.each) > 1 else [together]):
             follow = self.each[number]
             with self._requests[number].naming():
                 kept.append(follow(pipe, step, timestep, {"latents": latents})["latents"])
@@ -66,7 +67,7 @@ class FollowEdits:
         if self._searching and not any(follow.is_searching for follow in self.each):
             self._searching = False
             self._set_masks()
-        return {"latents": torch.cat(kept)}
+        return {"latents": torch.cat(kept) if len(kept) > 1 else kept[0]}
 
     def finish(self) -> None:
         """Judge what was not waited for while the run went on; see :meth:`FollowBase.finish`."""

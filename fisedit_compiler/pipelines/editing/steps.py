@@ -125,16 +125,20 @@ class FollowBase:
         if self.nothing is not None:
             return {"latents": base}
         if self._mask is not None:
+            restored = torch.where(self._mask, latents, base)
             # The flag stays on the device: reading it here would make the GPU wait at every step.
-            moved = (differs(latents, base) & ~self._mask).any()
+            moved = differs(latents, restored).any()
             self._restored.append(moved)
             if self._checks is not None:
                 self._checks.poll()
                 self._checks.add(moved, lambda: _left_its_base(step))
             if self._weights is not None:
                 # In float32, or half precision would round once a step more than the scheduler does.
-                latents = torch.lerp(base.float(), latents.float(), self._weights).to(base.dtype)
-            latents = torch.where(self._mask, latents, base)
+                blended = torch.lerp(base.float(), latents.float(), self._weights).to(base.dtype)
+                restored = torch.where(self._mask, blended, base)
+            self.latents.append(restored.detach())
+            # A pipeline may write to what it gets.
+            return {"latents": restored.clone()}
         self.latents.append(latents.detach().clone())
         return {"latents": latents}
 

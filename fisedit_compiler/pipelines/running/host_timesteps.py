@@ -57,10 +57,14 @@ def read_on_host(scheduler: Any) -> Any:
 
     A class that is not known to use timesteps as indices only, such as one of the user's own, stays as it is.
     """
-    kind = type(scheduler)
-    if kind.__name__ in LOOKING_UP and kind.__module__.startswith("diffusers.schedulers."):
+    if is_known(type(scheduler)):
         _HostTimesteps(scheduler)
     return scheduler
+
+
+def is_known(kind: type) -> bool:
+    """Whether a class is one of diffusers whose steps were read."""
+    return kind.__name__ in LOOKING_UP and kind.__module__.startswith("diffusers.schedulers.")
 
 
 class _HostTimesteps:

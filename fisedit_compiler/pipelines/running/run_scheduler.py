@@ -10,14 +10,15 @@ import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import numpy as np
 import torch
 
 from fisedit_compiler.errors import ConfigError
-from fisedit_compiler.pipelines.running.copies import CopiesBehind
-from fisedit_compiler.pipelines.running.host_timesteps import read_on_host
+from fisedit_compiler.pipelines.running.copies import LOOKED_AT, CopiesBehind
+from fisedit_compiler.pipelines.running.host_timesteps import is_known, read_on_host
 
 
 @contextmanager
@@ -31,7 +32,11 @@ def scheduler_of_a_run(pipe: Any, seed: int, copies: int = 1, own: Any = None) -
         own: a scheduler of the caller's, used as it is.
     """
     given = pipe.scheduler
-    pipe.scheduler = _watched(read_on_host(_seeded(_copied(given), seed, copies))) if own is None else own
+    if own is None:
+        own = _seeded(_copied(given), seed, copies)
+        always = not _is_as_read(own)
+        own = _watched(read_on_host(own), always=always)
+    pipe.scheduler = own
     try:
         yield
     finally:
@@ -56,18 +61,28 @@ def _seeded(scheduler: Any, seed: int, copies: int) -> Any:
     return scheduler
 
 
-def _watched(scheduler: Any) -> Any:
-    """Refuse the first step that draws numbers which the run's generator does not decide; let none wait for a copy."""
+def _is_as_read(scheduler: Any) -> bool:
+    """Whether its step is that of a class of diffusers whose steps were read: they draw from the generator only."""
+    kind = type(scheduler)
+    return is_known(kind) and "step" not in vars(scheduler) and kind.step.__module__ == kind.__module__
+
+
+def _watched(scheduler: Any, *, always: bool) -> Any:
+    """Refuse the first step that draws numbers which the run's generator does not decide; let none wait for a copy.
+
+    What generators would draw next takes a tenth of a step to read. Unless ``always``, it is read in the first steps.
+    """
     step: Callable[..., Any] = scheduler.step
-    name, copies = type(scheduler).__name__, CopiesBehind()
+    name, copies, steps = type(scheduler).__name__, CopiesBehind(), count()
 
     @functools.wraps(step)
     def watched(*args: Any, **kwargs: Any) -> Any:
         device = next((value.device for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
-        before = _global_states(device)
+        looks = always or next(steps) < LOOKED_AT
+        before = _global_states(device) if looks else ()
         with copies.block(device):
             result = step(*args, **kwargs)
-        if before != _global_states(device):
+        if looks and before != _global_states(device):
             raise ConfigError(
                 f"{name}.step() drew random numbers of its own, not from the generator it is given, so no edit could "
                 "follow its base. Use a scheduler whose step() draws from `generator`, or one that draws nothing "

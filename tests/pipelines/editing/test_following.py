@@ -13,6 +13,8 @@ from diffusers.configuration_utils import register_to_config
 
 from fisedit_compiler.errors import ConfigError, RecordingError
 from fisedit_compiler.pipelines import Editor, Generation, LatentDifference
+from fisedit_compiler.pipelines.running import run_scheduler
+from fisedit_compiler.pipelines.running.copies import LOOKED_AT
 
 Generate = Callable[..., Generation]
 
@@ -195,6 +197,38 @@ def test_noise_of_numpy_is_by_chance_too(
     pinned_editor.pipe.scheduler = ByChance(clip_sample=False)
     with pytest.raises(ConfigError, match="drew random numbers of its own"):
         generate()
+
+
+class ByChanceLate(ByChance):
+    """Draws in its fifth step only."""
+
+    steps = 0
+
+    def noise(self, sample: torch.Tensor) -> torch.Tensor:
+        self.steps += 1
+        return torch.randn(sample.shape) if self.steps == 5 else torch.zeros_like(sample)
+
+
+def test_a_scheduler_of_somebody_is_looked_at_in_every_step(pinned_editor: Editor, generate: Generate) -> None:
+    pinned_editor.pipe.scheduler = ByChanceLate(clip_sample=False)
+    with pytest.raises(ConfigError, match=r"ByChanceLate\.step\(\) drew random numbers of its own"):
+        generate(num_inference_steps=6)
+
+
+def test_a_scheduler_that_was_read_is_looked_at_in_its_first_steps(
+    pinned_editor: Editor, generate: Generate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = []
+    states = run_scheduler._global_states
+    monkeypatch.setattr(run_scheduler, "_global_states", lambda device: looks.append(1) or states(device))
+    generate(num_inference_steps=6)
+    assert len(looks) == 2 * LOOKED_AT
+
+    step = pinned_editor.pipe.scheduler.step
+    pinned_editor.pipe.scheduler.step = lambda *args, **kwargs: step(*args, **kwargs)  # nobody has read this one
+    looks.clear()
+    generate(num_inference_steps=6)
+    assert len(looks) == 2 * 6
 
 
 @pytest.mark.parametrize("own", [None, 11])
