@@ -72,7 +72,8 @@ class DeferredChecks:
         host = torch.empty(len(gathered), dtype=torch.bool, device="cpu", pin_memory=True)
         arrived = torch.cuda.Event()
         with torch.cuda.stream(self._stream):
-            host.copy_(torch.stack([wrong if wrong.dim() == 0 else wrong.reshape(()) for wrong, _ in gathered]), non_blocking=True)
+            outcomes = torch.stack([wrong if wrong.dim() == 0 else wrong.reshape(()) for wrong, _ in gathered])
+            host.copy_(outcomes, non_blocking=True)
             arrived.record(self._stream)
         self._pending.append(_Pending(host, arrived, [error for _, error in gathered]))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import diffusers
@@ -224,8 +225,8 @@ def test_a_scheduler_that_was_read_is_looked_at_in_its_first_steps(
     generate(num_inference_steps=6)
     assert len(looks) == 2 * LOOKED_AT
 
-    step = pinned_editor.pipe.scheduler.step
-    pinned_editor.pipe.scheduler.step = lambda *args, **kwargs: step(*args, **kwargs)  # nobody has read this one
+    scheduler = pinned_editor.pipe.scheduler
+    scheduler.step = MethodType(lambda self, *args, **kwargs: type(self).step(self, *args, **kwargs), scheduler)
     looks.clear()
     generate(num_inference_steps=6)
     assert len(looks) == 2 * 6
