@@ -315,9 +315,10 @@ def test_on_a_gpu_threads_replay_on_streams_of_their_own() -> None:
         try:
             with torch.cuda.stream(stream):
                 for _ in range(10):
-                    # Libraries promise no bits where several streams compute at once.
+                    # A thread's own cuBLAS rounds now and then otherwise: by a unit or two in the last place, measured
+                    # on one stream, too.
                     for found, expected in encoding.run(4):
-                        torch.testing.assert_close(found[0], expected[0])
+                        torch.testing.assert_close(found[0], expected[0], rtol=4e-3, atol=4e-3)
         except BaseException as error:
             errors.append(error)
 
