@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 from weakref import WeakSet
 
@@ -234,3 +235,17 @@ def patch_cuda(monkeypatch: pytest.MonkeyPatch, compile: Callable[..., Any] = fa
 def _would_use_cuda_graphs(executable: Executable, tensors: Mapping[str, Tensor]) -> bool:
     """Whether the executable would, were the CPU a GPU on which everything needed is there."""
     return executable.backend.refused is None and executable.config.backend != "eager"
+
+
+@dataclass
+class Compiler:
+    """Stands for ``torch.compile``, and counts the dense graphs that it is given."""
+
+    change: Callable[[list[Any]], list[Any]] = lambda results: results
+    dense: list[dict[str, Any]] = field(default_factory=list)
+
+    def __call__(self, step: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        if options.get("dynamic") is not False:
+            return fake_compile(step)
+        self.dense.append(options)
+        return fake_compile(lambda *arguments: self.change(list(step(*arguments))))

@@ -209,7 +209,7 @@ class Watch:
             return False
         # A write to any dictionary that anybody has a watch on makes all of them be asked: cheaper than looking.
         versions = list(map(self._clock.version, self._timed_dicts))
-        then = self._timed_versions or [None] * len(versions)
+        then: Sequence[int | None] = self._timed_versions or [None] * len(versions)
         for live, kept, now, before in zip(self._timed, self._timed_kept, versions, then, strict=True):
             if now != before and not _alike(live, kept):
                 return True

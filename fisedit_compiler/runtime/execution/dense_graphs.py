@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 RUNS = 2
 """Of a size until it is compiled."""
+CLOSE = 3
+"""How many times the rounding that was seen when code was compared is rounding still, of other inputs."""
 KEPT = 2
 """Sizes whose graphs are kept: each holds a whole recorded call."""
 
@@ -44,6 +46,7 @@ class _Captured:
     inputs: list[Tensor]
     outputs: list[Any]
     owned: OwnedOutputs
+    distances: list[float]
 
 
 class DenseGraphs:
@@ -70,6 +73,20 @@ class DenseGraphs:
     def know(self, arguments: Sequence[Tensor]) -> bool:
         """Whether there is code for calls with such arguments."""
         return _sizes(arguments) in self._captured
+
+    def is_as_close(self, arguments: Sequence[Tensor], own: Sequence[Any], compiled: Sequence[Any]) -> bool:
+        """Whether results of compiled code are as close to others as to the interpreted ones when it was compared.
+
+        ``False`` says nothing: bits have to be compared then.
+        """
+        known = self._captured.get(_sizes(arguments))
+        if known is None or len(own) != len(compiled):
+            return False
+        try:
+            found = distances(own, compiled)
+        except ValueError:
+            return False
+        return all(now <= CLOSE * then for now, then in zip(found, known.distances, strict=False))
 
     def run(
         self, recording: Callable[[], fx.GraphModule], arguments: Sequence[Tensor], wanted: int
@@ -106,7 +123,8 @@ class DenseGraphs:
             with self._in_order.on(device_of(arguments)):
                 graph = recording()
                 captured = self._capture(graph, arguments)
-                _compare(graph(*arguments), _replayed(captured, arguments, len(captured.outputs)))
+                results = _replayed(captured, arguments, len(captured.outputs))
+                captured.distances.extend(_compare(graph(*arguments), results))
         except Exception as error:
             self.refused = f"{type(error).__name__}: {error}".splitlines()[0]
             self.drop()
@@ -124,7 +142,7 @@ class DenseGraphs:
         inputs = [torch.zeros_like(value, device=device_of(arguments)) for value in arguments]
         # A copy of its own: Dynamo keeps what it compiled by a graph's code, and of one code only so many sizes.
         compiled = compile_dense(fx.GraphModule(graph, graph.graph))
-        captured = _Captured(torch.cuda.CUDAGraph(), inputs, [], OwnedOutputs({}))
+        captured = _Captured(torch.cuda.CUDAGraph(), inputs, [], OwnedOutputs({}), [])
         memory = next((other.graph.pool() for other in self._captured.values()), None)
 
         def body() -> list[Any]:
@@ -155,8 +173,8 @@ def _replayed(captured: _Captured, arguments: Sequence[Tensor], wanted: int) -> 
     return [next(owned) if isinstance(value, Tensor) else value for value in results]
 
 
-def _compare(interpreted: Sequence[Any], compiled: Sequence[Any]) -> None:
-    """Refuse code that computes something else.
+def _compare(interpreted: Sequence[Any], compiled: Sequence[Any]) -> list[float]:
+    """Refuse code that computes something else; returns the :func:`distances`.
 
     Statistics are kept in float32 of values in half precision, so that the coarsest of the results' types tells how
     exact all of them are.
@@ -166,20 +184,38 @@ def _compare(interpreted: Sequence[Any], compiled: Sequence[Any]) -> None:
     """
     types = {value.dtype for value in interpreted if isinstance(value, Tensor) and value.is_floating_point()}
     limit = max((torch.finfo(dtype).eps for dtype in types), default=0.0) ** 0.5
-    for number, (right, found) in enumerate(zip(interpreted, compiled, strict=True)):
+    found = distances(interpreted, compiled)
+    for number, (right, distance) in enumerate(zip(interpreted, found, strict=True)):
+        # What is not finite in both says nothing: the run notes that itself.
+        if not distance <= limit and bool(torch.isfinite(_norm(right))):
+            raise ValueError(f"result {number} differs by {distance:.2g} of its norm, more than {limit:.2g}")
+    return found
+
+
+def distances(interpreted: Sequence[Any], compiled: Sequence[Any]) -> list[float]:
+    """How far results are apart, each as a share of its norm; 0 where they are equal, NaN where that says nothing.
+
+    Raises:
+        ValueError: two have different shapes or types, or are not equal and no floating-point numbers.
+    """
+    found = []
+    for number, (right, value) in enumerate(zip(interpreted, compiled, strict=True)):
         if not isinstance(right, Tensor):
+            found.append(0.0)
             continue
-        if found.shape != right.shape or found.dtype != right.dtype:
+        if value.shape != right.shape or value.dtype != right.dtype:
             raise ValueError(
-                f"result {number} is {found.dtype} {list(found.shape)}, not {right.dtype} {list(right.shape)}"
+                f"result {number} is {value.dtype} {list(value.shape)}, not {right.dtype} {list(right.shape)}"
             )
         if not right.is_floating_point():
-            if not torch.equal(found, right):
+            if not torch.equal(value, right):
                 raise ValueError(f"result {number} differs")
+            found.append(0.0)
             continue
-        norm = torch.linalg.vector_norm(right.float())
         least = torch.finfo(torch.float32).tiny
-        error = torch.linalg.vector_norm(found.float() - right.float()) / norm.clamp_min(least)
-        # What is not finite in both says nothing: the run notes that itself.
-        if not bool(error <= limit) and bool(torch.isfinite(norm)):
-            raise ValueError(f"result {number} differs by {float(error):.2g} of its norm, more than {limit:.2g}")
+        found.append(float(_norm(value.float() - right.float()) / _norm(right).clamp_min(least)))
+    return found
+
+
+def _norm(value: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(value.float())

@@ -186,6 +186,10 @@ class Executable:
         """Whether there is compiled code for dense calls with such tensors."""
         return self.is_lowered(tensors) and self.dense.know(self._arguments(tensors))
 
+    def is_as_close(self, tensors: Mapping[str, Tensor], own: Sequence[Any], compiled: Sequence[Any]) -> bool:
+        """See :meth:`DenseGraphs.is_as_close`."""
+        return self.dense.is_as_close(self._arguments(tensors), own, compiled)
+
     def _arguments(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         return [tensors[spec.identifier()] for spec in self.program.signature.tensors]
 

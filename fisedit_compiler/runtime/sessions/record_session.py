@@ -96,16 +96,19 @@ class RecordSession:
             outputs, slots = executable.record(call.tensors, maps=maps, compiled=self._is_compiled(call))
         else:
             made = executable.interpret(call.tensors, maps=maps) if confirmed and expected is not None else None
+            is_compiled = False
             if made is None or not _same_bits(made[0], expected):
                 given = call
-                executable, made = record_checked(self.programs, call, maps=maps, may_capture=not compared)
+                wanted = confirmed and not maps and self._is_compiled(call)
+                checked = record_checked(self.programs, call, maps=maps, may_capture=not compared, compiled=wanted)
+                executable, made, is_compiled = checked.executable, checked.recorded, checked.is_compiled
                 structure = self.programs.structure_of(executable) or self.programs.name_now(given.structure)
                 call = replace(call, find_executable=lambda: executable, structure=structure)
                 if self.recording.model.structure == given.structure:
                     self.recording.model = self.recording.model._replace(structure=structure)
                 self.programs.follow_renames(self.recording)
-            # What was compared is interpreted; all calls of a run are to be made alike.
-            again = not maps and self._is_compiled(call)
+            # What was compared bit for bit is interpreted; all calls of a run are to be made alike.
+            again = not is_compiled and not maps and self._is_compiled(call)
             outputs, slots = executable.record(call.tensors, compiled=True) if again else made
         self._compared.add(executable)
         if timestep is not None:

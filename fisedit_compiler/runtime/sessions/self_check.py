@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,9 +37,24 @@ def form_of(call: Call) -> tuple[Any, ...]:
     return tuple((tuple(tensor.shape), tensor.is_contiguous()) for tensor in call.tensors.values())
 
 
+@dataclass(frozen=True)
+class Checked:
+    """A recorded call that is the module's own.
+
+    Attributes:
+        executable: of the program that computes it.
+        recorded: its outputs and slots.
+        is_compiled: whether they are those of compiled code.
+    """
+
+    executable: Executable
+    recorded: Recorded
+    is_compiled: bool = False
+
+
 def record_checked(
-    programs: ProgramStore, call: Call, *, maps: bool, may_capture: bool = True
-) -> tuple[Executable, Recorded]:
+    programs: ProgramStore, call: Call, *, maps: bool, may_capture: bool = True, compiled: bool = False
+) -> Checked:
     """Record a call and compare it with the module's own, which runs beside it.
 
     A program that was right at these sizes before is compared beside what other threads do. Otherwise nobody computes
@@ -50,6 +66,8 @@ def record_checked(
         call: the first one of its program in a recording, or of other sizes, or of a module that keeps count.
         maps: also record cross-attention maps.
         may_capture: whether another capture may take the program's place; not where a recording holds calls of it.
+        compiled: whether compiled code makes such calls. Where it is as close to the module as it was to the
+            interpreted graph when they were compared, that is enough.
 
     Raises:
         CaptureError: the module computes something else than any capture of it, or something else at every call.
@@ -57,11 +75,15 @@ def record_checked(
     executable = call.executable
     if _is_known(call, executable):
         own, random_state = _own_outputs(programs, call)
+        recorded = executable.record(call.tensors, compiled=True) if compiled else None
+        if recorded is not None and executable.is_as_close(call.tensors, own, recorded[0]):
+            _set_random_state(call, random_state)
+            return Checked(executable, recorded, is_compiled=True)
         with _same_random_numbers(call):
             recorded = executable.interpret(call.tensors, maps=maps)
         if not _difference(own, recorded[0]):
             _set_random_state(call, random_state)
-            return executable, recorded
+            return Checked(executable, recorded)
     return _record_alone(programs, call, maps, may_capture)
 
 
@@ -70,12 +92,12 @@ def _is_known(call: Call, executable: Executable) -> bool:
     return form_of(call) in executable.confirmed and not executable.unsettled
 
 
-def _record_alone(programs: ProgramStore, call: Call, maps: bool, may_capture: bool) -> tuple[Executable, Recorded]:
+def _record_alone(programs: ProgramStore, call: Call, maps: bool, may_capture: bool) -> Checked:
     with alone():
         return _record_compared(programs, call, maps, may_capture)
 
 
-def _record_compared(programs: ProgramStore, call: Call, maps: bool, may_capture: bool) -> tuple[Executable, Recorded]:
+def _record_compared(programs: ProgramStore, call: Call, maps: bool, may_capture: bool) -> Checked:
     executable = call.executable
     former, was_right = executable, bool(executable.confirmed)
     own, random_state = _own_outputs(programs, call)
@@ -89,7 +111,7 @@ def _record_compared(programs: ProgramStore, call: Call, maps: bool, may_capture
             if executable is not former and was_right:
                 programs.disown(call.structure)  # else recordings of the former program were edited with this one
             _set_random_state(call, random_state)
-            return executable, recorded
+            return Checked(executable, recorded)
         if attempt == "second" or not may_capture:
             break
         logger.warning("a program does not compute what its module computes (%s): captured again", problem)

@@ -219,9 +219,14 @@ def test_a_scheduler_of_somebody_is_looked_at_in_every_step(pinned_editor: Edito
 def test_a_scheduler_that_was_read_is_looked_at_in_its_first_steps(
     pinned_editor: Editor, generate: Generate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looks = []
+    looks: list[Any] = []
     states = run_scheduler._global_states
-    monkeypatch.setattr(run_scheduler, "_global_states", lambda device: looks.append(1) or states(device))
+
+    def looking(device: torch.device | None) -> tuple[bytes, ...]:
+        looks.append(device)
+        return states(device)
+
+    monkeypatch.setattr(run_scheduler, "_global_states", looking)
     generate(num_inference_steps=6)
     assert len(looks) == 2 * LOOKED_AT
 

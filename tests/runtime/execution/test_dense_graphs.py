@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextvars import Context
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -16,26 +15,12 @@ from fisedit_compiler import Recording, SparseModule, SparsifyConfig, sparsify
 from fisedit_compiler.kernels.tolerances import assert_close
 from fisedit_compiler.runtime.execution.dense_graphs import KEPT, DenseGraphs, device_of
 from tests.support.compiled import box
-from tests.support.graph_stand_in import fake_compile, patch_cuda
+from tests.support.graph_stand_in import Compiler, patch_cuda
 from tests.support.zoo import ZOO, Inputs
 
 SIZE = (16, 24)
 MASK = box(0, 0, 8, 8, SIZE[0], SIZE[1])
 CALLS = 2
-
-
-@dataclass
-class Compiler:
-    """Stands for ``torch.compile``, and counts the dense graphs that it is given."""
-
-    change: Callable[[list[Any]], list[Any]] = lambda results: results
-    dense: list[dict[str, Any]] = field(default_factory=list)
-
-    def __call__(self, step: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        if options.get("dynamic") is not False:
-            return fake_compile(step)
-        self.dense.append(options)
-        return fake_compile(lambda *arguments: self.change(list(step(*arguments))))
 
 
 @pytest.fixture
