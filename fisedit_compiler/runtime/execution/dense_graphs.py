@@ -14,13 +14,14 @@ from __future__ import annotations
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fisedit_compiler.compiling import one_at_a_time
+from fisedit_compiler.lowering.dense import DenseForm, dense_form
 from fisedit_compiler.lowering.inductor import compile_dense
 from fisedit_compiler.runtime.execution.graph_capture import capture_into
 from fisedit_compiler.runtime.execution.in_order import InOrder
@@ -46,7 +47,8 @@ class _Captured:
     inputs: list[Tensor]
     outputs: list[Any]
     owned: OwnedOutputs
-    distances: list[float]
+    form: DenseForm
+    distances: list[float] = field(default_factory=list)
 
 
 class DenseGraphs:
@@ -141,8 +143,9 @@ class DenseGraphs:
         # Other values than the call's: what a capture took for a constant shows when the two are compared.
         inputs = [torch.zeros_like(value, device=device_of(arguments)) for value in arguments]
         # A copy of its own: Dynamo keeps what it compiled by a graph's code, and of one code only so many sizes.
-        compiled = compile_dense(fx.GraphModule(graph, graph.graph))
-        captured = _Captured(torch.cuda.CUDAGraph(), inputs, [], OwnedOutputs({}), [])
+        form = dense_form(graph)
+        compiled = compile_dense(form.graph)
+        captured = _Captured(torch.cuda.CUDAGraph(), inputs, [], OwnedOutputs({}), form)
         memory = next((other.graph.pool() for other in self._captured.values()), None)
 
         def body() -> list[Any]:
@@ -170,7 +173,7 @@ def _replayed(captured: _Captured, arguments: Sequence[Tensor], wanted: int) -> 
     tensors = [value for value in captured.outputs if isinstance(value, Tensor)]
     read = sum(isinstance(value, Tensor) for value in results)
     owned = iter(captured.owned.of(tensors, {}, frozenset(range(read, len(tensors)))))
-    return [next(owned) if isinstance(value, Tensor) else value for value in results]
+    return captured.form.finish([next(owned) if isinstance(value, Tensor) else value for value in results])
 
 
 def _compare(interpreted: Sequence[Any], compiled: Sequence[Any]) -> list[float]:

@@ -1,0 +1,121 @@
+"""The recording graph in the form that is compiled: what it returns is what its own operations read and compute.
+
+Interpreted, a slot is memory of its own, which costs a copy of every canvas and another reading of every norm's input.
+Compiled, results are copied out of the graph's memory anyway. So here
+
+Before: ``group_norm(x), group_norm_statistics(x)`` and ``flatten(clone(permute(x)))``
+After:  ``normalise(x, s := group_norm_statistics(x)), s`` and ``permute(x)``, which a convolution reads in that order
+
+and :meth:`DenseForm.finish` brings the results into the form of the interpreted ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+aten = torch.ops.aten
+fisedit = torch.ops.fisedit
+
+
+@dataclass(frozen=True)
+class DenseForm:
+    """A graph to compile, and how its results become those of the graph that it was made of.
+
+    Attributes:
+        graph: the graph.
+        flattened: by the position of a result, the axes (first and last) that are still to be flattened.
+    """
+
+    graph: fx.GraphModule
+    flattened: dict[int, tuple[int, int]]
+
+    def finish(self, results: Sequence[Any]) -> list[Any]:
+        """The first results, copied out, in the form of the interpreted ones: contiguous where those are."""
+        finished = list(results)
+        for position, (first, last) in self.flattened.items():
+            if position < len(finished):
+                finished[position] = finished[position].contiguous().flatten(first, last)
+        return finished
+
+
+def dense_form(recording: fx.GraphModule) -> DenseForm:
+    """The form of a recording graph that is compiled; the graph itself stays as it is."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(recording.graph, {}))
+    _share_statistics(graph)
+    flattened = _return_views(graph)
+    graph.eliminate_dead_code()
+    graph.lint()
+    return DenseForm(fx.GraphModule(recording, graph), flattened)
+
+
+def normalise(
+    x: Tensor, statistics: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """GroupNorm of ``x`` ``[B, C, *spatial]`` with its mean and variance ``[B, groups, 2]`` given (float32).
+
+    In float32 and rounded once, as Inductor computes ``group_norm``.
+    """
+    grouped = x.float().reshape(x.shape[0], groups, x.shape[1] // groups, -1)
+    mean, variance = statistics[..., :1, None], statistics[..., 1:, None]
+    values = ((grouped - mean) * torch.rsqrt(variance + eps)).reshape(x.shape)
+    per_channel = (1, -1, *(1 for _ in x.shape[2:]))
+    if weight is not None:
+        values = values * weight.reshape(per_channel)
+    if bias is not None:
+        values = values + bias.reshape(per_channel)
+    return values.to(x.dtype)
+
+
+def _share_statistics(graph: fx.Graph) -> None:
+    recorded = {
+        node.args: node for node in graph.nodes if node.target is fisedit.group_norm_statistics.default
+    }  # by input and groups
+    for norm in [node for node in graph.nodes if node.target is aten.group_norm.default]:
+        x, groups, weight, bias, eps = _arguments_of(norm)
+        statistics = recorded.get((x, groups))
+        if statistics is None:
+            continue
+        with graph.inserting_before(norm):
+            own = graph.call_function(fisedit.group_norm_statistics.default, (x, groups))
+            own.meta = dict(statistics.meta)
+            normalised = graph.call_function(normalise, (x, own, groups, weight, bias, eps))
+            normalised.meta = dict(norm.meta)
+        statistics.replace_all_uses_with(own)
+        recorded[x, groups] = own
+        norm.replace_all_uses_with(normalised)
+
+
+def _arguments_of(norm: fx.Node) -> tuple[Any, int, Any, Any, float]:
+    names = ("input", "num_groups", "weight", "bias", "eps")
+    given: dict[str, Any] = {**dict(zip(names, norm.args, strict=False)), **norm.kwargs}
+    return given["input"], given["num_groups"], given.get("weight"), given.get("bias"), given.get("eps", 1e-5)
+
+
+def _return_views(graph: fx.Graph) -> dict[int, tuple[int, int]]:
+    """Return canvases as the permuted values that they are copies of; the axes of each that are to be flattened."""
+    output = graph.output_node()
+    given: Any = output.args[0]
+    results, flattened = list(given), {}
+    for position, result in enumerate(given):
+        clone: Any = result.args[0] if _is(result, aten.flatten.using_ints) else None
+        permuted: Any = clone.args[0] if _is_contiguous_clone(clone) else None
+        if _is(permuted, aten.permute.default):
+            axes = [*result.args[1:]]
+            first, last = [*axes, *[0, -1][len(axes) :]]
+            results[position], flattened[position] = permuted, (first, last)
+    output.args = (tuple(results),)
+    return flattened
+
+
+def _is_contiguous_clone(value: Any) -> bool:
+    return _is(value, aten.clone.default) and value.kwargs.get("memory_format") is torch.contiguous_format
+
+
+def _is(value: Any, target: Any) -> bool:
+    return isinstance(value, fx.Node) and value.target is target

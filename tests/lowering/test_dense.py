@@ -1,0 +1,86 @@
+"""The form of a recording graph that is compiled: the same results, fewer copies and readings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from fisedit_compiler import SparsifyConfig, sparsify
+from fisedit_compiler.lowering.dense import dense_form, normalise
+from fisedit_compiler.runtime.execution.executable import Executable
+from tests.support.zoo import ZOO
+
+aten, fisedit = torch.ops.aten, torch.ops.fisedit
+
+
+Recorded = Callable[[str], tuple[fx.GraphModule, list[Any]]]
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
+    """Gives a model's recording graph, and arguments for it."""
+    seen: list[tuple[fx.GraphModule, list[Any]]] = []
+    interpret = Executable.interpret
+
+    def noting(self: Executable, tensors: Mapping[str, Tensor], **options: Any) -> Any:
+        seen.append((self._graph("recording"), self._arguments(tensors)))
+        return interpret(self, tensors, **options)
+
+    monkeypatch.setattr(Executable, "interpret", noting)
+
+    def record(name: str) -> tuple[fx.GraphModule, list[Any]]:
+        model = ZOO[name]()
+        compiled = sparsify(model.module, SparsifyConfig(norm="incremental", multiple=model.multiple, cache=False))
+        with torch.no_grad(), compiled.record():
+            compiled(**model.make_inputs(2, 16, 24, 0))
+        return seen[-1]
+
+    return record
+
+
+@pytest.mark.parametrize("name", ["plain_conv", "sd15", "sdxl", "vae_decoder"])
+def test_results_are_those_of_the_recording_graph(name: str, recorded: Recorded) -> None:
+    graph, arguments = recorded(name)
+    before = str(graph.graph)
+    form = dense_form(graph)
+    assert str(graph.graph) == before
+    with torch.no_grad():
+        expected = graph(*arguments)
+        results = form.graph(*arguments)
+        found = form.finish(results)
+        first = form.finish(results[:1])
+    assert len(found) == len(expected) and len(first) == 1
+    for value, right in zip([*found, *first], [*expected, expected[0]], strict=True):
+        if isinstance(right, Tensor):
+            assert value.stride() == right.stride()
+            torch.testing.assert_close(value, right, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_no_canvas_is_copied_and_no_norm_reads_its_input_twice(name: str, recorded: Recorded) -> None:
+    graph, _ = recorded(name)
+    form = dense_form(graph)
+    targets = [node.target for node in form.graph.graph.nodes]
+    results = graph.graph.output_node().args[0]
+    canvases = [number for number, node in enumerate(results) if node.target is aten.flatten.using_ints]
+    assert canvases and list(form.flattened) == canvases and aten.clone.default not in targets
+    norms = [node for node in graph.graph.nodes if node.target is aten.group_norm.default]
+    assert norms and aten.group_norm.default not in targets
+    assert targets.count(normalise) == targets.count(fisedit.group_norm_statistics.default) == len(norms)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_norm_with_given_statistics_is_torchs_own(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 12, 5, 7).to(dtype) * 3 + 1
+    weight, bias = torch.randn(12).to(dtype), torch.randn(12).to(dtype)
+    statistics = fisedit.group_norm_statistics(x, 4)
+    for given in ((weight, bias), (weight, None), (None, None)):
+        expected = torch.nn.functional.group_norm(
+            x.float(), 4, *(None if one is None else one.float() for one in given)
+        )
+        found = normalise(x, statistics, 4, *given, 1e-5)
+        torch.testing.assert_close(found, expected.to(dtype))
