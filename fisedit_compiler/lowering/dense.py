@@ -106,9 +106,9 @@ def _return_views(graph: fx.Graph) -> dict[int, tuple[int, int]]:
         clone: Any = result.args[0] if _is(result, aten.flatten.using_ints) else None
         permuted: Any = clone.args[0] if _is_contiguous_clone(clone) else None
         if _is(permuted, aten.permute.default):
-            axes = [*result.args[1:]]
-            first, last = [*axes, *[0, -1][len(axes) :]]
-            results[position], flattened[position] = permuted, (first, last)
+            axes = list(result.args[1:])
+            results[position] = permuted
+            flattened[position] = (axes[0] if axes else 0, axes[1] if len(axes) > 1 else -1)
     output.args = (tuple(results),)
     return flattened
 
