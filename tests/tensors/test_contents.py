@@ -150,3 +150,32 @@ def _defer(later: Later, checks: DeferredChecks, forgotten: list[bool]) -> None:
     later.pairs.clear()
     plain.defer(checks, lambda: forgotten.append(True))
     checks.wait()
+
+
+def test_copies_that_one_tensor_was_compared_with_are_compared_once() -> None:
+    class Counting(DeferredChecks):
+        count = 0
+
+        def add(self, wrong: Tensor, error: Callable[[], Exception]) -> None:
+            self.count += 1
+            super().add(wrong, error)
+
+    alike: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    checks, value, other = Counting(), torch.ones(3), torch.ones(3)
+    copies = [value.clone() for _ in range(3)]
+
+    def compared(*pairs: tuple[Tensor, Tensor]) -> int:
+        before = checks.count
+        Later([("text", *pair) for pair in pairs], alike).defer(checks, lambda: None)
+        return checks.count - before
+
+    assert compared((copies[0], value), (copies[1], value)) == 2
+    assert compared((copies[0], value), (copies[1], value)) == 1, "one tells for both"
+    assert compared((copies[0], other), (copies[1], other)) == 1, "whatever it is compared with"
+    assert compared((copies[0], value), (copies[1], other)) == 2, "they are two tensors now"
+    assert compared((copies[0], value), (copies[2], value)) == 2
+    copies[1].add_(1)  # nobody does; it would not be seen
+    assert compared((copies[0], value), (copies[1], value)) == 1
+    value.data.add_(1)
+    with pytest.raises(RecordingError, match="passed as text was rewritten"):
+        compared((copies[0], value), (copies[1], value))

@@ -51,6 +51,7 @@ class Agreement:
         self._structures = {call.structure for call in recording.calls}
         self._masks: Tensor | None = None
         self._outside: Tensor | None = None
+        self._alike: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def set_masks(self, masks: Tensor) -> None:
         """Also compare inputs outside masks from now on: bool ``[copies, H, W]``, or ``[1, H, W]`` for all; grown."""
@@ -105,7 +106,7 @@ class Agreement:
 
     def later(self, call: Call, number: int) -> Later | None:
         """Where comparisons of a call's contents wait for :meth:`after`; ``None`` if they are made at once."""
-        return None if _is_checked_at_once(call, number) else Later()
+        return None if _is_checked_at_once(call, number) else Later(alike=self._alike)
 
     def after(self, call: Call, number: int, base: CallRecord, outputs: Any, later: Later | None = None) -> None:
         """Compare what :meth:`before` did not wait for, and what was put into ``later``.

@@ -106,7 +106,8 @@ def test_no_step_computes_with_a_timestep_of_the_host(name: str, monkeypatch: py
 
         monkeypatch.setattr(host_timesteps._HostTimesteps, "_on_host", marking)
         run(read_on_host(made(name)))
-    assert mixing.served and not mixing.mixed
+    by_number = name in host_timesteps._BY_NUMBER  # what is looked up by one is no tensor
+    assert mixing.served != by_number and not mixing.mixed
 
 
 @pytest.mark.usefixtures("away")
@@ -116,13 +117,12 @@ def test_what_a_pipeline_sees_stays_where_it_was() -> None:
     assert "eta" in inspect.signature(scheduler.step).parameters
     scheduler.set_timesteps(STEPS)
     timesteps = scheduler.timesteps
-    seen: list[torch.Tensor] = []
+    seen: list[Any] = []
     scheduler.alphas_cumprod = _Table(scheduler.alphas_cumprod, seen)
     sample = torch.ones(1, 4, 8, 8)
     scheduler.step(sample, timesteps[2], sample)
     assert scheduler.timesteps is timesteps
-    assert seen and all(index.data_ptr() != timesteps[2].data_ptr() for index in seen)
-    assert int(seen[0]) == int(timesteps[2])
+    assert seen[0] == int(timesteps[2]) and all(isinstance(index, int) for index in seen)
     with pytest.raises(TypeError):
         scheduler.step(sample, timesteps[2])
     assert scheduler.timesteps is timesteps
@@ -131,10 +131,10 @@ def test_what_a_pipeline_sees_stays_where_it_was() -> None:
 class _Table:
     """A table that keeps what it was indexed by."""
 
-    def __init__(self, values: torch.Tensor, seen: list[torch.Tensor]) -> None:
+    def __init__(self, values: torch.Tensor, seen: list[Any]) -> None:
         self.values, self.seen = values, seen
 
-    def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
+    def __getitem__(self, index: Any) -> torch.Tensor:
         self.seen.append(index)
         return self.values[index]
 
