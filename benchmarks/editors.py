@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 from rich.table import Table
@@ -121,7 +122,59 @@ def _edits(
         "unchanged_outside": unchanged,
         **facts,
     }
-    return [{**row, **about, "mean_call_ms": round(statistics.median(calls[row["task"]]), 3)} for row in rows]
+    shares = {task: _shares(subject, partial(edit, task)) for task in tasks}
+    return [
+        {**row, **about, **shares[row["task"]], "mean_call_ms": round(statistics.median(calls[row["task"]]), 3)}
+        for row in rows
+    ]
+
+
+def _shares(subject: Any, edit: Callable[[], Any]) -> dict[str, float]:
+    """What an edit consists of, in milliseconds: medians of runs with the queue drained around text and decoder.
+
+    ``enter`` is everything before the text encoder, ``unet`` the sum of the calls, ``rest`` what is not named: the
+    scheduler, the guidance, the step's callbacks, what is checked at the end, and the picture.
+    """
+    from fisedit_compiler.pipelines.decoding.vae import SparseVAE
+
+    device, found = subject.device, []
+    for _ in range(subject.options.repeats):
+        spans: dict[str, tuple[float, float]] = {}
+        with _spanned(type(subject.pipe), "encode_prompt", spans, device), _spanned(SparseVAE, "decode", spans, device):
+            start = _now(device)
+            result = edit()
+            end = _now(device)
+        text, decode = (_length(spans.get(name)) for name in ("encode_prompt", "decode"))
+        enter = 1000 * (spans["encode_prompt"][0] - start)
+        unet = 1000 * sum(took for _, took in result.report.calls)
+        rest = 1000 * (end - start) - enter - text - unet - decode
+        found.append({"enter_ms": enter, "text_ms": text, "unet_ms": unet, "decode_ms": decode, "rest_ms": rest})
+    return {name: round(statistics.median(one[name] for one in found), 2) for name in found[0]}
+
+
+@contextmanager
+def _spanned(owner: type, name: str, spans: dict[str, tuple[float, float]], device: torch.device) -> Iterator[None]:
+    """Inside the block the last call of a method notes when it began and ended, with nothing left in the queue."""
+    method = getattr(owner, name)
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        begin = _now(device)
+        result = method(*args, **kwargs)
+        spans[name] = (begin, _now(device))
+        return result
+
+    with mock.patch.object(owner, name, timed):
+        yield
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _length(span: tuple[float, float] | None) -> float:
+    return 0.0 if span is None else 1000 * (span[1] - span[0])
 
 
 def _bases(
@@ -173,9 +226,7 @@ def _rows(subject: Any, name: str, tasks: Mapping[str, Callable[[], Any]], compi
 
 
 def _since(start: float, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return round(time.perf_counter() - start, 3)
+    return round(_now(device) - start, 3)
 
 
 def draw(rows: list[dict[str, Any]]) -> Table:

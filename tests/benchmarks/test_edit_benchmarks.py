@@ -98,7 +98,10 @@ def test_edit_latency_measures_the_editor_as_it_comes(tmp_path):
     for row in rows:
         assert row["ratio"] == pytest.approx(row["baseline_ms"] / row["editor_ms"], rel=0.01)
         assert row["refused"] is None and row["baseline"] == "eager"
-        assert row["task"] == "base" or (row["unchanged_outside"] and row["mean_call_ms"] > 0)
+        if row["task"] != "base":
+            assert row["unchanged_outside"] and row["mean_call_ms"] > 0
+            assert all(row[f"{part}_ms"] > 0 for part in ("enter", "text", "unet", "rest"))
+            assert (row["decode_ms"] > 0) == (row["row"] == f"editor, {editors.DECODER}")
 
 
 def test_timing_a_pipelines_parts_leaves_it_as_it_was():
