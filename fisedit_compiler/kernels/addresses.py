@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 ALIGNMENT = 16
 """Bytes by which every tensor in a table is aligned, so that kernels may load whole vectors."""
@@ -37,9 +38,19 @@ def uploaded(numbers: Sequence[Any], device: torch.device) -> Tensor:
     return table.pin_memory().to(device, non_blocking=True)
 
 
+def misalignment(tensor: Tensor) -> int:
+    """Bytes by which a tensor begins behind an aligned address; 0 for one that is aligned.
+
+    A fake tensor has no address. The memory of a real one would be aligned, as all that torch allocates for a GPU is.
+    """
+    if isinstance(tensor, FakeTensor):
+        return int(tensor.storage_offset()) * tensor.element_size() % ALIGNMENT
+    return tensor.data_ptr() % ALIGNMENT
+
+
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor can be copied word by word: dense in whatever order of axes, of whole words and aligned."""
-    if tensor.nbytes % WORD or tensor.data_ptr() % ALIGNMENT or not tensor.numel():
+    if tensor.nbytes % WORD or misalignment(tensor) or not tensor.numel():
         return False
     axes = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
     expected = 1

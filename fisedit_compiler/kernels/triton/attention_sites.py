@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fisedit_compiler.kernels.triton.launching import launch
 from fisedit_compiler.kernels.triton.merge_rows import merge_rows
 
 
@@ -238,7 +239,8 @@ def attention_sites(
     partial = query.new_empty((rows, size), dtype=torch.float32)
     stats = query.new_empty((rows, 2), dtype=torch.float32)
     factor = (1.0 / math.sqrt(size) if scale is None else scale) / math.log(2.0)
-    _attention_sites_kernel[(blocks, groups, splits)](
+    launch(
+        _attention_sites_kernel, (blocks, groups, splits),
         query, key, value, key_canvas, value_canvas, inverse if addresses is None else addresses, *entries,
         active, inverse, out, partial, stats,
         factor, heads, queries, sites, rows_start, keys_per_split, splits,
@@ -248,7 +250,8 @@ def attention_sites(
     )  # fmt: skip
     if splits > 1:
         combine_m = 16
-        _combine_kernel[(triton.cdiv(queries, combine_m), groups)](
+        launch(
+            _combine_kernel, (triton.cdiv(queries, combine_m), groups),
             partial, stats, out, heads, queries, splits, *out.stride()[:3],
             D=size, BLOCK_D=block_d, BLOCK_M=combine_m,
         )  # fmt: skip

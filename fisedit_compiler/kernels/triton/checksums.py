@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fisedit_compiler.kernels.triton.launching import launch
+
 CHUNK = 1 << 16
 """Words that one program reads."""
 BLOCK = 2048
@@ -65,9 +67,10 @@ class Checksums:
         sums = torch.zeros(self._count, dtype=torch.int64, device=self.device)
         if self._programs:
             with torch.cuda.device(self.device):
-                _checksum_kernel[(self._programs,)](
-                    self._addresses, self._lengths, self._owners, self._firsts, sums, CHUNK=CHUNK, BLOCK=BLOCK
-                )
+                launch(
+                    _checksum_kernel, (self._programs,),
+                    self._addresses, self._lengths, self._owners, self._firsts, sums, CHUNK=CHUNK, BLOCK=BLOCK,
+                )  # fmt: skip
         for number, rest in self._rests:
             factors = torch.arange(len(rest), device=self.device) * 2 + 3
             sums[number] += (rest.long() * factors).sum() * 1_000_003

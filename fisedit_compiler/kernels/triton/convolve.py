@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fisedit_compiler.geometry.patches import block_size_of, patch_shape
+from fisedit_compiler.kernels.triton.launching import launch
 
 NARROW_SITES = 1 << 16
 """Fewer sites than this are told apart by the low 16 bits of an index."""
@@ -222,7 +223,8 @@ def convolve(
         "HAS_RESIDUAL": around.residual is not None,
     }
     grid = (triton.cdiv(outputs, tile.block_m) * triton.cdiv(out_channels, tile.block_n), split)
-    _convolve_kernel[grid](
+    launch(
+        _convolve_kernel, grid,
         values, taps.view(torch.int16) if narrow else taps, places, weight, *extras, *norm, out, partial,
         outputs, sites_out, sites_in, around.rows, in_channels, out_channels, split,
         SIZE=size, KERNEL_H=kernel[0], KERNEL_W=kernel[1], STRIDE_H=stride[0], STRIDE_W=stride[1],
@@ -234,7 +236,8 @@ def convolve(
     if split > 1:
         elements = outputs * out_channels
         block = 1024
-        _sum_splits_kernel[(triton.cdiv(elements, block),)](
+        launch(
+            _sum_splits_kernel, (triton.cdiv(elements, block),),
             partial, *extras, out, elements, sites_out, out_channels, split, BLOCK=block, **has,
         )  # fmt: skip
     return out

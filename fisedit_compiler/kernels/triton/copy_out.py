@@ -8,6 +8,7 @@ table of addresses would have to be uploaded at every call.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fisedit_compiler.kernels.addresses import ALIGNMENT, TARGETS, WORD, Runs
+from fisedit_compiler.kernels.triton.launching import Pointer, launch
 
 BLOCK = 2048
 
@@ -79,9 +81,22 @@ class CopyOut:
         addresses = [target.data_ptr() for target in targets]
         # As many arguments at every launch; nobody reads those behind the last target.
         addresses += addresses[:1] * (TARGETS - len(addresses))
-        _copy_out_kernel[(len(self.blocks),)](
-            self.jobs, self.blocks, *addresses, BLOCK=BLOCK, ALIGNMENT=self.alignment
-        )  # fmt: skip
+        _launch(len(self.blocks), self.jobs, self.blocks, addresses, self.alignment)
+
+
+def rehearse() -> None:
+    """Launch what copies will, where launches are noted. What is copied may be aligned or not, targets are."""
+    table = Pointer(torch.int64, 0)
+    for alignment in (ALIGNMENT, WORD):
+        _launch(1, table, table, [_SOMEWHERE] * TARGETS, alignment)
+
+
+_SOMEWHERE = 1 << 40
+"""Stands for the address of a target: no 32 bits hold it."""
+
+
+def _launch(programs: int, jobs: Any, blocks: Any, addresses: Sequence[int], alignment: int) -> None:
+    launch(_copy_out_kernel, (programs,), jobs, blocks, *addresses, BLOCK=BLOCK, ALIGNMENT=alignment)
 
 
 def _jobs(view: Tensor, runs: Runs, target: int, first: int) -> np.ndarray:

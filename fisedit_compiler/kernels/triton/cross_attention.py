@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fisedit_compiler.kernels.triton.launching import launch
+
 
 @triton.jit(do_not_specialize=["heads", "keys"])
 def _cross_attention_kernel(
@@ -67,7 +69,8 @@ def cross_attention(
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
     block_m, warps = config or choose_blocks(queries, size)
     factor = (1.0 / math.sqrt(size) if scale is None else scale) / math.log(2.0)
-    _cross_attention_kernel[(triton.cdiv(queries, block_m), batch * heads)](
+    launch(
+        _cross_attention_kernel, (triton.cdiv(queries, block_m), batch * heads),
         query, key, value, out, factor, heads, queries, keys,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
         D=size, BLOCK_D=max(triton.next_power_of_2(size), 16), BLOCK_M=block_m,

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fisedit_compiler.kernels.triton.launching import launch
+
 
 # These differ from mask to mask, and a new mask must not compile a kernel.
 @triton.jit(do_not_specialize=["rows", "taps_per_entry", "sites"])
@@ -39,7 +41,8 @@ def gather_taps(values: Tensor, taps: Tensor) -> Tensor:
     block_channels = block_channels or min(triton.next_power_of_2(channels), 128)
     block_rows = max(2048 // block_channels, 16)
     grid = (triton.cdiv(rows, block_rows), triton.cdiv(channels, block_channels))
-    _gather_taps_kernel[grid](
+    launch(
+        _gather_taps_kernel, grid,
         values, taps, out, rows, taps.numel(), sites, channels,
         BLOCK_ROWS=block_rows, BLOCK_CHANNELS=block_channels,
     )  # fmt: skip

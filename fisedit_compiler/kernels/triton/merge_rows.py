@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fisedit_compiler.kernels.triton.launching import launch
+
 BLOCK_SITES = 64
 
 
@@ -56,7 +58,8 @@ def merge_rows(
     batch, heads, sites, size = canvas.shape
     out = rows.new_empty(batch, sites, heads, size).transpose(1, 2)
     block_d = triton.next_power_of_2(size)
-    _merge_rows_kernel[(triton.cdiv(sites, BLOCK_SITES), batch * heads)](
+    launch(
+        _merge_rows_kernel, (triton.cdiv(sites, BLOCK_SITES), batch * heads),
         rows, canvas, inverse if addresses is None else addresses, entry, inverse, out, heads, sites,
         *rows.stride()[:3], *canvas.stride()[:3], *out.stride()[:3],
         ADDRESSED=addresses is not None, D=size, BLOCK_D=block_d, BLOCK_SITES=BLOCK_SITES,

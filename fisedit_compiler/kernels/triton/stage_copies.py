@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fisedit_compiler.kernels.addresses import ALIGNMENT, WORD
+from fisedit_compiler.kernels.triton.launching import launch
 
 BLOCK = 4096
 
@@ -48,4 +49,7 @@ class CopyStager:
 
     def run(self, addresses: Tensor) -> None:
         """Copy; every source is plain and has the dtype, shape and strides of its target."""
-        _stage_copies_kernel[(len(self.blocks),)](addresses, self.jobs, self.blocks, BLOCK=BLOCK, ALIGNMENT=ALIGNMENT)
+        launch(
+            _stage_copies_kernel, (len(self.blocks),),
+            addresses, self.jobs, self.blocks, BLOCK=BLOCK, ALIGNMENT=ALIGNMENT,
+        )  # fmt: skip

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fisedit_compiler.kernels.triton.launching import launch
+
 BLOCK_ROWS = 16
 BLOCK_CHANNELS = 256
 
@@ -68,6 +70,7 @@ class RingStager:
 
     def run(self, addresses: Tensor) -> None:
         """Copy from the canvases that are in the table now."""
-        _stage_rings_kernel[self.grid](
-            addresses, self.jobs, ELEMENT=self.element, BLOCK_ROWS=BLOCK_ROWS, BLOCK_CHANNELS=BLOCK_CHANNELS
-        )
+        launch(
+            _stage_rings_kernel, self.grid,
+            addresses, self.jobs, ELEMENT=self.element, BLOCK_ROWS=BLOCK_ROWS, BLOCK_CHANNELS=BLOCK_CHANNELS,
+        )  # fmt: skip

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fisedit_compiler.kernels.addresses import ALIGNMENT
+from fisedit_compiler.kernels.triton.launching import launch
 
 SMALL_TILE, LARGE_TILE = 2048, 8192
 """Elements that a program holds at once, channels rounded up to a power of two."""
@@ -168,7 +169,8 @@ def update_statistics(
     per_split = triton.cdiv(triton.cdiv(count, tile.splits), tile.rows) * tile.rows
     splits = max(triton.cdiv(count, per_split), 1) if count else 1
     partial = statistics.new_empty(batch, splits, groups, 2) if splits > 1 else corrected
-    _update_statistics_kernel[(triton.cdiv(groups, tile.groups), batch, splits)](
+    launch(
+        _update_statistics_kernel, (triton.cdiv(groups, tile.groups), batch, splits),
         rows, statistics, site_sums, active if addresses is None else addresses, entry, active, corrected, row_sums,
         partial, count, per_split, sites, groups, rows.stride(0), rows.stride(1), site_sums.stride(0),
         site_sums.stride(1), PER_GROUP=per_group, RECORDED_GROUP_STRIDE=site_sums.stride(2),
@@ -178,7 +180,8 @@ def update_statistics(
     )  # fmt: skip
     if splits > 1:
         block = min(triton.next_power_of_2(groups), 32)
-        _add_splits_kernel[(triton.cdiv(groups, block), batch)](
+        launch(
+            _add_splits_kernel, (triton.cdiv(groups, block), batch),
             partial, statistics, corrected, splits, sites, groups,
             PER_GROUP=per_group, BLOCK_SPLITS=MAX_SPLITS, BLOCK_GROUPS=block,
         )  # fmt: skip
