@@ -65,7 +65,11 @@ def _attend(
     return acc, largest, total
 
 
-@triton.jit(do_not_specialize=["key_entry", "value_entry", "heads", "splits", "rows_start"])
+# Where in the table of addresses an operand begins differs from layer to layer.
+@triton.jit(
+    do_not_specialize=["key_entry", "value_entry", "heads", "splits", "rows_start"],
+    do_not_specialize_on_alignment=["addresses"],
+)
 def _attention_sites_kernel(
     query, key, value, key_canvas, value_canvas, addresses, key_entry, value_entry, active, inverse, out, partial,
     stats, scale, heads, queries, sites, rows_start, keys_per_split, splits,

@@ -11,7 +11,7 @@ from fisedit_compiler.kernels.triton.launching import launch
 BLOCK_SITES = 64
 
 
-@triton.jit(do_not_specialize=["entry", "heads"])
+@triton.jit(do_not_specialize=["entry", "heads"], do_not_specialize_on_alignment=["addresses"])
 def _merge_rows_kernel(
     rows, canvas, addresses, entry, inverse, out, heads, sites,
     r_b, r_h, r_n, c_b, c_h, c_n, o_b, o_h, o_n,

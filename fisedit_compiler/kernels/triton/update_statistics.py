@@ -39,7 +39,7 @@ def _correct(change, statistics, corrected, group, in_g, elements):
 
 
 # These differ from mask to mask, and a new mask must not compile a kernel.
-@triton.jit(do_not_specialize=["entry", "count", "per_split", "sites"])
+@triton.jit(do_not_specialize=["entry", "count", "per_split", "sites"], do_not_specialize_on_alignment=["addresses"])
 def _update_statistics_kernel(
     rows, statistics, site_sums, addresses, entry, active, corrected, row_sums, partial,
     count, per_split, sites, groups, sample_stride, row_stride, recorded_sample_stride, recorded_site_stride,
