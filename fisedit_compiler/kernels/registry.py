@@ -47,6 +47,10 @@ class Op:
         result: torch.Tensor = self.overload(*args, **kwargs)
         return result
 
+    def implementation(self, dispatch_key: str) -> Callable[..., Any]:
+        """What the dispatcher runs for a key."""
+        return kernels_by_key(self.providers, self.reference).get(dispatch_key, self.reference)
+
 
 def define_op(
     schema: str,

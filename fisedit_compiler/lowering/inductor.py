@@ -4,14 +4,15 @@ that it can fuse.
 Which ones is among their traits (``OpTraits.inline``); where a provider takes the operands, an op stays whole after
 all. Normalisation, gathers and scatters are pointwise or copies to it. A convolution is taken apart into a fused kernel
 that writes everything it reads side by side, and an op that chooses by its table between taps and patches when it runs:
-so one compilation serves every block size. Attention stays whole.
+so one compilation serves every block size. Attention stays whole. The kernels of what stays whole are compiled
+meanwhile (``ahead.py``).
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, fx
 from fisedit_compiler.kernels.providers import choose
 from fisedit_compiler.kernels.registry import Op, op_of
 from fisedit_compiler.kernels.traits import inlined
+from fisedit_compiler.lowering.ahead import kernels_ahead
 from fisedit_compiler.lowering.regions import allow_regions, whole
 
 logger = logging.getLogger(__name__)
@@ -28,17 +30,23 @@ _READ_ONCE = 2048
 """Channels of a norm that one program holds at once."""
 
 
-def compile_step(step: fx.GraphModule) -> Callable[..., Any]:
-    """The step under torch.compile, as it is: one compilation for every mask, row counts symbolic."""
-    compiled = _compiled(step)
+def compile_step(step: fx.GraphModule, besides: Callable[[], None] | None = None) -> Callable[..., Any]:
+    """The step under torch.compile, as it is: one compilation for every mask, row counts symbolic.
+
+    Args:
+        step: lowered.
+        besides: launches the kernels that follow on the step, which are compiled meanwhile as well.
+    """
+    compiled = _compiled(step, besides)
     if whole(step) is step:
         return compiled
     allow_regions(step.graph)
-    return _OrWhole(compiled, step)
+    return _OrWhole(compiled, step, besides)
 
 
-def _compiled(step: fx.GraphModule) -> Callable[..., Any]:
-    return torch.compile(step, fullgraph=True, backend=_inductor)
+def _compiled(step: fx.GraphModule, besides: Callable[[], None] | None) -> Callable[..., Any]:
+    backend = _inductor if besides is None else partial(_inductor, besides=besides)
+    return torch.compile(step, fullgraph=True, backend=backend)
 
 
 def compile_dense(recording: fx.GraphModule) -> Callable[..., Any]:
@@ -49,8 +57,10 @@ def compile_dense(recording: fx.GraphModule) -> Callable[..., Any]:
 class _OrWhole:
     """A step with regions, or without them if torch refuses these: it promises less of them than of other graphs."""
 
-    def __init__(self, compiled: Callable[..., Any], step: fx.GraphModule) -> None:
-        self._compiled, self._step = compiled, step
+    def __init__(
+        self, compiled: Callable[..., Any], step: fx.GraphModule, besides: Callable[[], None] | None = None
+    ) -> None:
+        self._compiled, self._step, self._besides = compiled, step, besides
         self._works = False
 
     def __call__(self, *arguments: Any) -> Any:
@@ -62,19 +72,25 @@ class _OrWhole:
             if self._works:
                 raise
             logger.info("blocks that repeat cannot be compiled once (%s): all is compiled", type(error).__name__)
-            self._works, self._compiled = True, _compiled(whole(self._step))
+            self._works, self._compiled = True, _compiled(whole(self._step), self._besides)
             return self._compiled(*arguments)
         self._works = True
         return results
 
 
-def _inductor(graph: fx.GraphModule, example_inputs: Any) -> Any:
-    from torch._inductor.compile_fx import compile_fx
+def _inductor(graph: fx.GraphModule, example_inputs: Any, besides: Callable[[], None] | None = None) -> Any:
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.virtualized import V
 
-    with V.set_choices_handler(_choices()):
-        return compile_fx(graph, example_inputs, decompositions={**select_decomp_table(), **taken_apart()})
+    decompositions = {**select_decomp_table(), **taken_apart()}
+    with kernels_ahead(example_inputs, besides) as hand_over, V.set_choices_handler(_choices()):
+
+        def compile_inner(traced: fx.GraphModule, inputs: Any, **options: Any) -> Any:
+            hand_over(traced)
+            return compile_fx_inner(traced, inputs, **options)
+
+        return compile_fx(graph, example_inputs, inner_compile=compile_inner, decompositions=decompositions)
 
 
 def taken_apart() -> dict[Any, Callable[..., Any]]:

@@ -196,7 +196,8 @@ class GraphPool:
                 buffer.copy_(tensors[name])
             _fill(graph, prepared, addresses, hoisted)
             if self._compiled is None:
-                self._compiled = compile_step(self.step)
+                several = len(self.step.graph.output_node().all_input_nodes) > 1  # one is copied by torch
+                self._compiled = compile_step(self.step, OwnedOutputs.rehearse if several else None)
             self._capture_into(graph, self._compiled, arguments)
         except Exception as error:
             raise lowering_error(error, self.step, arguments, compile_step, strict) from error

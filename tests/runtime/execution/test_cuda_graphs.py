@@ -189,7 +189,9 @@ def test_edits_that_record_and_those_that_do_not_share_a_compilation(
     pair = make_pair("sd15", torch.float32, "cpu")
     compiled: list[object] = []
     compile_step = cuda_graphs.compile_step
-    monkeypatch.setattr(cuda_graphs, "compile_step", lambda step: compiled.append(step) or compile_step(step))
+    monkeypatch.setattr(
+        cuda_graphs, "compile_step", lambda step, besides: compiled.append(step) or compile_step(step, besides)
+    )
     inputs = pair.inputs()
     recording, _ = pair.record(inputs)
     for number, mask in enumerate((box(8, 8), box(4, 4, 12))):
