@@ -22,6 +22,7 @@ from fisedit_compiler.kernels.providers import choose
 from fisedit_compiler.kernels.registry import Op, op_of
 from fisedit_compiler.kernels.traits import inlined
 from fisedit_compiler.lowering.ahead import kernels_ahead
+from fisedit_compiler.lowering.kept_code import by_digest, by_name
 from fisedit_compiler.lowering.regions import allow_regions, whole
 
 logger = logging.getLogger(__name__)
@@ -80,17 +81,21 @@ class _OrWhole:
 
 def _inductor(graph: fx.GraphModule, example_inputs: Any, besides: Callable[[], None] | None = None) -> Any:
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-    from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.virtualized import V
 
-    decompositions = {**select_decomp_table(), **taken_apart()}
-    with kernels_ahead(example_inputs, besides) as hand_over, V.set_choices_handler(_choices()):
+    with kernels_ahead(example_inputs, besides) as hand_over, by_digest(), V.set_choices_handler(_choices()):
 
         def compile_inner(traced: fx.GraphModule, inputs: Any, **options: Any) -> Any:
             hand_over(traced)
-            return compile_fx_inner(traced, inputs, **options)
+            return compile_fx_inner(traced, inputs, **by_name(options, _decompositions))
 
-        return compile_fx(graph, example_inputs, inner_compile=compile_inner, decompositions=decompositions)
+        return compile_fx(graph, example_inputs, inner_compile=compile_inner, decompositions=_decompositions())
+
+
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    from torch._inductor.decomposition import select_decomp_table
+
+    return {**select_decomp_table(), **taken_apart()}
 
 
 def taken_apart() -> dict[Any, Callable[..., Any]]:

@@ -1,0 +1,53 @@
+"""A later process finds the code of a step again, but not that of another version of the package."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo.utils import counters
+
+from fisedit_compiler.kernels.gather_taps import gather_taps
+from fisedit_compiler.lowering import kept_code
+from fisedit_compiler.lowering.inductor import compile_step
+
+
+def step() -> fx.GraphModule:
+    graph = fx.Graph()
+    values, taps = graph.placeholder("values"), graph.placeholder("taps")
+    doubled = graph.call_function(torch.ops.aten.mul.Tensor, (values, 2))
+    gathered = graph.call_function(torch.ops.fisedit.gather_taps.default, (doubled, taps))
+    graph.output(graph.call_function(torch.ops.aten.add.Tensor, (gathered, 1)))
+    return fx.GraphModule(nn.Module(), graph)
+
+
+def compiled(operands: tuple[Tensor, Tensor]) -> Counter[str]:
+    """Compile as a new process would, and run; what caches say of it."""
+    torch._dynamo.reset()
+    counters.clear()
+    with torch.no_grad(), torch._inductor.config.patch(fx_graph_cache=True, fx_graph_remote_cache=False):
+        assert torch.equal(compile_step(step())(*operands), gather_taps(operands[0] * 2, operands[1]) + 1)
+    found: Counter[str] = Counter()
+    for cache, name in (("inductor", "fxgraph_cache"), ("aot_autograd", "autograd_cache")):
+        for outcome in ("hit", "miss", "bypass"):
+            found[outcome] += counters[cache][f"{name}_{outcome}"]
+    return found
+
+
+def test_code_is_found_again_by_its_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    operands = torch.randn(1, 9, 16), torch.randint(0, 9, (5, 4))
+    first, second = compiled(operands), compiled(operands)
+    assert first["miss"] and not first["hit"] and not first["bypass"]
+    assert second["hit"] and not second["miss"] and not second["bypass"]
+    monkeypatch.setattr(kept_code, "digest", lambda: "another version")
+    other = compiled(operands)
+    assert other["miss"] and not other["hit"]
+
+
+def test_the_digest_is_of_what_ops_are_taken_apart_into() -> None:
+    assert len(kept_code.digest()) == 16
+    assert all((Path(kept_code.__file__).parents[1] / room).is_dir() for room in kept_code._ROOMS)
