@@ -1,5 +1,5 @@
-"""How a lowered step (``lowered.py``) becomes GPU code: torch.compile, with Inductor taking the ``fisedit::`` ops apart
-that it can fuse.
+"""How a lowered step (``lowered.py``) becomes GPU code: Inductor, which takes the ``fisedit::`` ops apart that it can
+fuse. It is given the graph as it is (``direct.py``), or where that is refused by torch.compile.
 
 Which ones is among their traits (``OpTraits.inline``); where a provider takes the operands, an op stays whole after
 all. Normalisation, gathers and scatters are pointwise or copies to it. A convolution is taken apart into a fused kernel
@@ -11,7 +11,7 @@ meanwhile (``ahead.py``).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial, wraps
 from typing import Any
 
@@ -22,6 +22,7 @@ from fisedit_compiler.kernels.providers import choose
 from fisedit_compiler.kernels.registry import Op, op_of
 from fisedit_compiler.kernels.traits import inlined
 from fisedit_compiler.lowering.ahead import kernels_ahead
+from fisedit_compiler.lowering.direct import DirectStep
 from fisedit_compiler.lowering.kept_code import by_digest, by_name
 from fisedit_compiler.lowering.regions import allow_regions, whole
 
@@ -32,51 +33,61 @@ _READ_ONCE = 2048
 
 
 def compile_step(step: fx.GraphModule, besides: Callable[[], None] | None = None) -> Callable[..., Any]:
-    """The step under torch.compile, as it is: one compilation for every mask, row counts symbolic.
+    """The step as Inductor's code: one compilation for every mask, row counts symbolic.
 
     Args:
         step: lowered.
         besides: launches the kernels that follow on the step, which are compiled meanwhile as well.
     """
-    compiled = _compiled(step, besides)
-    if whole(step) is step:
-        return compiled
-    allow_regions(step.graph)
-    return _OrWhole(compiled, step, besides)
-
-
-def _compiled(step: fx.GraphModule, besides: Callable[[], None] | None) -> Callable[..., Any]:
-    backend = _inductor if besides is None else partial(_inductor, besides=besides)
-    return torch.compile(step, fullgraph=True, backend=backend)
+    ways = [lambda: directly(step, besides), lambda: _compiled(step, besides)]
+    if whole(step) is not step:
+        allow_regions(step.graph)
+        # Torch promises less of regions than of other graphs.
+        ways.append(lambda: _compiled(whole(step), besides))
+    return _FirstThatWorks(ways)
 
 
 def compile_dense(recording: fx.GraphModule) -> Callable[..., Any]:
-    """The recording graph under torch.compile, for the sizes that it is called with first."""
-    return torch.compile(recording, fullgraph=True, dynamic=False, backend=_inductor)
+    """The recording graph as Inductor's code, for the sizes that it is called with first."""
+    return _FirstThatWorks([lambda: directly(recording), lambda: _compiled(recording, dynamic=False)])
 
 
-class _OrWhole:
-    """A step with regions, or without them if torch refuses these: it promises less of them than of other graphs."""
+def directly(graph: fx.GraphModule, besides: Callable[[], None] | None = None) -> Callable[..., Any]:
+    """A graph compiled without Dynamo and AOTAutograd, see ``direct.py``."""
+    return DirectStep(graph, _decompositions, _choices, besides)
 
-    def __init__(
-        self, compiled: Callable[..., Any], step: fx.GraphModule, besides: Callable[[], None] | None = None
-    ) -> None:
-        self._compiled, self._step, self._besides = compiled, step, besides
+
+def _compiled(graph: fx.GraphModule, besides: Callable[[], None] | None = None, **options: Any) -> Callable[..., Any]:
+    backend = _inductor if besides is None else partial(_inductor, besides=besides)
+    return torch.compile(graph, fullgraph=True, backend=backend, **options)
+
+
+class _FirstThatWorks:
+    """A compiled graph, in the first of some ways by which a call succeeds."""
+
+    def __init__(self, ways: Sequence[Callable[[], Callable[..., Any]]]) -> None:
+        self._ways = list(ways)
+        self._compiled: Callable[..., Any] | None = None
         self._works = False
 
     def __call__(self, *arguments: Any) -> Any:
-        try:
-            results = self._compiled(*arguments)
-        except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
-            raise
-        except Exception as error:
-            if self._works:
+        while not self._works:
+            self._compiled = self._compiled or self._ways.pop(0)()
+            try:
+                results = self._compiled(*arguments)
+            except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
                 raise
-            logger.info("blocks that repeat cannot be compiled once (%s): all is compiled", type(error).__name__)
-            self._works, self._compiled = True, _compiled(whole(self._step), self._besides)
-            return self._compiled(*arguments)
-        self._works = True
-        return results
+            except Exception as error:
+                if not self._ways:
+                    raise
+                logger.info("compiled in another way, which takes longer (%s: %s)", type(error).__name__, error)
+                self._compiled = None
+            else:
+                self._works = True
+                self._ways.clear()
+                return results
+        assert self._compiled is not None
+        return self._compiled(*arguments)
 
 
 def _inductor(graph: fx.GraphModule, example_inputs: Any, besides: Callable[[], None] | None = None) -> Any:

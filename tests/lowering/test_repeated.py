@@ -26,6 +26,7 @@ from fisedit_compiler.lowering.regions import Region, allow_regions, inlined, re
 from fisedit_compiler.lowering.repeated import outline_repeated
 from fisedit_compiler.lowering.stage import stage
 from tests.support.compiled_zoo import compiled_model, make_mask, record_run
+from tests.support.graph_stand_in import refuse_directly
 from tests.support.pass_tools import Forward, StepCall, compile_small, example, step_call, zoo_step_call
 
 INVOKE = torch.ops.higher_order.invoke_subgraph
@@ -259,6 +260,7 @@ def test_regions_that_torch_refuses_are_compiled_with_all_the_rest(monkeypatch: 
         return run
 
     monkeypatch.setattr(inductor.torch, "compile", refuse)
+    monkeypatch.setattr(inductor, "directly", refuse_directly)
     compiled = compile_step(call.executable._bind(lowered))
     arguments = arguments_of(call, lowered)
     for _ in range(2):

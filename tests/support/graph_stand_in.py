@@ -20,6 +20,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fisedit_compiler.kernels.addresses import Runs, is_plain, tensor_at
+from fisedit_compiler.lowering import inductor
+from fisedit_compiler.lowering.direct import NotDirect
 from fisedit_compiler.pipelines.running import encoder_graphs
 from fisedit_compiler.pipelines.running.encoder_graphs import EncoderGraphs
 from fisedit_compiler.runtime.execution.executable import Executable
@@ -126,6 +128,15 @@ def fake_compile(step: Callable[..., Any], **_: Any) -> Callable[..., Any]:
     return run
 
 
+def refuse_directly(graph: Any) -> Callable[..., Any]:
+    """Stands for what compiles without ``torch.compile``, so that ``compile`` gets every graph."""
+
+    def refuse(*arguments: Any) -> Any:
+        raise NotDirect("a test takes torch.compile's place")
+
+    return refuse
+
+
 real_compile = torch.compile
 
 
@@ -227,6 +238,7 @@ def patch_cuda(monkeypatch: pytest.MonkeyPatch, compile: Callable[..., Any] = fa
     monkeypatch.setattr(stage_copies, "CopyStager", FakeCopyStager)
     monkeypatch.setattr(copy_out, "CopyOut", FakeCopyOut)
     monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(inductor, "directly", refuse_directly)
     monkeypatch.setattr(torch.cuda, "graph", fake_capture)
     _patch_streams(monkeypatch)
     monkeypatch.setattr(Executable, "_uses_cuda_graphs", _would_use_cuda_graphs)

@@ -1,4 +1,4 @@
-"""Sparse calls on a GPU: one torch.compile per model, one CUDA graph per bucket of row counts.
+"""Sparse calls on a GPU: one compilation per model, one CUDA graph per bucket of row counts.
 
 A graph replays fixed work on fixed addresses. So row counts are rounded up to buckets (the plan is padded by repeated
 rows), and what a call reads of its recording is staged by the graph itself: it begins by copying ring rows and small
