@@ -1,8 +1,8 @@
-"""A region of a graph as one call: a function of its own, which torch.compile compiles once for all of its calls.
+"""A region of a graph as one call: a function of its own, which Inductor compiles once for all of its calls.
 
 ``torch.compiler.nested_compile_region`` does the same for Python functions, but traces each call anew. Here a region is
-a graph already, so Dynamo takes a call of it as it is, and AOTAutograd is given torch's own higher-order operation for
-repeated regions, ``invoke_subgraph``, by which Inductor makes one function of it. What is not being compiled just runs.
+a graph already. Whoever traces a call of it is given torch's own higher-order operation for repeated regions,
+``invoke_subgraph``, by which Inductor makes one function of it. What is not being compiled just runs.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, fx, nn
 from torch._guards import TracingContext
-from torch._subclasses.fake_tensor import is_fake
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch._subclasses.fake_tensor import FakeTensor, is_fake
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, track_tensor_tree
 
 _ALIGNMENT = 16
 """Bytes by which Inductor's kernels expect what they read to be aligned."""
@@ -44,6 +44,10 @@ _KNOWN: WeakKeyDictionary[TracingContext, dict[str, list[_Result]]] = WeakKeyDic
 """Results of regions for calls of one form, while one graph is compiled: tracers ask several times for every call."""
 
 
+_TRACED: WeakKeyDictionary[Any, dict[str, str]] = WeakKeyDictionary()
+"""By tracer and form of a call: the graph that was traced for the first such call, an attribute of what is traced."""
+
+
 class Region:
     """A graph of its own, with the calls that it stands for.
 
@@ -65,9 +69,16 @@ class Region:
         # One compilation serves calls of one form. Regions are chosen so that calls agree in it; should sizes or
         # layouts turn out to differ, which a graph does not tell, the call has a compilation of its own.
         name = f"{self.name}_{_form(operands)}"
-        if get_proxy_mode() is not None:
-            return tuple(invoke_subgraph(self._module, name, *operands))
         known = _KNOWN.setdefault(context, {})
+        mode = get_proxy_mode()
+        if mode is not None:
+            again = name in known and all(isinstance(operand, FakeTensor) for operand in operands)
+            if again and name in _TRACED.get(mode.tracer, {}):
+                return _called_again(mode.tracer, name, operands, known[name])
+            results = tuple(invoke_subgraph(self._module, name, *operands))
+            known.setdefault(name, [_Result.of(result) for result in results])
+            _note_traced(mode.tracer, name, results)
+            return results
         if name not in known:
             known[name] = [_Result.of(result) for result in self._module(*operands)]
         return tuple(result.empty() for result in known[name])
@@ -81,6 +92,27 @@ class Region:
         call.__name__ = call.__qualname__ = self.name
         call.region, call.graph = self, self.graph  # type: ignore[attr-defined]
         return call
+
+
+def _note_traced(tracer: Any, name: str, results: Sequence[Tensor]) -> None:
+    """Keep which graph stands for a call of a region, if its results are values of this tracer's own."""
+    result = tracer.unwrap_proxy(results[0])
+    if isinstance(result, fx.Proxy):
+        call = result.node.args[0]
+        assert isinstance(call, fx.Node) and isinstance(call.args[0], fx.Node)
+        _TRACED.setdefault(tracer, {})[name] = str(call.args[0].target)
+
+
+def _called_again(tracer: Any, name: str, operands: Sequence[Tensor], results: Sequence[_Result]) -> tuple[Tensor, ...]:
+    """The results of another call of a traced region: ``invoke_subgraph`` would run it to know their shapes."""
+    from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
+
+    graph = tracer.create_proxy("get_attr", _TRACED[tracer][name], (), {})
+    arguments = (graph, name, *map(tracer.unwrap_proxy, operands))
+    call = tracer.create_proxy("call_function", invoke_subgraph, arguments, {})
+    with disable_proxy_modes_tracing():
+        values = tuple(result.empty() for result in results)
+    return tuple(track_tensor_tree(values, call, constant=None, tracer=tracer))
 
 
 def region_of(node: fx.Node) -> Region | None:
