@@ -128,7 +128,7 @@ def fake_compile(step: Callable[..., Any], **_: Any) -> Callable[..., Any]:
     return run
 
 
-def refuse_directly(graph: Any) -> Callable[..., Any]:
+def refuse_directly(graph: Any, besides: Any = None) -> Callable[..., Any]:
     """Stands for what compiles without ``torch.compile``, so that ``compile`` gets every graph."""
 
     def refuse(*arguments: Any) -> Any:
