@@ -84,11 +84,13 @@ class DirectStep:
             raise NotDirect("an argument is no plain tensor")
         if torch.is_grad_enabled() and any(value.requires_grad for value in values):
             raise NotDirect("gradients are wanted")
+        if not isinstance(self._step.graph.output_node().args[0], (tuple, list)):
+            raise NotDirect("it returns no row of results")
         if self._made:
             self._changing |= _other_sizes(self._made[-1].layouts, values)
         code = _Code(self._layouts(values))
         graph = _with_weights_as_inputs(self._step, self._weights)
-        code.make(graph, values, self._decompositions(), self._choices())
+        code.make(graph, values, self._decompositions(), self._choices(), self._besides)
         found = code.lengths_of(values)
         if found is None:
             raise NotDirect("its own arguments do not fit the code")

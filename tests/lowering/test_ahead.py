@@ -21,12 +21,13 @@ from fisedit_compiler.kernels.gather_taps import gather_taps
 from fisedit_compiler.kernels.providers import Provider, choose
 from fisedit_compiler.kernels.registry import define_op, op_of
 from fisedit_compiler.kernels.traits import OpTraits, no_products
-from fisedit_compiler.lowering import ahead, inductor
+from fisedit_compiler.lowering import ahead, direct, inductor
 from fisedit_compiler.lowering.ahead import kernels_ahead
 from fisedit_compiler.lowering.inductor import compile_step, taken_apart
 from fisedit_compiler.lowering.rehearsal import OpsOnGpu, rehearse
 from tests.lowering.test_repeated import INVOKE, arguments_of
 from tests.support.compiled_zoo import base_run, compiled_model, edit_inputs, make_mask
+from tests.support.graph_stand_in import refuse_directly
 from tests.support.pass_tools import step_call
 from tests.support.triton_stand_in import compile_without_gpu, forgotten
 
@@ -54,7 +55,9 @@ class OnGpu(fx.Interpreter):
         return results
 
 
-def launched_and_rehearsed(call: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[set[Any], set[str]]:
+def launched_and_rehearsed(
+    call: Any, name: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> tuple[set[Any], set[str]]:
     """Forms of launches that were made and not rehearsed, or the other way round; names of kernels that were."""
     from fisedit_compiler.kernels.triton.launching import noting
 
@@ -69,12 +72,16 @@ def launched_and_rehearsed(call: Any, name: str, monkeypatch: pytest.MonkeyPatch
             with noting(made.append):
                 return OnGpu(graph).run(*arguments)
 
-        return make_boxed_func(run)
+        return run
 
     # What is compiled for a GPU, although the tensors are here.
     monkeypatch.setattr(inductor, "choose", lambda providers, _, *operands: choose(providers, "cuda", *operands))
-    backend = aot_autograd(fw_compiler=keep, decompositions=taken_apart())
-    monkeypatch.setattr(inductor, "_inductor", backend)
+    if way == "directly":
+        monkeypatch.setattr(direct, "_compile_traced", lambda *traced: lambda inputs: keep(*traced)(*inputs))
+    else:
+        boxed = aot_autograd(fw_compiler=lambda *traced: make_boxed_func(keep(*traced)), decompositions=taken_apart())
+        monkeypatch.setattr(inductor, "_inductor", boxed)
+        monkeypatch.setattr(inductor, "directly", refuse_directly)
     lowered = call.executable.program.lowered(name)
     compiled = compile_step(call.executable._bind(lowered))
     with torch.no_grad():
@@ -83,6 +90,7 @@ def launched_and_rehearsed(call: Any, name: str, monkeypatch: pytest.MonkeyPatch
     return differing, {launch.kernel.fn.__name__ for launch in rehearsed}
 
 
+@pytest.mark.parametrize("way", ["directly", "torch.compile"])
 @pytest.mark.parametrize(
     ("kind", "norm", "dtype", "expected"),
     [
@@ -102,13 +110,13 @@ def launched_and_rehearsed(call: Any, name: str, monkeypatch: pytest.MonkeyPatch
     ids=["floats", "halves"],
 )
 def test_what_is_rehearsed_is_what_is_launched(
-    kind: str, norm: Any, dtype: torch.dtype, expected: set[str], monkeypatch: pytest.MonkeyPatch
+    kind: str, norm: Any, dtype: torch.dtype, expected: set[str], way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a step with blocks that repeat, traced for any number of rows."""
     mask = make_mask(kind, SIZE, seed=5)
     compiled, base = compiled_model("sd15", norm, dtype=dtype), base_run("sd15", norm, "cached", 2, SIZE, dtype)
     call = step_call(compiled, base, edit_inputs("sd15", 2, SIZE, mask, dtype), mask, padding=True)
-    differing, kernels = launched_and_rehearsed(call, "update", monkeypatch)
+    differing, kernels = launched_and_rehearsed(call, "update", way, monkeypatch)
     assert not differing and kernels == expected
 
 
@@ -151,7 +159,8 @@ def compiled_gather(operands: tuple[Tensor, Tensor]) -> None:
     torch._dynamo.reset()
     with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
         compiled = compile_step(_traced())
-        assert torch.equal(compiled(*operands), gather_taps(operands[0] * 2, operands[1]) + 1)
+        (found,) = compiled(*operands)
+        assert torch.equal(found, gather_taps(operands[0] * 2, operands[1]) + 1)
 
 
 def _traced() -> fx.GraphModule:
@@ -159,7 +168,7 @@ def _traced() -> fx.GraphModule:
     values, taps = graph.placeholder("values"), graph.placeholder("taps")
     doubled = graph.call_function(torch.ops.aten.mul.Tensor, (values, 2))
     gathered = graph.call_function(torch.ops.fisedit.gather_taps.default, (doubled, taps))
-    graph.output(graph.call_function(torch.ops.aten.add.Tensor, (gathered, 1)))
+    graph.output((graph.call_function(torch.ops.aten.add.Tensor, (gathered, 1)),))
     return fx.GraphModule(nn.Module(), graph)
 
 

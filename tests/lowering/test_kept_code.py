@@ -20,7 +20,7 @@ def step() -> fx.GraphModule:
     values, taps = graph.placeholder("values"), graph.placeholder("taps")
     doubled = graph.call_function(torch.ops.aten.mul.Tensor, (values, 2))
     gathered = graph.call_function(torch.ops.fisedit.gather_taps.default, (doubled, taps))
-    graph.output(graph.call_function(torch.ops.aten.add.Tensor, (gathered, 1)))
+    graph.output((graph.call_function(torch.ops.aten.add.Tensor, (gathered, 1)),))
     return fx.GraphModule(nn.Module(), graph)
 
 
@@ -29,7 +29,8 @@ def compiled(operands: tuple[Tensor, Tensor]) -> Counter[str]:
     torch._dynamo.reset()
     counters.clear()
     with torch.no_grad(), torch._inductor.config.patch(fx_graph_cache=True, fx_graph_remote_cache=False):
-        assert torch.equal(compile_step(step())(*operands), gather_taps(operands[0] * 2, operands[1]) + 1)
+        (result,) = compile_step(step())(*operands)
+    assert torch.equal(result, gather_taps(operands[0] * 2, operands[1]) + 1)
     found: Counter[str] = Counter()
     for cache, name in (("inductor", "fxgraph_cache"), ("aot_autograd", "autograd_cache")):
         for outcome in ("hit", "miss", "bypass"):
