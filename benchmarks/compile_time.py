@@ -3,7 +3,8 @@
 Every measurement is a process of its own: the first with empty cache folders (``FISEDIT_CACHE_DIR``, and those of
 Inductor and Triton), the second with what the first one left. Building the model and importing libraries are not
 counted; ``sparsify()`` is, with everything it needs before the first call. On a GPU the first sparse call is counted as
-well, since it compiles the step. Weights are not read, so untrained UNets stand for the published ones.
+well, since it compiles the step. With ``--editor`` it is what a user of ``Editor(pipe)`` waits for: the base run and
+the first edit, text encoder and VAE included. Weights are not read, so untrained UNets stand for the published ones.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if not __package__:  # run as a script: make the repository's root importable
 import torch
 from rich.table import Table
 
-from benchmarks.support.harness import Report, Timing, argument_parser, machine, prepare, versions
+from benchmarks.support.harness import Report, Timing, argument_parser, machine, positive, prepare, versions
 from benchmarks.support.subjects import UNETS, Run, load_unet, random_unet, square_mask
 
 MODELS = ("emoji-scenes", *UNETS)
@@ -55,6 +56,31 @@ def compile_once(model: str, device: torch.device, dtype: torch.dtype) -> dict[s
     }
 
 
+def edit_once(model: str, device: torch.device, dtype: torch.dtype, steps: int) -> dict[str, Any]:
+    """Make a base and an edit of it in this process, as they come. Times are in milliseconds."""
+    from benchmarks.support import pipelines
+    from fisedit_compiler import Editor
+
+    pipe = pipelines.load(model, device, dtype)
+    pipe.set_progress_bar_config(disable=True)
+    side = pipe.unet.config.sample_size
+    mask = square_mask(FRACTION, side, side)
+    start = time.perf_counter()
+    with Editor(pipe) as editor:
+        base = editor.generate("a cat on the left and a rocket on the right", seed=7, num_inference_steps=steps)
+        made = time.perf_counter()
+        editor.edit(base, "a dog on the left and a rocket on the right", mask=mask)
+        end = time.perf_counter()
+        from_cache = all(program.from_cache for program in editor.compiled.programs)
+    return {
+        "ms": (end - start) * 1e3,
+        "base_ms": (made - start) * 1e3,
+        "first_edit_ms": (end - made) * 1e3,
+        "from_cache": from_cache,
+        "parameters": sum(parameter.numel() for parameter in pipe.unet.parameters()),
+    }
+
+
 @torch.no_grad()
 def first_sparse_call(compiled: Any, unet: torch.nn.Module, device: torch.device) -> float:
     """Milliseconds from entering the first edit to its first finished call. Recording is not counted."""
@@ -72,8 +98,10 @@ def first_sparse_call(compiled: Any, unet: torch.nn.Module, device: torch.device
 
 
 def in_new_process(model: str, options: argparse.Namespace, cache: Path) -> dict[str, Any]:
-    """Run :func:`compile_once` in a fresh interpreter with its caches under ``cache``."""
+    """Run :func:`compile_once` or :func:`edit_once` in a fresh interpreter with its caches under ``cache``."""
     command = [sys.executable, str(Path(__file__).resolve()), "--worker", model, "--device", options.device]
+    if options.editor:
+        command += ["--editor", "--steps", str(options.steps)]
     for name in ("dtype", "threads"):
         if getattr(options, name) is not None:
             command += [f"--{name}", str(getattr(options, name))]
@@ -103,8 +131,9 @@ def measure(model: str, options: argparse.Namespace) -> dict[str, Any]:
     row: dict[str, Any] = {"model": model, "parameters": runs["cold"][0]["parameters"]}
     for name, results in runs.items():
         row |= Timing(tuple(result["ms"] for result in results)).as_dict(name)
-        if options.device != "cpu":
-            for part in ("capture", "first_call"):
+        parts = ("base", "first_edit") if options.editor else ("capture", "first_call")
+        if options.editor or options.device != "cpu":
+            for part in parts:
                 timing = Timing(tuple(result[f"{part}_ms"] for result in results))
                 row[f"{name}_{part}_ms"] = round(timing.median_ms, 3)
     return {**row, "ratio": round(row["cold_ms"] / row["warm_ms"], 2), "cache_bytes": size}
@@ -130,6 +159,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argument_parser(str(__doc__).splitlines()[0], repeats=3)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(DEFAULT), help="what to compile")
+    parser.add_argument("--editor", action="store_true", help="a base run and the first edit of Editor(pipe) instead")
+    parser.add_argument("--steps", type=positive, default=50, help="of both; default: 50")
     parser.add_argument("--worker", choices=MODELS, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -139,7 +170,12 @@ def main(arguments: list[str] | None = None) -> Report | None:
     options = parse(arguments)
     device, dtype = prepare(options)
     if options.worker is not None:
-        print(json.dumps(compile_once(options.worker, device, dtype)))
+        found = (
+            edit_once(options.worker, device, dtype, options.steps)
+            if options.editor
+            else compile_once(options.worker, device, dtype)
+        )
+        print(json.dumps(found))
         return None
     facts = machine(device)
     rows = [measure(model, options) for model in options.models]
@@ -147,6 +183,8 @@ def main(arguments: list[str] | None = None) -> Report | None:
         "models": options.models,
         "dtype": str(dtype).removeprefix("torch."),
         "repeats": options.repeats,
+        "editor": options.editor,
+        "steps": options.steps if options.editor else None,
     }
     report = Report("compile_time", settings, facts, versions(), rows)
     report.publish(draw(rows), options.json)

@@ -225,6 +225,12 @@ def test_compile_time_finds_the_cache_warm_in_the_second_process():
     assert row["warm_ms"] < row["cold_ms"]
 
 
+def test_compile_time_of_an_editor_is_that_of_a_base_and_an_edit():
+    found = compile_time.edit_once("emoji-scenes", CPU, torch.float32, steps=2)
+    assert found["ms"] == pytest.approx(found["base_ms"] + found["first_edit_ms"])
+    assert min(found["base_ms"], found["first_edit_ms"]) > 0 and found["parameters"] > 20e6
+
+
 SHOW_HELP = """
 import contextlib, io, runpy, sys
 way = list(sys.path)
