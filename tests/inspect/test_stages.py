@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from fisedit_compiler.errors import ConfigError
 from fisedit_compiler.graph import ir
 from fisedit_compiler.graph.listing import listing
 from fisedit_compiler.inspect.stages import Stages
+from fisedit_compiler.lowering import inductor
 from fisedit_compiler.lowering.inductor import compile_step
 from fisedit_compiler.passes import REWRITES
 from fisedit_compiler.passes.instruments import operations
@@ -42,12 +44,17 @@ def test_they_are_what_was_compiled(stages: Stages) -> None:
 
 
 @pytest.mark.parametrize("name", ["step", "update"])
-def test_what_torch_compile_gets_is_a_stage(name: str, stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_inductor_gets_is_a_stage(name: str, stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
     program, *_ = compiled_model("sd15").programs
     given: list[fx.GraphModule] = []
-    monkeypatch.setattr(torch, "compile", lambda module, **_: given.append(module))
+
+    def directly(graph: fx.GraphModule, _: Any) -> Any:
+        given.append(graph)
+        return lambda: None
+
+    monkeypatch.setattr(inductor, "directly", directly)
     (executable,) = compiled_model("sd15")._programs.executables()
-    compile_step(executable._graph_pool(name).step)
+    compile_step(executable._graph_pool(name).step)()
     executable._drop_pools()
     assert listing(given[0].graph) == stages[f"{name}_repeated"].lines
     assert given[0].graph is program.lowered(name)

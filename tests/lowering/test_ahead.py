@@ -21,15 +21,16 @@ from fisedit_compiler.kernels.gather_taps import gather_taps
 from fisedit_compiler.kernels.providers import Provider, choose
 from fisedit_compiler.kernels.registry import define_op, op_of
 from fisedit_compiler.kernels.traits import OpTraits, no_products
-from fisedit_compiler.lowering import ahead, direct, inductor
-from fisedit_compiler.lowering.ahead import kernels_ahead
+from fisedit_compiler.lowering import inductor
+from fisedit_compiler.lowering.code import ahead, direct
+from fisedit_compiler.lowering.code.ahead import kernels_ahead
+from fisedit_compiler.lowering.code.rehearsal import OpsOnGpu, rehearse
 from fisedit_compiler.lowering.inductor import compile_step, taken_apart
-from fisedit_compiler.lowering.rehearsal import OpsOnGpu, rehearse
+from tests.kernels.triton.stand_in import compile_without_gpu, forgotten
 from tests.lowering.test_repeated import INVOKE, arguments_of
 from tests.support.compiled_zoo import base_run, compiled_model, edit_inputs, make_mask
 from tests.support.graph_stand_in import refuse_directly
 from tests.support.pass_tools import step_call
-from tests.support.triton_stand_in import compile_without_gpu, forgotten
 
 pytest.importorskip("triton")
 

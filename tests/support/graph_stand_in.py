@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fisedit_compiler.kernels.addresses import Runs, is_plain, tensor_at
 from fisedit_compiler.lowering import inductor
-from fisedit_compiler.lowering.direct import NotDirect
+from fisedit_compiler.lowering.code.direct import NotDirect
 from fisedit_compiler.pipelines.running import encoder_graphs
 from fisedit_compiler.pipelines.running.encoder_graphs import EncoderGraphs
 from fisedit_compiler.runtime.execution.executable import Executable

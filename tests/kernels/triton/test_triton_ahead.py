@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from fisedit_compiler.kernels.addresses import runs_of
-from tests.support.triton_stand_in import Compilations, compile_without_gpu, forget, forgotten
+from tests.kernels.triton.stand_in import Compilations, compile_without_gpu, forget, forgotten
 
 pytest.importorskip("triton")
 

@@ -77,7 +77,9 @@ def test_a_run_ahead_changes_no_later_one(made: list[str], pipe: Any) -> None:
         state = torch.get_rng_state()
         editor.prepare()
         assert torch.equal(torch.get_rng_state(), state)
-        assert torch.equal(editor.generate("a cat", seed=3, num_inference_steps=3).latents[-1], expected.latents[-1])
+        # Dense calls are compiled from then on: the same up to rounding.
+        again = editor.generate("a cat", seed=3, num_inference_steps=3)
+        torch.testing.assert_close(again.latents[-1], expected.latents[-1], rtol=1e-3, atol=1e-3)
 
 
 def test_sizes_and_guidance_are_those_of_the_runs_to_come(

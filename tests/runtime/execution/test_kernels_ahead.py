@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from fisedit_compiler.kernels import triton as room
+from tests.kernels.triton.stand_in import forget
 from tests.support.compiled_zoo import make_mask
 from tests.support.graph_pair import SIZE, make_pair
-from tests.support.triton_stand_in import forget
 
 BEFORE = {"_stage_copies_kernel", "_stage_rings_kernel", "_checksum_kernel"}
 """A first run launches them before it compiles the step: to read weights, and what the step reads of a recording."""
