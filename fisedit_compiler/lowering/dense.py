@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fisedit_compiler.graph.specs import has_spec, spec_of
+
 aten = torch.ops.aten
 fisedit = torch.ops.fisedit
 
@@ -79,7 +81,8 @@ def _share_statistics(graph: fx.Graph) -> None:
     for norm in [node for node in graph.nodes if node.target is aten.group_norm.default]:
         x, groups, weight, bias, eps = _arguments_of(norm)
         statistics = recorded.get((x, groups))
-        if statistics is None:
+        # Statistics are recorded in float32, which is less than a norm of float64 computes in.
+        if statistics is None or not has_spec(x) or spec_of(x).dtype is torch.float64:
             continue
         with graph.inserting_before(norm):
             own = graph.call_function(fisedit.group_norm_statistics.default, (x, groups))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from fisedit_compiler import SparsifyConfig, sparsify
+from fisedit_compiler.graph.specs import has_spec, spec_of
 from fisedit_compiler.lowering.dense import dense_form, normalise
 from fisedit_compiler.runtime.execution.executable import Executable
 from tests.support.zoo import ZOO
@@ -71,6 +73,15 @@ def test_no_canvas_is_copied_and_no_norm_reads_its_input_twice(name: str, record
     norms = [node for node in graph.graph.nodes if node.target is aten.group_norm.default]
     assert norms and aten.group_norm.default not in targets
     assert targets.count(normalise) == targets.count(fisedit.group_norm_statistics.default) == len(norms)
+
+
+def test_a_norm_of_float64_stays_one(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, _ = recorded("sd15")
+    for node in graph.graph.nodes:
+        if has_spec(node):
+            monkeypatch.setitem(node.meta, "spec", replace(spec_of(node), dtype=torch.float64))
+    targets = [node.target for node in dense_form(graph).graph.graph.nodes]
+    assert aten.group_norm.default in targets and normalise not in targets
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
