@@ -14,9 +14,9 @@ from typing import Any
 from torch import fx
 
 from fisedit_compiler.inspect.judge import Judge, origin_of
+from fisedit_compiler.lowering.codegen.inductor import compile_step
 from fisedit_compiler.lowering.cut_products import cut_products
 from fisedit_compiler.lowering.errors import first_failing, frontier, prefix_of
-from fisedit_compiler.lowering.inductor import compile_step
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from fisedit_compiler.errors import ConfigError
 from fisedit_compiler.graph import ir
 from fisedit_compiler.graph.listing import listing
 from fisedit_compiler.inspect.stages import Stages
-from fisedit_compiler.lowering import inductor
-from fisedit_compiler.lowering.inductor import compile_step
+from fisedit_compiler.lowering.codegen import inductor
+from fisedit_compiler.lowering.codegen.inductor import compile_step
 from fisedit_compiler.passes import REWRITES
 from fisedit_compiler.passes.instruments import operations
 from tests.support.compiled_zoo import compiled_model

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,16 +21,15 @@ from fisedit_compiler.kernels.gather_taps import gather_taps
 from fisedit_compiler.kernels.providers import Provider, choose
 from fisedit_compiler.kernels.registry import define_op, op_of
 from fisedit_compiler.kernels.traits import OpTraits, no_products
-from fisedit_compiler.lowering import inductor
-from fisedit_compiler.lowering.code import ahead, direct
-from fisedit_compiler.lowering.code.ahead import kernels_ahead
-from fisedit_compiler.lowering.code.rehearsal import OpsOnGpu, rehearse
-from fisedit_compiler.lowering.inductor import compile_step, taken_apart
+from fisedit_compiler.lowering.codegen import ahead, direct, inductor
+from fisedit_compiler.lowering.codegen.ahead import kernels_ahead
+from fisedit_compiler.lowering.codegen.inductor import compile_step, taken_apart
+from fisedit_compiler.lowering.codegen.rehearsal import OpsOnGpu, rehearse
 from tests.kernels.triton.stand_in import compile_without_gpu, forgotten
 from tests.lowering.test_repeated import INVOKE, arguments_of
 from tests.support.compiled_zoo import base_run, compiled_model, edit_inputs, make_mask
 from tests.support.graph_stand_in import refuse_directly
-from tests.support.pass_tools import step_call
+from tests.support.pass_tools import gather_step, step_call
 
 pytest.importorskip("triton")
 
@@ -159,18 +158,9 @@ def compiled_gather(operands: tuple[Tensor, Tensor]) -> None:
     """Compile with Inductor, and compare what runs."""
     torch._dynamo.reset()
     with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
-        compiled = compile_step(_traced())
+        compiled = compile_step(gather_step())
         (found,) = compiled(*operands)
         assert torch.equal(found, gather_taps(operands[0] * 2, operands[1]) + 1)
-
-
-def _traced() -> fx.GraphModule:
-    graph = fx.Graph()
-    values, taps = graph.placeholder("values"), graph.placeholder("taps")
-    doubled = graph.call_function(torch.ops.aten.mul.Tensor, (values, 2))
-    gathered = graph.call_function(torch.ops.fisedit.gather_taps.default, (doubled, taps))
-    graph.output((graph.call_function(torch.ops.aten.add.Tensor, (gathered, 1)),))
-    return fx.GraphModule(nn.Module(), graph)
 
 
 def test_inductor_compiles_while_kernels_are_compiled(
@@ -224,5 +214,5 @@ def test_on_a_cpu_nothing_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead.logger, "debug", lambda *_, **__: pytest.fail("tried"))
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     with kernels_ahead([torch.ones(1), 3]) as hand_over:
-        hand_over(_traced())
+        hand_over(gather_step())
     assert "TRITON_CACHE_DIR" not in os.environ

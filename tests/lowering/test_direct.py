@@ -15,11 +15,10 @@ from torch._inductor.utils import fresh_cache
 from fisedit_compiler.graph.inputs import Sources, graph_inputs, resolve
 from fisedit_compiler.kernels.addresses import address_table
 from fisedit_compiler.kernels.tolerances import assert_close
-from fisedit_compiler.lowering import inductor
-from fisedit_compiler.lowering.code import direct
-from fisedit_compiler.lowering.code.direct import DirectStep, NotDirect
-from fisedit_compiler.lowering.code.lengths import lengths
-from fisedit_compiler.lowering.inductor import compile_dense, compile_step, directly
+from fisedit_compiler.lowering.codegen import direct, inductor
+from fisedit_compiler.lowering.codegen.direct import DirectStep, NotDirect
+from fisedit_compiler.lowering.codegen.inductor import compile_dense, compile_step, directly
+from fisedit_compiler.lowering.codegen.lengths import lengths
 from fisedit_compiler.lowering.regions import region_of
 from tests.lowering.test_repeated import INVOKE, NORMS, call_of, regions_of
 from tests.support.pass_tools import StepCall

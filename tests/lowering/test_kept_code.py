@@ -7,21 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor
 from torch._dynamo.utils import counters
 
 from fisedit_compiler.kernels.gather_taps import gather_taps
-from fisedit_compiler.lowering.code import kept_code
-from fisedit_compiler.lowering.inductor import compile_step
-
-
-def step() -> fx.GraphModule:
-    graph = fx.Graph()
-    values, taps = graph.placeholder("values"), graph.placeholder("taps")
-    doubled = graph.call_function(torch.ops.aten.mul.Tensor, (values, 2))
-    gathered = graph.call_function(torch.ops.fisedit.gather_taps.default, (doubled, taps))
-    graph.output((graph.call_function(torch.ops.aten.add.Tensor, (gathered, 1)),))
-    return fx.GraphModule(nn.Module(), graph)
+from fisedit_compiler.lowering.codegen import kept_code
+from fisedit_compiler.lowering.codegen.inductor import compile_step
+from tests.support.pass_tools import gather_step
 
 
 def compiled(operands: tuple[Tensor, Tensor]) -> Counter[str]:
@@ -29,7 +21,7 @@ def compiled(operands: tuple[Tensor, Tensor]) -> Counter[str]:
     torch._dynamo.reset()
     counters.clear()
     with torch.no_grad(), torch._inductor.config.patch(fx_graph_cache=True, fx_graph_remote_cache=False):
-        (result,) = compile_step(step())(*operands)
+        (result,) = compile_step(gather_step())(*operands)
     assert torch.equal(result, gather_taps(operands[0] * 2, operands[1]) + 1)
     found: Counter[str] = Counter()
     for cache, name in (("inductor", "fxgraph_cache"), ("aot_autograd", "autograd_cache")):

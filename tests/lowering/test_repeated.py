@@ -19,8 +19,9 @@ from fisedit_compiler.graph.inputs import IotaInput, RingRowsInput, Sources, Tab
 from fisedit_compiler.graph.listing import listing
 from fisedit_compiler.kernels.addresses import address_table
 from fisedit_compiler.kernels.tolerances import assert_close
-from fisedit_compiler.lowering import cut_products, inductor
-from fisedit_compiler.lowering.inductor import compile_step
+from fisedit_compiler.lowering import cut_products
+from fisedit_compiler.lowering.codegen import inductor
+from fisedit_compiler.lowering.codegen.inductor import compile_step
 from fisedit_compiler.lowering.open_products import is_product
 from fisedit_compiler.lowering.regions import Region, allow_regions, inlined, region_of, whole
 from fisedit_compiler.lowering.repeated import outline_repeated

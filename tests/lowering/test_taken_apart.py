@@ -10,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fisedit_compiler.kernels.providers import Provider
 from fisedit_compiler.kernels.registry import define_op
 from fisedit_compiler.kernels.traits import OpTraits, no_products
-from fisedit_compiler.lowering.inductor import taken_apart
+from fisedit_compiler.lowering.codegen.inductor import taken_apart
 
 
 def doubled(x: Tensor) -> Tensor:

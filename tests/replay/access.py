@@ -36,7 +36,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "compile_step": (
         "fisedit_compiler.runtime.lowering:compile_step",
         "fisedit_compiler.lowering.lowering:compile_step",
-        "fisedit_compiler.lowering.inductor:compile_step",
+        "fisedit_compiler.lowering.codegen.inductor:compile_step",
         "fisedit_compiler.lowering.step:compile_step",
         "fisedit_compiler.lowering:compile_step",
     ),

@@ -20,8 +20,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fisedit_compiler.kernels.addresses import Runs, is_plain, tensor_at
-from fisedit_compiler.lowering import inductor
-from fisedit_compiler.lowering.code.direct import NotDirect
+from fisedit_compiler.lowering.codegen import inductor
+from fisedit_compiler.lowering.codegen.direct import NotDirect
 from fisedit_compiler.pipelines.running import encoder_graphs
 from fisedit_compiler.pipelines.running.encoder_graphs import EncoderGraphs
 from fisedit_compiler.runtime.execution.executable import Executable

@@ -210,3 +210,13 @@ def zoo_step_call(name: str, mask: Tensor, norm: Any = "recorded", **options: An
     size = (mask.shape[0], mask.shape[1])
     base = base_run(name, norm, "cached", 2, size)
     return step_call(compiled_model(name, norm=norm), base, edit_inputs(name, 2, size, mask), mask, **options)
+
+
+def gather_step() -> fx.GraphModule:
+    """A small step of values and taps, with one operation that stays whole."""
+    graph = fx.Graph()
+    values, taps = graph.placeholder("values"), graph.placeholder("taps")
+    doubled = graph.call_function(torch.ops.aten.mul.Tensor, (values, 2))
+    gathered = graph.call_function(torch.ops.fisedit.gather_taps.default, (doubled, taps))
+    graph.output((graph.call_function(torch.ops.aten.add.Tensor, (gathered, 1)),))
+    return fx.GraphModule(nn.Module(), graph)

@@ -47,8 +47,6 @@ LOOKING_UP = frozenset(
     )
 )
 """Classes of diffusers whose steps use a timestep as an index only, or as an argument of one of ``_COMPUTING``."""
-_BY_NUMBER = frozenset({"DDIMScheduler"})
-"""Those whose step is declared to take a Python number; looking up by a tensor takes the host four times as long."""
 _READING = ("step", "scale_model_input")
 _COMPUTING = ("get_scalings_for_boundary_condition_discrete",)
 """Methods that compute with a timestep: what comes of it depends on where that is done."""
@@ -76,7 +74,6 @@ class _HostTimesteps:
         self._scheduler = scheduler
         self._device: Tensor | None = None
         self._host: Tensor | None = None
-        self._read: Tensor | list[int | float] | None = None
         self._version = 0
         self._exchange("set_timesteps", self._noting)
         for name in _READING:
@@ -94,20 +91,18 @@ class _HostTimesteps:
         def noted(*args: Any, **kwargs: Any) -> Any:
             result = set_timesteps(*args, **kwargs)
             timesteps = self._scheduler.timesteps
-            self._device = self._host = self._read = None
+            self._device = self._host = None
             if isinstance(timesteps, Tensor) and is_away(timesteps) and timesteps.is_contiguous():
                 self._device, self._version = timesteps, version(timesteps)
                 self._host = timesteps.to("cpu", copy=True)  # the one wait of a run
-                by_number = type(self._scheduler).__name__ in _BY_NUMBER
-                self._read = self._host.tolist() if by_number else self._host
             return result
 
         return noted
 
     def _reading(self, method: Callable[..., Any]) -> Callable[..., Any]:
         def read(*args: Any, **kwargs: Any) -> Any:
-            on_host = [self._twin(value, self._device, self._read) for value in args]
-            named = {name: self._twin(value, self._device, self._read) for name, value in kwargs.items()}
+            on_host = [self._twin(value, self._device, self._host) for value in args]
+            named = {name: self._twin(value, self._device, self._host) for name, value in kwargs.items()}
             known = [*on_host, *named.values()]
             if all(twin is value for twin, value in zip(known, (*args, *kwargs.values()), strict=True)):
                 return method(*args, **kwargs)
@@ -133,7 +128,7 @@ class _HostTimesteps:
             if scheduler.timesteps is self._host:
                 scheduler.timesteps = self._device
 
-    def _twin(self, value: Any, here: Tensor | None, there: Tensor | list[int | float] | None) -> Any:
+    def _twin(self, value: Any, here: Tensor | None, there: Tensor | None) -> Any:
         """What is in the place of a timestep on the other side; anything else as it is."""
         if here is None or there is None or not isinstance(value, Tensor) or value.dtype != here.dtype:
             return value

@@ -70,7 +70,8 @@ def _is_as_read(scheduler: Any) -> bool:
 def _watched(scheduler: Any, *, always: bool) -> Any:
     """Refuse the first step that draws numbers which the run's generator does not decide; let none wait for a copy.
 
-    What generators would draw next takes a tenth of a step to read. Unless ``always``, it is read in the first steps.
+    Reading what generators would draw next takes the host nearly as long as a step. Unless ``always``, it is read in
+    the first steps only.
     """
     step: Callable[..., Any] = scheduler.step
     name, copies, steps = type(scheduler).__name__, CopiesBehind(), count()

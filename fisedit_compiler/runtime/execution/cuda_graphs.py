@@ -39,8 +39,8 @@ from fisedit_compiler.graph.inputs import (
     graph_inputs,
 )
 from fisedit_compiler.kernels.addresses import is_plain
+from fisedit_compiler.lowering.codegen.inductor import compile_step
 from fisedit_compiler.lowering.errors import lowering_error
-from fisedit_compiler.lowering.inductor import compile_step
 from fisedit_compiler.recordings.stores import SlotStore
 from fisedit_compiler.recordings.stores.addresses import SlotAddresses, SlotLayout
 from fisedit_compiler.runtime.execution.graph_capture import capture_into

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, fx
 
 from fisedit_compiler.compiling import one_at_a_time
+from fisedit_compiler.lowering.codegen.inductor import compile_dense
 from fisedit_compiler.lowering.dense import DenseForm, dense_form
-from fisedit_compiler.lowering.inductor import compile_dense
 from fisedit_compiler.runtime.execution.graph_capture import capture_into
 from fisedit_compiler.runtime.execution.in_order import InOrder
 from fisedit_compiler.runtime.execution.owned_outputs import OwnedOutputs

@@ -5,7 +5,7 @@ AOTAutograd traces everything twice, to part what is written from what is return
 writes nothing, and knows which lengths are equal (``lengths.py``). So it is traced once, with a symbol for each number.
 With fewer symbols Inductor is twice as fast, too. It makes the same code in the end.
 
-What does not fit is refused by :class:`NotDirect`; ``../inductor.py`` hands it to torch.compile.
+What does not fit is refused by :class:`NotDirect`; ``inductor.py`` hands it to torch.compile.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from fisedit_compiler.errors import FiseditError
-from fisedit_compiler.lowering.code.ahead import kernels_ahead
-from fisedit_compiler.lowering.code.kept_code import by_digest
-from fisedit_compiler.lowering.code.lengths import lengths
+from fisedit_compiler.lowering.codegen.ahead import kernels_ahead
+from fisedit_compiler.lowering.codegen.kept_code import by_digest
+from fisedit_compiler.lowering.codegen.lengths import lengths
 
 ALIGNMENT = 16
 """Elements, at least as many as the bytes that Inductor's kernels expect addresses to be a multiple of."""

@@ -1,11 +1,11 @@
 """How a lowered step (``lowered.py``) becomes GPU code: Inductor, which takes the ``fisedit::`` ops apart that it can
-fuse. It is given the graph as it is (``code/direct.py``), or where that is refused by torch.compile.
+fuse. It is given the graph as it is (``direct.py``), or where that is refused by torch.compile.
 
 Which ones is among their traits (``OpTraits.inline``); where a provider takes the operands, an op stays whole after
 all. Normalisation, gathers and scatters are pointwise or copies to it. A convolution is taken apart into a fused kernel
 that writes everything it reads side by side, and an op that chooses by its table between taps and patches when it runs:
 so one compilation serves every block size. Attention stays whole. The kernels of what stays whole are compiled
-meanwhile (``code/ahead.py``).
+meanwhile (``ahead.py``).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import Tensor, fx
 from fisedit_compiler.kernels.providers import choose
 from fisedit_compiler.kernels.registry import Op, op_of
 from fisedit_compiler.kernels.traits import inlined
-from fisedit_compiler.lowering.code.ahead import kernels_ahead
-from fisedit_compiler.lowering.code.direct import DirectStep
-from fisedit_compiler.lowering.code.kept_code import by_digest, by_name
+from fisedit_compiler.lowering.codegen.ahead import kernels_ahead
+from fisedit_compiler.lowering.codegen.direct import DirectStep
+from fisedit_compiler.lowering.codegen.kept_code import by_digest, by_name
 from fisedit_compiler.lowering.regions import allow_regions, whole
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def compile_dense(recording: fx.GraphModule) -> Callable[..., Any]:
 
 
 def directly(graph: fx.GraphModule, besides: Callable[[], None] | None = None) -> Callable[..., Any]:
-    """A graph compiled without Dynamo and AOTAutograd, see ``code/direct.py``."""
+    """A graph compiled without Dynamo and AOTAutograd, see ``direct.py``."""
     return DirectStep(graph, _decompositions, _choices, besides)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fisedit_compiler.lowering.code.rehearsal import rehearse
+from fisedit_compiler.lowering.codegen.rehearsal import rehearse
 
 logger = logging.getLogger(__name__)
 
