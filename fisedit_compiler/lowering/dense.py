@@ -3,15 +3,17 @@
 Interpreted, a slot is memory of its own, which costs a copy of every canvas and another reading of every norm's input.
 Compiled, results are copied out of the graph's memory anyway. So here
 
-Before: ``group_norm(x), group_norm_statistics(x)`` and ``flatten(clone(permute(x)))``
-After:  ``normalise(x, s := group_norm_statistics(x)), s`` and ``permute(x)``, which a convolution reads in that order
+Before: ``group_norm(x), group_norm_statistics(x)``, ``flatten(clone(permute(x)))`` and ``conv2d(x, weight)``
+After:  ``normalise(x, s := group_norm_statistics(x)), s``, ``permute(x)``, which a convolution reads in that order, and
+        ``conv2d(x, packed)``: convolutions compute in ``channels_last``, and the sparse step has the weight in that
+        order already; of any other it would be brought there at every call
 
 and :meth:`DenseForm.finish` brings the results into the form of the interpreted ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from fisedit_compiler.graph.specs import has_spec, spec_of
+from fisedit_compiler.passes.programs.hoist import Bundle
 
 aten = torch.ops.aten
 fisedit = torch.ops.fisedit
@@ -31,10 +34,12 @@ class DenseForm:
     Attributes:
         graph: the graph.
         flattened: by the position of a result, the axes (first and last) that are still to be flattened.
+        packed: paths of weights that the graph gets packed, behind its other arguments.
     """
 
     graph: fx.GraphModule
     flattened: dict[int, tuple[int, int]]
+    packed: tuple[str, ...] = ()
 
     def finish(self, results: Sequence[Any]) -> list[Any]:
         """The first results, copied out, in the form of the interpreted ones: contiguous where those are."""
@@ -45,15 +50,30 @@ class DenseForm:
         return finished
 
 
-def dense_form(recording: fx.GraphModule) -> DenseForm:
-    """The form of a recording graph that is compiled; the graph itself stays as it is."""
+def packed_weights(bundles: Iterable[Bundle]) -> dict[str, str]:
+    """The names of hoisted values that are packed weights of convolutions, by the path of the weight."""
+    found = {}
+    for bundle in bundles:
+        given: Any = bundle.graph.output_node().args[0]
+        for name, value in zip(bundle.values, given, strict=True):
+            if value.target is fisedit.pack_conv_weight.default and value.args[0].op == "get_attr":
+                found[str(value.args[0].target)] = name
+    return found
+
+
+def dense_form(recording: fx.GraphModule, packed: Collection[str] = ()) -> DenseForm:
+    """The form of a recording graph that is compiled; the graph itself stays as it is.
+
+    ``packed`` are paths of weights that there are in the order of ``pack_conv_weight``, too.
+    """
     graph = fx.Graph()
     graph.output(graph.graph_copy(recording.graph, {}))
     _share_statistics(graph)
     flattened = _return_views(graph)
+    paths = _read_packed(graph, packed)
     graph.eliminate_dead_code()
     graph.lint()
-    return DenseForm(fx.GraphModule(recording, graph), flattened)
+    return DenseForm(fx.GraphModule(recording, graph), flattened, paths)
 
 
 def normalise(
@@ -114,6 +134,27 @@ def _return_views(graph: fx.Graph) -> dict[int, tuple[int, int]]:
             flattened[position] = (axes[0] if axes else 0, axes[1] if len(axes) > 1 else -1)
     output.args = (tuple(results),)
     return flattened
+
+
+def _read_packed(graph: fx.Graph, packed: Collection[str]) -> tuple[str, ...]:
+    """Let convolutions read packed weights as new inputs, in the order of the paths that are returned."""
+    convolutions: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.find_nodes(op="call_function", target=aten.conv2d.default):
+        weight: Any = node.args[1]
+        if weight.op == "get_attr" and str(weight.target) in packed:
+            convolutions.setdefault(weight, []).append(node)
+    last = graph.find_nodes(op="placeholder")[-1]
+    for number, (weight, nodes) in enumerate(convolutions.items()):
+        out_channels, channels, height, width = map(int, spec_of(weight).shape)
+        with graph.inserting_after(last):
+            last = graph.placeholder(f"packed_{number}")
+        with graph.inserting_after(weight):
+            apart = graph.call_function(aten.view.default, (last, [out_channels, height, width, channels]))
+        with graph.inserting_after(apart):
+            there = graph.call_function(aten.permute.default, (apart, [0, 3, 1, 2]))
+        for node in nodes:
+            node.replace_input_with(weight, there)
+    return tuple(str(weight.target) for weight in convolutions)
 
 
 def _is_contiguous_clone(value: Any) -> bool:

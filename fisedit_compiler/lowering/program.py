@@ -30,6 +30,7 @@ from fisedit_compiler.graph import ir
 from fisedit_compiler.graph.inputs import TableInput, graph_inputs, key_of
 from fisedit_compiler.graph.signatures import CallSignature
 from fisedit_compiler.graph.specs import spec_of
+from fisedit_compiler.lowering.dense import packed_weights
 from fisedit_compiler.lowering.lowered import Lowerable, lowered_graph
 from fisedit_compiler.passes import rewrite
 from fisedit_compiler.passes.base import Program
@@ -108,6 +109,11 @@ class CompiledProgram:
     def spatial(self) -> tuple[str, ...]:
         """Placeholder names of the spatial inputs, the one that sets height and width first."""
         return self.signature.spatial_names
+
+    @cached_property
+    def packed_weights(self) -> dict[str, str]:
+        """See :func:`~.dense.packed_weights`."""
+        return packed_weights(self.bundles)
 
     def lowered(self, name: Lowerable) -> fx.Graph:
         """What Inductor gets of a graph of the program; made on first use, which ``reports`` then tell."""

@@ -241,7 +241,7 @@ def patch_cuda(monkeypatch: pytest.MonkeyPatch, compile: Callable[..., Any] = fa
     monkeypatch.setattr(inductor, "directly", refuse_directly)
     monkeypatch.setattr(torch.cuda, "graph", fake_capture)
     _patch_streams(monkeypatch)
-    monkeypatch.setattr(Executable, "_uses_cuda_graphs", _would_use_cuda_graphs)
+    monkeypatch.setattr(Executable, "is_lowered", _would_use_cuda_graphs)
 
 
 def _would_use_cuda_graphs(executable: Executable, tensors: Mapping[str, Tensor]) -> bool:

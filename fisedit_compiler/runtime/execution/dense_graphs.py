@@ -2,7 +2,8 @@
 
 A base run, a call above the break-even and a call that looks for a mask compute the same graph; they differ in what
 they keep of it. So one compilation serves them all: the graph writes its results, slots included, to memory of its own,
-and a call copies out what it wants.
+and a call copies out what it wants. Convolutions read the packed weights of sparse steps, which lie in the order that
+they compute in.
 
 Sizes are fixed, since Inductor takes minutes for a dense graph with symbolic ones. A compilation takes a minute, and a
 call saves some 20 ms: it pays where a size comes again. So a run says that it begins (:meth:`DenseGraphs.expect`), and
@@ -12,8 +13,9 @@ the second one of a size compiles. Until then, and where that fails, calls are i
 from __future__ import annotations
 
 import logging
+import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,16 +41,40 @@ KEPT = 2
 _NOTICE = "Dense calls of %s are interpreted from now on, which is slower and gives the same results: %s"
 
 Sizes = tuple[tuple[torch.Size, torch.dtype], ...]
+Packed = Mapping[str, Tensor]
+"""Packed weights by the path of the weight; tensors that nobody writes to."""
 
 
 @dataclass(frozen=True)
 class _Captured:
     graph: torch.cuda.CUDAGraph
     inputs: list[Tensor]
+    weights: _PackedWeights
     outputs: list[Any]
     owned: OwnedOutputs
     form: DenseForm
+    contiguous: set[int] = field(default_factory=set)
     distances: list[float] = field(default_factory=list)
+
+
+class _PackedWeights:
+    """Packed weights where a graph reads them: those that there were when it was captured.
+
+    Others, of weights that were written to, are copied there. They are kept alive by whoever packed them alone.
+    """
+
+    def __init__(self, paths: Sequence[str], packed: Packed) -> None:
+        self.read = [packed[path] for path in paths]
+        self._paths = paths
+        self._followed = [weakref.ref(value) for value in self.read]
+
+    def follow(self, packed: Packed) -> None:
+        """Let the graph compute with these from now on."""
+        for number, path in enumerate(self._paths):
+            value = packed[path]
+            if self._followed[number]() is not value:
+                self.read[number].copy_(value)
+                self._followed[number] = weakref.ref(value)
 
 
 class DenseGraphs:
@@ -91,7 +117,11 @@ class DenseGraphs:
         return all(now <= CLOSE * then for now, then in zip(found, known.distances, strict=False))
 
     def run(
-        self, recording: Callable[[], fx.GraphModule], arguments: Sequence[Tensor], wanted: int
+        self,
+        recording: Callable[[], fx.GraphModule],
+        arguments: Sequence[Tensor],
+        wanted: int,
+        packed: Callable[[], Packed] = dict,
     ) -> list[Any] | None:
         """The first ``wanted`` results of a call, in tensors of the caller's own; ``None`` if it is to be interpreted.
 
@@ -102,12 +132,15 @@ class DenseGraphs:
             recording: gives the graph, bound to its weights.
             arguments: of the call, in the graph's order.
             wanted: how many results, the model's outputs first.
+            packed: gives the packed weights of the moment.
         """
         sizes = _sizes(arguments)
-        captured = self._captured.get(sizes) or self._first(sizes, recording, arguments)
+        captured = self._captured.get(sizes) or self._first(sizes, recording, arguments, packed)
         if captured is None:
             return None
+        weights = packed()
         with self._in_order.on(device_of(arguments)):
+            captured.weights.follow(weights)
             return _replayed(captured, arguments, wanted)
 
     def drop(self) -> None:
@@ -117,16 +150,23 @@ class DenseGraphs:
 
     @one_at_a_time
     def _first(
-        self, sizes: Sizes, recording: Callable[[], fx.GraphModule], arguments: Sequence[Tensor]
+        self,
+        sizes: Sizes,
+        recording: Callable[[], fx.GraphModule],
+        arguments: Sequence[Tensor],
+        packed: Callable[[], Packed],
     ) -> _Captured | None:
         if self.refused is not None or sizes in self._captured:
             return self._captured.get(sizes)
         try:
+            weights = packed()
             with self._in_order.on(device_of(arguments)):
                 graph = recording()
-                captured = self._capture(graph, arguments)
+                captured = self._capture(graph, arguments, weights)
+                interpreted = graph(*arguments)
                 results = _replayed(captured, arguments, len(captured.outputs))
-                captured.distances.extend(_compare(graph(*arguments), results))
+                captured.distances.extend(_compare(interpreted, results))
+                captured.contiguous.update(_lie_otherwise(interpreted, results))
         except Exception as error:
             self.refused = f"{type(error).__name__}: {error}".splitlines()[0]
             self.drop()
@@ -139,17 +179,18 @@ class DenseGraphs:
         logger.warning(_NOTICE, self.name, self.refused)
         return None
 
-    def _capture(self, graph: fx.GraphModule, arguments: Sequence[Tensor]) -> _Captured:
+    def _capture(self, graph: fx.GraphModule, arguments: Sequence[Tensor], packed: Packed) -> _Captured:
         # Other values than the call's: what a capture took for a constant shows when the two are compared.
         inputs = [torch.zeros_like(value, device=device_of(arguments)) for value in arguments]
         # A copy of its own: Dynamo keeps what it compiled by a graph's code, and of one code only so many sizes.
-        form = dense_form(graph)
+        form = dense_form(graph, packed)
         compiled = compile_dense(form.graph)
-        captured = _Captured(torch.cuda.CUDAGraph(), inputs, [], OwnedOutputs({}), form)
+        weights = _PackedWeights(form.packed, packed)
+        captured = _Captured(torch.cuda.CUDAGraph(), inputs, weights, [], OwnedOutputs({}), form)
         memory = next((other.graph.pool() for other in self._captured.values()), None)
 
         def body() -> list[Any]:
-            return list(compiled(*inputs))
+            return list(compiled(*inputs, *weights.read))
 
         captured.outputs.extend(capture_into(captured.graph, body, memory, "dense calls"))
         return captured
@@ -173,7 +214,8 @@ def _replayed(captured: _Captured, arguments: Sequence[Tensor], wanted: int) -> 
     tensors = [value for value in captured.outputs if isinstance(value, Tensor)]
     read = sum(isinstance(value, Tensor) for value in results)
     owned = iter(captured.owned.of(tensors, {}, frozenset(range(read, len(tensors)))))
-    return captured.form.finish([next(owned) if isinstance(value, Tensor) else value for value in results])
+    finished = captured.form.finish([next(owned) if isinstance(value, Tensor) else value for value in results])
+    return [value.contiguous() if position in captured.contiguous else value for position, value in enumerate(finished)]
 
 
 def _compare(interpreted: Sequence[Any], compiled: Sequence[Any]) -> list[float]:
@@ -193,6 +235,13 @@ def _compare(interpreted: Sequence[Any], compiled: Sequence[Any]) -> list[float]
         if not distance <= limit and bool(torch.isfinite(_norm(right))):
             raise ValueError(f"result {number} differs by {distance:.2g} of its norm, more than {limit:.2g}")
     return found
+
+
+def _lie_otherwise(interpreted: Sequence[Any], compiled: Sequence[Any]) -> list[int]:
+    """The results that are contiguous in one graph and not in the other, as pictures whose channels come last."""
+    pairs = enumerate(zip(interpreted, compiled, strict=True))
+    tensors = [(number, right, value) for number, (right, value) in pairs if isinstance(right, Tensor)]
+    return [number for number, right, value in tensors if right.is_contiguous() and not value.is_contiguous()]
 
 
 def distances(interpreted: Sequence[Any], compiled: Sequence[Any]) -> list[float]:

@@ -17,7 +17,6 @@ from operator import attrgetter
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
@@ -43,6 +42,7 @@ from fisedit_compiler.runtime.samples.recorded_samples import are_first, are_ind
 from fisedit_compiler.runtime.samples.sample_axes import BatchAxes, batch_axes
 from fisedit_compiler.tensors.contents import Later
 from fisedit_compiler.tensors.late import LateMapping
+from fisedit_compiler.tensors.own import own
 
 PER_CALL = frozenset({"timestep"})
 """Inputs that change from call to call."""
@@ -160,7 +160,7 @@ class Executable:
         """
         if compiled and not maps:
             count = len(self.program.outputs) + len(self.slot_names)
-            flat = self.dense.run(lambda: self._graph("recording"), self._arguments(tensors), count)
+            flat = self._compiled(tensors, count)
             if flat is not None:
                 return self._divide(flat, self.slot_names)
         return self.interpret(tensors, maps=maps)
@@ -172,7 +172,14 @@ class Executable:
 
     def outputs(self, tensors: Mapping[str, Tensor]) -> list[Any] | None:
         """The flat outputs of a dense call as compiled code; ``None`` where that fails, for the module itself."""
-        return self.dense.run(lambda: self._graph("recording"), self._arguments(tensors), len(self.program.outputs))
+        return self._compiled(tensors, len(self.program.outputs))
+
+    def _compiled(self, tensors: Mapping[str, Tensor], count: int) -> list[Any] | None:
+        def packed() -> dict[str, Tensor]:
+            hoisted = self._hoisted(self.hoisted, tensors, {}, None, weights_only=True)
+            return {path: hoisted[name] for path, name in self.program.packed_weights.items()}
+
+        return self.dense.run(lambda: self._graph("recording"), self._arguments(tensors), count, packed)
 
     def expect_dense(self, tensors: Mapping[str, Tensor]) -> bool:
         """A run of dense calls with such tensors begins; says whether they are to be compiled ones.
@@ -216,7 +223,7 @@ class Executable:
             names = (*names, *self.map_names)
         outputs, stored = self._divide(flat, names)
         borrowed = [*arguments, *(value for value in outputs if isinstance(value, Tensor))]
-        return outputs, {name: _own(value, borrowed) for name, value in stored.items()}
+        return outputs, {name: own(value, borrowed) for name, value in stored.items()}
 
     def step(
         self,
@@ -285,21 +292,28 @@ class Executable:
             return owned[: len(self.program.outputs)], LateMapping(owned, chosen.places)
         flat, _ = self._run(chosen.name, Sources(tensors, slots, hoisted, plan, held=rows))
         if keeping is not None:
-            flat, kept = flat[:-count], [_own(value, flat[:-count]) for value in flat[-count:]]
+            flat, kept = flat[:-count], [own(value, flat[:-count]) for value in flat[-count:]]
             keeping.keep(kept, self.program, plan, tensors[self.program.spatial[0]])
         outputs, stored = self._divide(flat, chosen.updates)
         if any(output.slot is None for output in self.program.outputs):
             # An output without sites may be a hoisted value itself, or a view of one.
             kept = [*hoisted.values(), *slots.values()]
-            outputs = [_own(value, kept) if isinstance(value, Tensor) else value for value in outputs]
+            outputs = [own(value, kept) if isinstance(value, Tensor) else value for value in outputs]
         # The caller gets the outputs and may write to them; what is recorded must not follow.
-        return outputs, {name: _own(value, outputs) for name, value in stored.items()}
+        return outputs, {name: own(value, outputs) for name, value in stored.items()}
 
     def _hoisted(
-        self, cache: HoistCache, tensors: Mapping[str, Tensor], scalars: Mapping[str, float], later: Later | None
+        self,
+        cache: HoistCache,
+        tensors: Mapping[str, Tensor],
+        scalars: Mapping[str, float],
+        later: Later | None,
+        weights_only: bool = False,
     ) -> Hoisted:
         # Asked before the modules are: they may be those of weights that another run finds exchanged meanwhile.
         generation, bundles = cache.generation, self._bundle_modules()
+        if weights_only:
+            bundles = [pair for pair in bundles if not pair[0].dependences]
         sample = tensors[self.program.spatial[0]]
         with self.in_order.on(sample.device):
             hoisted = cache.evaluate(bundles, tensors, sample.shape[0], scalars, later, generation)
@@ -308,9 +322,6 @@ class Executable:
 
     def is_lowered(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether a call with these tensors runs as Inductor and CUDA graphs make it, not interpreted."""
-        return self._uses_cuda_graphs(tensors)
-
-    def _uses_cuda_graphs(self, tensors: Mapping[str, Tensor]) -> bool:
         return self.backend.on(tensors[self.program.spatial[0]].device) == "inductor"
 
     def interpreted_step(self) -> fx.GraphModule:
@@ -387,12 +398,3 @@ class Executable:
             return int(tokens)
         spec = next(spec for spec in self.program.signature.tensors if "t" in spec.axes)
         return int(tensors[spec.identifier()].shape[spec.axes.index("t")])
-
-
-def _own(value: Tensor, borrowed: Sequence[Tensor]) -> Tensor:
-    """A tensor with a storage of exactly its size that nobody else writes to."""
-    storage = value.untyped_storage()
-    shared = any(storage.data_ptr() == other.untyped_storage().data_ptr() for other in borrowed)
-    if shared or storage.nbytes() != value.nbytes:
-        return value.clone(memory_format=torch.contiguous_format)
-    return value

@@ -77,8 +77,10 @@ def test_the_second_run_of_a_size_is_compiled_and_all_its_calls_are_alike(compil
         assert_close(now, then, torch.float32)
         assert not torch.equal(now, then), "every call is the compiled one, also the one that was compared"
         assert call.slots.keys() == before.slots.keys()
+        assert now.stride() == then.stride()
         for name in call.slots:
             assert_close(call.slots[name], before.slots[name], torch.float32)
+            assert call.slots[name].stride() == before.slots[name].stride()
     record(module, (24, 16))
     assert len(compiler.dense) == 1
     record(module, (24, 16))
@@ -177,12 +179,50 @@ def test_weights_that_were_exchanged_are_followed(compiler: Compiler) -> None:
     with torch.no_grad():
         weights.mul_(2.0)
     _, written = record(module)
+    assert_close(written[0], output(module.original(**inputs(0))), torch.float32)
     for name, parameter in list(module.original.named_parameters()):
         owner = module.original.get_submodule(name.rpartition(".")[0])
         setattr(owner, name.rpartition(".")[2], torch.nn.Parameter(3 * parameter.detach()))
     _, exchanged = record(module)
     assert not torch.equal(written[0], exchanged[0]) and len(compiler.dense) == 1
     assert_close(exchanged[0], output(module.original(**inputs(0))), torch.float32)
+
+
+@pytest.mark.parametrize("write", [lambda weight: weight.mul_(-2), lambda weight: weight.data.mul_(-2)])
+def test_code_of_packed_weights_follows_what_is_written_to_them(
+    write: Callable[[Tensor], Any], compiler: Compiler
+) -> None:
+    module = made()
+    record(module)
+    record(module)
+    (executable,) = module._programs.executables()
+    ((_, captured),) = executable.dense._captured.items()
+    assert captured.form.packed and len(captured.weights.read) == len(captured.form.packed)
+    first = [output(module.original(**inputs(seed))) for seed in range(CALLS)]
+    for _ in range(2):  # and back
+        with torch.no_grad():
+            for name, weight in module.original.named_parameters():
+                if name in captured.form.packed:
+                    write(weight)
+        _, outputs = record(module)
+        for seed, now in enumerate(outputs):
+            assert_close(now, output(module.original(**inputs(seed))), torch.float32)
+        assert not torch.equal(outputs[0], first[0])
+    assert len(compiler.dense) == 1
+
+
+def test_weights_are_packed_once_for_sparse_and_dense_calls(compiler: Compiler) -> None:
+    module = made()
+    recording, _ = record(module)
+    edit(module, recording, MASK, [inputs(seed + 5) for seed in range(CALLS)])
+    record(module)
+    (executable,) = module._programs.executables()
+    assert executable.hoisted.computed["weights"] == 1
+    ((_, captured),) = executable.dense._captured.items()
+    hoisted = executable._hoisted(executable.hoisted, inputs(), {}, None, weights_only=True)
+    names = executable.program.packed_weights
+    for path, value in zip(captured.form.packed, captured.weights.read, strict=True):
+        assert value is hoisted[names[path]]
 
 
 # -- what if not ------------------------------------------------------------------------------------------
