@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from fisedit_compiler.errors import FiseditError
 from fisedit_compiler.lowering.codegen.ahead import kernels_ahead
 from fisedit_compiler.lowering.codegen.kept_code import by_digest
+from fisedit_compiler.lowering.codegen.known_graphs import KnownGraph
 from fisedit_compiler.lowering.codegen.lengths import lengths
 
 ALIGNMENT = 16
@@ -228,16 +229,27 @@ class _Code:
         def run(*inputs: Any) -> Any:
             return tuple(graph(*inputs[len(symbols) :]))
 
-        # Whoever calls torch.compile in another thread holds the lock meanwhile.
-        with compile_lock, tracing(TracingContext(mode)), V.set_fake_mode(mode), enable_python_dispatcher():
+        def made() -> Any:
             with mode:
                 traced = make_fx(run, decomposition_table=dict(decompositions))(*inputs)
             _check(traced)
             traced.graph.eliminate_dead_code()
             traced.recompile()
-            with kernels_ahead(values, besides) as hand_over, by_digest(), V.set_choices_handler(choices):
+            with kernels_ahead(values, besides) as hand_over, V.set_choices_handler(choices):
                 hand_over(traced)
-                self._compiled = _compile_traced(traced, inputs)
+                return _compile_traced(traced, inputs)
+
+        # Whoever calls torch.compile in another thread holds the lock meanwhile.
+        with (
+            compile_lock,
+            tracing(TracingContext(mode)),
+            V.set_fake_mode(mode),
+            enable_python_dispatcher(),
+            by_digest(),
+        ):
+            known = KnownGraph(graph, self.layouts)
+            self._compiled = known.load(inputs) or made()
+            known.keep(self._compiled)
         self._symbols = [symbol.node.expr for symbol in symbols.values()]
         self._conditions = [guard.expr for guard in environment.guards]
         if any(environment.replace(symbol).is_number for symbol in self._symbols):

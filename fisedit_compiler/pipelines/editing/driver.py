@@ -20,6 +20,7 @@ from fisedit_compiler.pipelines.callbacks import StepCallback, Tensors
 from fisedit_compiler.pipelines.editing import refusals
 from fisedit_compiler.pipelines.editing.runs import RunSettings
 from fisedit_compiler.pipelines.inversion.corrections import Corrections
+from fisedit_compiler.pipelines.running.devices import device_looked_up
 from fisedit_compiler.pipelines.running.pixels import gives_tensors, pictures
 from fisedit_compiler.pipelines.running.run_scheduler import scheduler_of_a_run
 from fisedit_compiler.pipelines.running.texts import Texts
@@ -173,7 +174,12 @@ class Driver:
         corrections: Corrections | None = settings.corrections
         tensors = gives_tensors(self.pipe, settings.options)
         counted = _Counted(callback if corrections is None else corrections.before(callback))
-        with self._progress_bar(description), shown(self.shows_progress), self.texts.encoded_once(self.pipe):
+        with (
+            self._progress_bar(description),
+            shown(self.shows_progress),
+            self.texts.encoded_once(self.pipe),
+            device_looked_up(self.pipe),
+        ):
             try:
                 output = self.pipe(
                     prompt=prompt,
