@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import functools
 import os
 import sys
@@ -26,6 +27,7 @@ from fisedit_compiler.capture.keys.code import (
     package_version,
 )
 from fisedit_compiler.capture.keys.reader import PLAIN, Reader
+from fisedit_compiler.capture.keys.values import write_attributes
 
 # Of a class's own members, those that no forward reads.
 _CLASS_SILENT = frozenset({"_abc_impl", "__init_subclass__", "__repr__", "__str__", "__reduce__"})
@@ -37,9 +39,12 @@ _DESCRIPTORS = (types.MemberDescriptorType, types.GetSetDescriptorType, types.Wr
 
 def write_partial(reader: Reader, value: functools.partial[Any] | functools.partialmethod[Any]) -> None:
     reader.say("partial")
+    for name in ("func", "args", "keywords"):
+        reader.watch.attribute(value, name, reader.place)
     reader.visit(value.func, ".func")
     reader.visit(value.args, ".args")
     reader.visit(value.keywords, ".keywords")
+    write_attributes(reader, value)
 
 
 def write_method(reader: Reader, value: types.MethodType) -> None:
@@ -78,7 +83,7 @@ def write_function(reader: Reader, value: types.FunctionType) -> None:
     installed = is_installed(module)
     reader.say(f"function {module} {value.__module__}.{value.__qualname__}")
     reader.say(_package(reader, module) if installed else code_digest(value.__code__))
-    for name in ("__code__", "__defaults__", "__kwdefaults__"):
+    for name in ("__code__", "__defaults__", "__kwdefaults__", "__dict__"):
         reader.watch.attribute(value, name, reader.place)
     reader.visit(value.__defaults__, ".__defaults__")
     reader.visit(value.__kwdefaults__, ".__kwdefaults__")
@@ -116,6 +121,8 @@ def _write_names(reader: Reader, value: types.FunctionType) -> None:
                 _write_all_of(reader, read)
     for name in missing_globals(value):
         reader.item(value.__globals__, name, place)
+        if name in vars(builtins) and reader.item(vars(builtins), name, "builtins"):
+            reader.visit(vars(builtins)[name])
     if "globals" in computed and (own := sys.modules.get(place)) and vars(own) is value.__globals__:
         _write_all_of(reader, own)
     for name, imported in imported_by(value).items():
@@ -185,6 +192,7 @@ def _package(reader: Reader, module: str) -> str:
 
 def write_class(reader: Reader, value: type) -> None:
     reader.say(f"class {value.__module__}.{value.__qualname__}")
+    reader.watch.attribute(value, "__bases__", reader.place)
     if not is_installed(type(value).__module__):
         reader.visit(type(value), f" of the class of {value.__qualname__}")
     for base in value.__mro__:

@@ -135,7 +135,7 @@ def _write_part(reader: Reader, path: str, part: nn.Module) -> None:
         attributes: Mapping[str, Any] = {"_modules": vars(part)["_modules"]}  # the rest says what was compiled
     else:
         attributes = reader.attributes(vars(part))
-    reader.watch.class_of(part)
+    reader.watch.form_of(part)
     reader.visit(type(part), f" of {type(part).__qualname__}")
     for name in sorted(attributes):
         value = attributes[name]

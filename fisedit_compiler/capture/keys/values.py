@@ -44,6 +44,7 @@ def write_attributes_of_tensor(reader: Reader, tensor: Tensor, step: str = "") -
     if not held:
         reader.watch.empty(held)
         return
+    reader.watch.form_of(tensor)
     read = reader.attributes(held)
     for name in sorted(read):
         if not name.startswith(("_dynamo", "_is_hf")):
@@ -70,6 +71,7 @@ def write_constant(reader: Reader, value: Tensor) -> None:
 def write_array(reader: Reader, value: np.ndarray) -> None:
     reader.say(f"array {value.shape} {value.dtype}")
     if value.dtype.hasobject:
+        reader.watch.part(value, lambda live: dict(enumerate(live.ravel().tolist())))
         reader.visit(value.tolist())
     elif reader.reads_contents():
         reader.say(str(checksum(value)))
@@ -95,6 +97,7 @@ def write_mapping(reader: Reader, value: Mapping[Any, Any]) -> None:
         reader.visit(key)
         reader.visit(item, f"[{key!r}]")
     if isinstance(value, defaultdict):
+        reader.watch.attribute(value, "default_factory", reader.place)
         reader.visit(value.default_factory, ".default_factory")
     if not config and type(value) not in (dict, MappingProxyType, *_WEAK):
         _write_rest(reader, value)
@@ -170,7 +173,7 @@ def write_attributes(reader: Reader, value: Any) -> bool:
     if attributes is None and not slots:
         return False
     reader.say("object")
-    reader.watch.class_of(value)
+    reader.watch.form_of(value)
     reader.visit(type(value))
     if isinstance(attributes, dict):
         read = reader.attributes(attributes)

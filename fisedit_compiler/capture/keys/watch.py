@@ -9,12 +9,14 @@ versions and addresses.
 
 from __future__ import annotations
 
+import weakref
 import zlib
 from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from itertools import chain
-from operator import is_
+from operator import attrgetter, is_
 from types import MappingProxyType
 from typing import Any
 
@@ -59,6 +61,9 @@ class Watch:
         self._others: list[tuple[Any, Any]] = []
         self._objects: list[Any] = []
         self._classes: list[type] = []
+        self._with_attributes: list[Any] = []
+        self._dictionaries: list[dict[str, Any]] = []
+        self._weak: list[tuple[weakref.ref[Any], type, Any]] = []
         self._large: list[dict[str, Any]] = []
         self._large_kept: list[dict[str, Any]] = []
         self._large_versions: list[int] = []
@@ -103,12 +108,18 @@ class Watch:
         """Only what ``read`` gives of a dictionary, list or set."""
         self._parts.append((value, read, read(value)))
 
-    def class_of(self, value: Any) -> None:
-        """The class of an object, which anybody may exchange."""
+    def form_of(self, value: Any) -> None:
+        """The class of an object and the dictionary of its attributes, both of which anybody may exchange."""
+        held = getattr(value, "__dict__", None)
         if not self.holds:
+            with suppress(TypeError):  # of some there are no weak references
+                self._weak.append((weakref.ref(value), type(value), held))
             return
         self._objects.append(value)
         self._classes.append(type(value))
+        if type(held) is dict:
+            self._with_attributes.append(value)
+            self._dictionaries.append(held)
 
     def empty(self, values: Any) -> None:
         """What is to stay empty."""
@@ -173,7 +184,7 @@ class Watch:
         if any(self._empty):
             return True
         try:
-            if list(map(type, self._objects)) != self._classes or self._timed_changed() or self._live_changed():
+            if self._forms_changed() or self._timed_changed() or self._live_changed():
                 return True
             if (self._large and self._large_changed()) or not all(_alike(*pair) for pair in self._others):
                 return True
@@ -189,6 +200,16 @@ class Watch:
             or any(not _is_told(question(), kept) for question, kept in self._asked)
             or any(checksum(array) != kept for array, kept in self._arrays)
             or any(stamps([tensor]) != kept for tensor, kept in zip(self._tensors, self._stamps, strict=True))
+        )
+
+    def _forms_changed(self) -> bool:
+        return (
+            list(map(type, self._objects)) != self._classes
+            or not all(map(is_, map(_dictionary_of, self._with_attributes), self._dictionaries))
+            or any(
+                value is not None and (type(value) is not kind or getattr(value, "__dict__", None) is not held)
+                for value, kind, held in ((known(), kind, held) for known, kind, held in self._weak)
+            )
         )
 
     def _live_changed(self) -> bool:
@@ -264,6 +285,7 @@ def stamps(values: Sequence[Tensor]) -> Stamps:
 # Called by ``map``, which is twice as fast as a comprehension over attributes.
 _version_of: Callable[[Tensor], int] = vars(torch._C.TensorBase)["_version"].__get__
 _address_of: Callable[[Tensor], int] = Tensor.data_ptr
+_dictionary_of: Callable[[Any], Any] = attrgetter("__dict__")
 
 
 def _own_address(value: Tensor) -> int:
@@ -293,7 +315,7 @@ def _present(name: str, held: Any) -> dict[str, Any]:
 
 
 def _identical(now: Mapping[Any, Any], kept: Mapping[Any, Any]) -> bool:
-    return list(now) == list(kept) and all(now[key] is value for key, value in kept.items())
+    return list(now) == list(kept) and all(_is_like(now[key], value) for key, value in kept.items())
 
 
 def _views(value: Any, ordered: bool) -> list[Any] | None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import builtins
 import sys
-from collections import OrderedDict, deque
+import weakref
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from contextvars import ContextVar
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,6 +33,26 @@ class Part:
 
 class Other(Part):
     pass
+
+
+class Grandparent:
+    pass
+
+
+class Parent(Grandparent):
+    pass
+
+
+class OtherParent(Grandparent):
+    pass
+
+
+class Child(Parent):
+    pass
+
+
+class Table(dict[str, Any]):
+    """A dictionary with attributes."""
 
 
 class OtherConv(nn.Conv2d):
@@ -59,6 +82,11 @@ class Slotted:
         self.a = 1
 
 
+def rounded(value: float) -> float:
+    return round(value)
+
+
+ROUND = round
 FACTOR = 1.0
 CHOICE: ContextVar[float] = ContextVar("CHOICE", default=1.0)
 
@@ -94,6 +122,11 @@ class Model(nn.Module):
         read, write = closing_over()
         self.read = read
         self.codes: set[Any] = {1}
+        self.child, self.owned, self.objects = Child(), Table(a=1), np.array([1, [2]], dtype=object)
+        self.bound, self.counted = partial(rounded, 1.0), defaultdict(int, a=1)
+        self.behind = Part()
+        self.a_weak_reference = weakref.ref(self.behind)  # which is read before the object that it leads to
+        self.conv.weight.scale = 1.0  # type: ignore[attr-defined]
         self.numbered: dict[Any, Any] = {1: "a"}
         self.conv.register_forward_pre_hook(lambda *_: None)
         self.conv.register_forward_hook(lambda *_: None)
@@ -163,6 +196,26 @@ WRITES: dict[str, Callable[[Model], Any]] = {
     "the order of an ordered dictionary": lambda model: model.ordered.move_to_end("a"),
     "the order of parts": lambda model: model.parts.update({"a": model.parts.pop("a")}),
     "the order of hooks": lambda model: model.conv._forward_hooks.move_to_end(min(model.conv._forward_hooks)),
+    "all attributes of an object": lambda model: setattr(model.part, "__dict__", {**vars(model.part), "a": 30}),
+    "equal attributes, and then one": lambda model: (
+        setattr(model.part, "__dict__", {**vars(model.part)}),
+        setattr(model.part, "a", 30),
+    ),
+    "all attributes of a module": lambda model: setattr(
+        model.conv, "__dict__", {**vars(model.conv), "dilation": (2, 2)}
+    ),
+    "all attributes of a dictionary": lambda model: setattr(model.owned, "__dict__", {"scale": 2.0}),
+    "all attributes of a function": lambda model: setattr(model.read, "__dict__", {"scale": 2.0}),
+    "all attributes of a weight": lambda model: setattr(model.conv.weight, "__dict__", {"scale": 2.0}),
+    "all attributes behind a weak reference": lambda model: setattr(model.behind, "__dict__", {"a": 30}),
+    "the class behind a weak reference": lambda model: setattr(model.behind, "__class__", Other),
+    "what a class inherits from": lambda model: setattr(Child, "__bases__", (OtherParent,)),
+    "an object in an array": lambda model: model.objects.__setitem__(0, 3),
+    "what is in an object in an array": lambda model: model.objects[1].append(3),
+    "what a partial function calls": lambda model: model.bound.__setstate__((float, (1.0,), {}, {})),
+    "an attribute of a partial function": lambda model: setattr(model.bound, "scale", 2.0),
+    "what a dictionary makes of a missing key": lambda model: setattr(model.counted, "default_factory", float),
+    "a builtin function": lambda model: setattr(builtins, "round", rounded),
     "a context variable": lambda model: CHOICE.set(2.0),
 }
 
@@ -201,6 +254,8 @@ def test_every_write_is_seen(write: str) -> None:
         assert state.glance() != before
     finally:
         Part.shared = 1
+        Child.__bases__ = (Parent,)
+        builtins.round = ROUND
         globals().update(FACTOR=1.0)
         CHOICE.set(1.0)
         if hasattr(Part, "extra"):
