@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,11 +29,14 @@ def sparsify(
         A module with the same calls as the original, and the modes ``record()`` and ``edit()``.
 
     Raises:
-        ConfigError: ``module`` is no module, such as a whole pipeline, or ``config`` no ``SparsifyConfig``.
+        ConfigError: ``module`` is no module, such as a whole pipeline, ``config`` no ``SparsifyConfig``, or
+            ``example_inputs`` are not the arguments of a call.
         CaptureError: torch.export cannot capture the module, or it has no spatial input.
         LayoutError: an output mixes sites, so that nothing outside a mask could be kept.
     """
     _check(module, config)
+    if example_inputs is not None:
+        _check_inputs(module, example_inputs)
     if isinstance(module, SparseModule):
         raise ModeError("This module is already the result of sparsify(); pass the original (`compiled.original`).")
     if module.training:
@@ -61,3 +65,13 @@ def _check(module: object, config: object) -> None:
     else:
         what = f"a {type(module).__name__}; pass a torch.nn.Module, such as pipe.unet"
     raise ConfigError(f"sparsify() compiles one module, and got {what}")
+
+
+def _check_inputs(module: nn.Module, inputs: object) -> None:
+    remedy = 'pass the keyword arguments of one call, such as example_inputs={"sample": latents}'
+    if not isinstance(inputs, Mapping):
+        raise ConfigError(f"example_inputs is a {type(inputs).__name__}; {remedy}")
+    try:
+        inspect.signature(module.forward).bind(**inputs)
+    except TypeError as error:
+        raise ConfigError(f"example_inputs do not fit {type(module).__name__}.forward ({error}); {remedy}") from error

@@ -49,6 +49,21 @@ def test_a_configuration_of_another_type(wrong: Any):
         sparsify(model_and_compiled()[1].original, wrong)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ((torch.zeros(1, 4, 8, 8),), "example_inputs is a tuple; pass the keyword arguments of one call"),
+        (torch.zeros(1, 4, 8, 8), "example_inputs is a Tensor; pass the keyword arguments of one call"),
+        ({}, r"do not fit Conv2d.forward \(missing a required argument: 'input'\); pass"),
+        ({"sample": torch.zeros(1, 4, 8, 8)}, r"do not fit Conv2d.forward \(.*\); pass"),
+        ({1: torch.zeros(1, 4, 8, 8)}, r"do not fit Conv2d.forward \(.*\); pass"),
+    ],
+)
+def test_example_inputs_that_are_no_arguments_of_a_call(wrong: Any, words: str):
+    with pytest.raises(ConfigError, match=words):
+        sparsify(nn.Conv2d(4, 4, 1).eval(), example_inputs=wrong)
+
+
 class NoImage(nn.Module):
     def __init__(self) -> None:
         super().__init__()
