@@ -95,22 +95,27 @@ def normalise(
 
 
 def _share_statistics(graph: fx.Graph) -> None:
+    order = {node: place for place, node in enumerate(graph.nodes)}
     recorded = {
         node.args: node for node in graph.nodes if node.target is fisedit.group_norm_statistics.default
     }  # by input and groups
+    shared: dict[tuple[Any, int], fx.Node] = {}
     for norm in [node for node in graph.nodes if node.target is aten.group_norm.default]:
         x, groups, weight, bias, eps = _arguments_of(norm)
         statistics = recorded.get((x, groups))
         # Statistics are recorded in float32, which is less than a norm of float64 computes in.
         if statistics is None or not has_spec(x) or spec_of(x).dtype is torch.float64:
             continue
-        with graph.inserting_before(norm):
-            own = graph.call_function(fisedit.group_norm_statistics.default, (x, groups))
+        own = shared.get((x, groups))
+        if own is None:  # not so for the second norm of one input
+            with graph.inserting_before(min(norm, statistics, key=order.__getitem__)):
+                own = graph.call_function(fisedit.group_norm_statistics.default, (x, groups))
             own.meta = dict(statistics.meta)
+            statistics.replace_all_uses_with(own)
+            shared[x, groups] = own
+        with graph.inserting_before(norm):
             normalised = graph.call_function(normalise, (x, own, groups, weight, bias, eps))
             normalised.meta = dict(norm.meta)
-        statistics.replace_all_uses_with(own)
-        recorded[x, groups] = own
         norm.replace_all_uses_with(normalised)
 
 

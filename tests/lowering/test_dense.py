@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from fisedit_compiler import SparsifyConfig, sparsify
-from fisedit_compiler.graph.specs import has_spec, spec_of
+from fisedit_compiler.graph.specs import ValueSpec, has_spec, spec_of
 from fisedit_compiler.lowering.dense import DenseForm, dense_form, normalise, packed_weights
 from fisedit_compiler.runtime.execution.executable import Executable
 from tests.support.zoo import ZOO
@@ -109,6 +109,21 @@ def test_without_packed_weights_a_graph_has_its_own(recorded: Recorded) -> None:
     graph, *_ = recorded("sd15")
     form = dense_form(graph)
     assert form.packed == () and all(weight.op == "get_attr" for weight in weights_of(form))
+
+
+def test_two_norms_of_one_input_share_what_is_recorded_of_it() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["spec"] = ValueSpec((), torch.float32)
+    norms = [graph.call_function(aten.group_norm.default, (x, groups)) for groups in (4, 2, 4)]
+    statistics = [graph.call_function(fisedit.group_norm_statistics.default, (x, groups)) for groups in (4, 2)]
+    graph.output((*norms, *statistics))
+    recording = fx.GraphModule({}, graph)
+    form, value = dense_form(recording), torch.randn(2, 8, 4, 6)
+    for found, expected in zip(form.finish(form.graph(value)), recording(value), strict=True):
+        torch.testing.assert_close(found, expected)
+    targets = [node.target for node in form.graph.graph.nodes]
+    assert targets.count(normalise) == 3 and targets.count(fisedit.group_norm_statistics.default) == 2
 
 
 def test_a_norm_of_float64_stays_one(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:

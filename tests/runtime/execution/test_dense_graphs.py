@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fisedit_compiler import Recording, SparseModule, SparsifyConfig, sparsify
 from fisedit_compiler.kernels.tolerances import assert_close
+from fisedit_compiler.runtime.execution import dense_graphs
 from fisedit_compiler.runtime.execution.dense_graphs import KEPT, DenseGraphs, device_of
 from tests.support.compiled import box
 from tests.support.graph_stand_in import Compiler, patch_cuda
@@ -385,3 +386,14 @@ def test_on_a_gpu_a_recording_is_that_of_the_interpreted_graph(name: str, caplog
             assert call.slots[slot].stride() == value.stride(), slot
             norm = torch.linalg.vector_norm(value.float()).clamp_min(1e-6)
             assert torch.linalg.vector_norm(call.slots[slot].float() - value.float()) / norm < 0.03, slot
+
+
+def test_what_is_finite_is_compared_beside_what_is_not() -> None:
+    inf, nan = float("inf"), float("nan")
+    interpreted = torch.tensor([-inf, nan, 1.0, 2.0])
+    for others in ([-inf, nan], [nan, 3.0]):
+        dense_graphs._compare([interpreted], [torch.tensor([*others, 1.0, 2.0])])
+        with pytest.raises(ValueError, match=r"result 0 differs by 1\.3 of its norm"):
+            dense_graphs._compare([interpreted], [torch.tensor([*others, 1.0, 5.0])])
+    with pytest.raises(ValueError, match="result 0 differs by nan"):
+        dense_graphs._compare([torch.ones(2)], [torch.tensor([1.0, nan])])
