@@ -69,7 +69,7 @@ class SparseModule(nn.Module):
         """The original's forward, or the active mode's version of it; same arguments, same output type."""
         if not self._modes.is_idle:
             return self._in_mode(args, kwargs)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():  # `is_compiling` says what any thread does
             return self.original(*args, **kwargs)
         with computing():
             return self.original(*args, **kwargs)

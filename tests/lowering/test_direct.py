@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import pytest
@@ -151,6 +152,30 @@ def test_weights_are_those_of_the_moment(traced: list[fx.GraphModule]) -> None:
     assert len(traced) == 1
 
 
+def test_a_batch_may_change_where_there_are_no_sites(traced: list[fx.GraphModule]) -> None:
+    step = directly(graph_of(lambda graph, nodes: graph.call_function(aten.add.Tensor, tuple(nodes)), 2))
+    for batch, sites in ((2, 0), (4, 0), (5, 0), (5, 3), (2, 7), (3, 0)):
+        values = torch.randn(batch, sites, 3), torch.randn(sites, batch, 3).transpose(0, 1)
+        assert torch.equal(step(*values)[0], sum(values))
+
+
+def test_another_thread_may_call_what_torch_compiled(traced: list[fx.GraphModule]) -> None:
+    compiled, zeros, ones = torch.compile(lambda value: value + 1, backend="eager"), torch.zeros(3), torch.ones(3)
+    with ThreadPoolExecutor(1) as other:
+        calls = [other.submit(compiled, zeros)]
+        wait(calls)
+
+        def meanwhile(value: Tensor) -> Tensor:
+            calls.append(other.submit(compiled, zeros))
+            wait(calls, timeout=10)
+            return value * 2
+
+        step = directly(graph_of(lambda graph, nodes: graph.call_function(meanwhile, (nodes[0],)), 1))
+        assert torch.equal(step(ones)[0], ones * 2)
+        assert len(calls) == 2 and all(torch.equal(call.result(), ones) for call in calls)
+    assert not torch.compiler.is_compiling()
+
+
 # -- what is not for it ----------------------------------------------------------------------------
 
 
@@ -183,6 +208,17 @@ def test_torch_compile_gets_what_is_refused(compile: Any, monkeypatch: pytest.Mo
     for expected in (1.0, 2.0):
         assert torch.equal(compiled(value)[0], torch.full((3,), expected))
     assert given == [None if compile is compile_step else False]
+
+
+@pytest.mark.parametrize("compile", [compile_step, compile_dense])
+def test_torch_compile_gets_what_is_refused_after_other_calls(
+    compile: Any, traced: list[fx.GraphModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inductor.torch, "compile", lambda step, **_: step)
+    compiled = compile(graph_of(lambda graph, nodes: graph.call_function(aten.mul.Tensor, (nodes[0], 2)), 1))
+    for value in (torch.randn(4, 4), torch.randn(1, 4).expand(5, 4), torch.randn(1, 4).expand(6, 4), torch.randn(4, 4)):
+        assert torch.equal(compiled(value)[0], value * 2)
+    assert len(traced) == 1
 
 
 def test_memory_that_runs_out_is_not_tried_another_way(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,8 @@ What does not fit is refused by :class:`NotDirect`; ``inductor.py`` hands it to 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
@@ -151,7 +152,7 @@ class _Layout:
         step: Any = 1
         for axis in reversed(self.order):
             strides[axis] = step
-            step = step * shape[axis]
+            step = step * (shape[axis] or 1)  # as torch does it, where there are no elements
         return tuple(strides)
 
     def describes(self, value: Tensor) -> bool:
@@ -165,7 +166,10 @@ class _Layout:
         return all(
             found == size or (isinstance(size, str) and found >= SMALLEST)
             for found, size in zip(shape, self.sizes, strict=True)
-        ) and all(size == 1 or found == due for size, found, due in zip(shape, strides, expected, strict=True))
+        ) and (
+            not value.numel()  # then it has its strides for nothing
+            or all(size == 1 or found == due for size, found, due in zip(shape, strides, expected, strict=True))
+        )
 
 
 @dataclass
@@ -254,6 +258,18 @@ class _Code:
         self._conditions = [guard.expr for guard in environment.guards]
         if any(environment.replace(symbol).is_number for symbol in self._symbols):
             raise NotDirect("a length that differs between calls became a number")
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """Say that something is compiled, as torch.compile does: else torch takes the functions that it compiled, and that
+    other threads call meanwhile, for traced ones, which it refuses."""
+    state: Any = torch.compiler
+    before, state._is_compiling_flag = state._is_compiling_flag, True
+    try:
+        yield
+    finally:
+        state._is_compiling_flag = before
 
 
 def _is_plain(value: Any) -> bool:

@@ -63,31 +63,30 @@ def _compiled(graph: fx.GraphModule, besides: Callable[[], None] | None = None, 
 
 
 class _FirstThatWorks:
-    """A compiled graph, in the first of some ways by which a call succeeds."""
+    """A compiled graph, in the first of some ways by which a call succeeds.
+
+    A way that made code for one form of arguments may refuse another. Then the next one makes all later calls.
+    """
 
     def __init__(self, ways: Sequence[Callable[[], Callable[..., Any]]]) -> None:
-        self._ways = list(ways)
-        self._compiled: Callable[..., Any] | None = None
-        self._works = False
+        self._ways = ways
+        self._made: dict[int, Callable[..., Any]] = {}
+        self._first = 0
 
     def __call__(self, *arguments: Any) -> Any:
-        while not self._works:
-            self._compiled = self._compiled or self._ways.pop(0)()
+        while True:
+            way = self._first
+            if way not in self._made:
+                self._made.setdefault(way, self._ways[way]())
             try:
-                results = self._compiled(*arguments)
+                return self._made[way](*arguments)
             except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
                 raise
             except Exception as error:
-                if not self._ways:
+                if way + 1 == len(self._ways):
                     raise
                 logger.info("compiled in another way, which takes longer (%s: %s)", type(error).__name__, error)
-                self._compiled = None
-            else:
-                self._works = True
-                self._ways.clear()
-                return results
-        assert self._compiled is not None
-        return self._compiled(*arguments)
+                self._first = max(self._first, way + 1)  # another thread may have been here
 
 
 def _inductor(graph: fx.GraphModule, example_inputs: Any, besides: Callable[[], None] | None = None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -175,6 +176,29 @@ def test_whoever_is_alone_waits_for_those_who_compute_and_they_for_it() -> None:
     together([calls, captures, captures])
     assert [events.index("captures"), events.count("captured")] == [events.index("captured") - 1, 2]
     assert events.index("called") == 0
+
+
+def test_a_module_in_no_mode_waits_for_who_is_alone_though_something_is_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What torch says of a compilation is said to all threads."""
+    model = ZOO["plain_conv"]()
+    module, inputs = sparsify(model.module), model.make_inputs(2, HEIGHT, WIDTH)
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+    begun, over = threading.Event(), threading.Event()
+
+    def called() -> None:
+        begun.wait(WAIT)
+        module(**inputs)
+        assert over.is_set()
+
+    def exports() -> None:
+        with alone():
+            begun.set()
+            time.sleep(0.2)
+            over.set()
+
+    together([called, exports])
 
 
 def test_who_waits_to_compile_is_not_computing() -> None:
