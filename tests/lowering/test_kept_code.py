@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,9 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from fisedit_compiler.kernels import traits
 from fisedit_compiler.kernels.gather_taps import gather_taps
+from fisedit_compiler.kernels.traits import OpTraits
 from fisedit_compiler.lowering.codegen import kept_code
 from fisedit_compiler.lowering.codegen.inductor import compile_step
 from tests.support.pass_tools import gather_step
@@ -44,3 +48,14 @@ def test_code_is_found_again_by_its_version(monkeypatch: pytest.MonkeyPatch, tmp
 def test_the_digest_is_of_what_ops_are_taken_apart_into() -> None:
     assert len(kept_code.digest()) == 16
     assert all((Path(kept_code.__file__).parents[2] / room).is_dir() for room in kept_code._ROOMS)
+
+
+def test_the_digest_is_of_what_other_packages_have_in_place_of_their_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    def scaled_by(factor: float) -> Callable[[Tensor], Tensor]:
+        return lambda value: value * factor
+
+    found = [kept_code.digest()]
+    for inline in (scaled_by(2.0), scaled_by(2.0), scaled_by(3.0), partial(torch.mul, other=3.0)):
+        monkeypatch.setitem(traits.TRAITS, torch.ops.aten.sin.default, OpTraits(inline=inline))
+        found.append(kept_code.digest())
+    assert found[1] == found[2] and len(set(found)) == 4

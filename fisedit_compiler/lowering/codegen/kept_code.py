@@ -1,7 +1,8 @@
 """What Inductor keeps on disk of a step, and how a later process finds it again.
 
 Inductor looks for code by the graph that it gets, by torch and by its settings. What this package has it compile in an
-op's place is none of these, so a digest of it is put with them: code of another version of the package is not found.
+op's place is none of these, so a digest of it is put with them: code of another version of the package is not found,
+nor that of operations of other packages that meant something else.
 From torch 2.13 on all decompositions are a part of what is looked for, and cannot be: many have no name.
 """
 
@@ -12,9 +13,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
+from torch import nn
+
+from fisedit_compiler.capture.keys.code import home
+from fisedit_compiler.capture.keys.structure import structure_key
+from fisedit_compiler.kernels.traits import inlined
 
 _ROOMS = ("kernels", "geometry", "lowering")
 """Where it is written what ops are taken apart into, and what Inductor is told to choose."""
@@ -33,11 +40,27 @@ def by_name(options: dict[str, Any], decompositions: Callable[[], Any]) -> dict[
     return {**options, "get_decomp_fn": decompositions} if "get_decomp_fn" in options else options
 
 
-@cache
 def digest() -> str:
-    """Of the sources that say what Inductor compiles in place of ops, and how."""
+    """Of what Inductor compiles in place of ops, and how: the sources of this package, functions of others."""
+    others = [inline for inline in inlined().values() if not _is_of_this_package(inline)]
+    return _of_this_package() + (_of_functions(others) if others else "")
+
+
+def _is_of_this_package(function: Callable[..., Any]) -> bool:
+    return isinstance(function, FunctionType) and home(function).startswith(f"{__package__.partition('.')[0]}.")
+
+
+@cache
+def _of_this_package() -> str:
     found = hashlib.sha256()
     package = Path(__file__).parents[2]
     for file in sorted(file for room in _ROOMS for file in (package / room).rglob("*.py")):
         found.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
     return found.hexdigest()[:16]
+
+
+def _of_functions(functions: list[Callable[..., Any]]) -> str:
+    """What they do, with all that they read; a text of this process only where that cannot be told."""
+    holder = nn.Module()
+    holder.functions = functions  # type: ignore[assignment]
+    return structure_key(holder)[:16]
