@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
+from itertools import count
 from types import MethodType
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -190,8 +193,6 @@ def test_a_scheduler_that_draws_by_chance_is_refused_at_its_first_step(
 def test_noise_of_numpy_is_by_chance_too(
     pinned_editor: Editor, generate: Generate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import numpy as np
-
     monkeypatch.setattr(
         ByChance, "noise", lambda self, sample: torch.from_numpy(np.random.standard_normal(sample.shape)).float()
     )
@@ -216,25 +217,88 @@ def test_a_scheduler_of_somebody_is_looked_at_in_every_step(pinned_editor: Edito
         generate(num_inference_steps=6)
 
 
-def test_a_scheduler_that_was_read_is_looked_at_in_its_first_steps(
+def draw_late(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method, whose fifth call draws a number."""
+    calls = count(1)
+
+    @wraps(method)
+    def drawing(*args: Any, **options: Any) -> Any:
+        if next(calls) == 5:
+            torch.randn(1)
+        return method(*args, **options)
+
+    return drawing
+
+
+@pytest.mark.parametrize("name", ["step", "_get_variance"])
+@pytest.mark.parametrize("on_class", [True, False])
+def test_what_somebody_put_into_a_scheduler_is_looked_at_in_every_step(
+    name: str, on_class: bool, pinned_editor: Editor, generate: Generate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = pinned_editor.pipe.scheduler
+    held = dict(vars(scheduler))
+    owner = type(scheduler) if on_class else scheduler
+    monkeypatch.setattr(owner, name, drawn := draw_late(getattr(owner, name)))
+    with pytest.raises(ConfigError, match=r"Scheduler\.step\(\) drew random numbers of its own"):
+        generate(num_inference_steps=6)
+    assert vars(scheduler) == (held if on_class else {**held, name: drawn})
+
+
+@pytest.mark.parametrize("kind", [np.random.MT19937, np.random.PCG64])
+def test_one_number_of_numpy_is_noticed_whatever_draws_it(
+    kind: Any, pinned_editor: Editor, generate: Generate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = np.random.get_bit_generator()
+    np.random.set_bit_generator(kind(1))
+    try:
+        generate()
+        monkeypatch.setattr(ByChance, "noise", lambda self, sample: sample * np.random.standard_normal())
+        pinned_editor.pipe.scheduler = ByChance(clip_sample=False)
+        for _ in range(2):  # numbers come in pairs
+            with pytest.raises(ConfigError, match="drew random numbers of its own"):
+                generate()
+    finally:
+        np.random.set_bit_generator(before)
+
+
+def test_a_scheduler_that_was_read_is_looked_at_for_numpy_in_its_first_steps(
     pinned_editor: Editor, generate: Generate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looks: list[Any] = []
+    looks: list[bool] = []
     states = run_scheduler._global_states
 
-    def looking(device: torch.device | None) -> tuple[bytes, ...]:
-        looks.append(device)
-        return states(device)
+    def looking(device: torch.device | None, *, of_numpy: bool) -> tuple[bytes, ...]:
+        looks.append(of_numpy)
+        return states(device, of_numpy=of_numpy)
 
     monkeypatch.setattr(run_scheduler, "_global_states", looking)
     generate(num_inference_steps=6)
-    assert len(looks) == 2 * LOOKED_AT
+    assert looks == [True] * 2 * LOOKED_AT + [False] * 2 * (6 - LOOKED_AT)
 
     scheduler = pinned_editor.pipe.scheduler
     scheduler.step = MethodType(lambda self, *args, **kwargs: type(self).step(self, *args, **kwargs), scheduler)
     looks.clear()
     generate(num_inference_steps=6)
-    assert len(looks) == 2 * 6
+    assert looks == [True] * 2 * 6
+
+
+def test_a_function_in_the_place_of_a_method_is_of_the_scheduler_that_it_was_made_of(
+    pinned_editor: Editor, generate: Generate
+) -> None:
+    scheduler = pinned_editor.pipe.scheduler
+    expected = generate().latents[-1]
+    step, seen = scheduler.step, []
+
+    def noting(*args: Any, **options: Any) -> Any:
+        seen.append(args[1])
+        return step(*args, **options)
+
+    scheduler.step = noting
+    held = dict(vars(scheduler))
+    for _ in range(2):
+        assert torch.equal(generate().latents[-1], expected)
+        assert vars(scheduler) == held, "nothing is left of a run"
+    assert seen
 
 
 @pytest.mark.parametrize("own", [None, 11])
