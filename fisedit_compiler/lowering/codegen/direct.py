@@ -246,6 +246,7 @@ class _Code:
         # Whoever calls torch.compile in another thread holds the lock meanwhile.
         with (
             compile_lock,
+            _compiling(),
             tracing(TracingContext(mode)),
             V.set_fake_mode(mode),
             enable_python_dispatcher(),
