@@ -133,8 +133,11 @@ def _spatial_names(tensors: list[Leaf], spatial: tuple[str, ...] | None) -> tupl
     return found
 
 
-# Arguments of known models whose first axis is the batch even in a batch of one.
+# Arguments of known models whose first axis is the batch even in a batch of one. Models that are guided by an embedding
+# (`timestep_cond`), or not at all, are run so.
 _BATCHED = ("encoder_hidden_states", "added_cond_kwargs.text_embeds", "added_cond_kwargs.time_ids", "class_labels")
+_BATCHED_LIKE_THE_SAMPLE = ("timestep_cond", "encoder_attention_mask")
+_BATCHED_LISTS = ("added_cond_kwargs.image_embeds.",)
 
 
 def _tensor_spec(name: str, tensor: torch.Tensor, primary: torch.Tensor, spatial: bool) -> TensorSpec:
@@ -153,8 +156,12 @@ def _tensor_spec(name: str, tensor: torch.Tensor, primary: torch.Tensor, spatial
             )
         return TensorSpec(name, tensor.dtype, ("b", sizes[1], "h", "w"), level)
     batch = int(primary.shape[0])
-    if sizes and (name in _BATCHED or (batch > 1 and sizes[0] == batch)):
+    if sizes and (name in _BATCHED or (sizes[0] == batch and (batch > 1 or _is_batched(name)))):
         sizes[0] = "b"
     if name == "encoder_hidden_states" and len(sizes) == 3:
         sizes[1] = "t"
     return TensorSpec(name, tensor.dtype, tuple(sizes))
+
+
+def _is_batched(name: str) -> bool:
+    return name in _BATCHED_LIKE_THE_SAMPLE or name.startswith(_BATCHED_LISTS)

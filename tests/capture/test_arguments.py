@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from fisedit_compiler.capture.arguments import bind
+from fisedit_compiler.capture.arguments import bind, sign
 
 SAMPLE = torch.zeros(1)
 
@@ -71,3 +71,30 @@ def test_the_signature_of_a_forward_that_stays_is_made_once(monkeypatch: pytest.
     bind(module, (SAMPLE,), {}, {})
     monkeypatch.setattr(inspect, "signature", lambda function: pytest.fail("made again"))
     assert bind(module, (SAMPLE,), {}, {}) == {"sample": SAMPLE}
+
+
+def test_a_batch_of_one_signs_as_a_larger_one() -> None:
+    """Guidance that is embedded or off makes one; several edits in one run repeat it."""
+
+    def call(batch: int) -> dict[str, Any]:
+        return {
+            "sample": torch.zeros(batch, 4, 8, 8),
+            "encoder_hidden_states": torch.zeros(batch, 5, 16),
+            "encoder_attention_mask": torch.ones(batch, 5),
+            "timestep_cond": torch.zeros(batch, 256),
+            "class_labels": torch.zeros(batch),
+            "added_cond_kwargs": {
+                "text_embeds": torch.zeros(batch, 16),
+                "time_ids": torch.zeros(batch, 6),
+                "image_embeds": [torch.zeros(batch, 1, 16)],
+            },
+        }
+
+    one, three = (sign(call(batch), ("sample",))[0] for batch in (1, 3))
+    assert one == three
+
+
+def test_one_weight_of_guidance_for_a_whole_batch_has_no_batch_axis() -> None:
+    shared = {"sample": torch.zeros(2, 4, 8, 8), "timestep_cond": torch.zeros(1, 256)}
+    (spec,) = (spec for spec in sign(shared, ("sample",))[0].tensors if spec.name == "timestep_cond")
+    assert spec.axes == (1, 256)
