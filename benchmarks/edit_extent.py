@@ -48,9 +48,10 @@ def measure(pipe: Any, number: int, pair: EditPair, steps: int) -> dict[str, Any
         assert found is not None
         quiet.append(found.quiet)
     detector, decided = EarlyDifference(), None
-    for base, edited in seen[: detector.max_calls]:
+    looks = detector.looks(steps)
+    for base, edited in seen[:looks]:
         detector.update(edited, base)
-        decided = detector.decide(last=detector.steps == detector.max_calls)
+        decided = detector.decide(last=detector.steps == looks)
         if decided is not None:
             break
     assert decided is not None

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from benchmarks import edit_extent, mask_stability
 from benchmarks.support.first_steps import STEPS
 from fisedit_compiler.evaluation.pairs.grammar import make_pairs
 from fisedit_compiler.pipelines.detectors import EarlyDifference, mask_detectors
+from fisedit_compiler.pipelines.detectors.base import SHORT_RUN
 
 
-def test_edit_extent_keeps_what_was_decided_for_every_pair(tmp_path):
+@pytest.mark.parametrize("steps", [10, SHORT_RUN])
+def test_edit_extent_keeps_what_was_decided_for_every_pair(tmp_path, steps):
     path = tmp_path / "rows.json"
-    edit_extent.main(["--pairs", "3", "--steps", "6", "--json", str(path)])
+    edit_extent.main(["--pairs", "3", "--steps", str(steps), "--json", str(path)])
     rows = json.loads(path.read_text())["rows"]
     assert [(row["kind"], row["edit"]) for row in rows] == [(pair.kind, pair.edit) for pair in make_pairs(3)]
     rule = EarlyDifference()
+    looks = rule.looks(steps)
     for row in rows:
         assert len(row["quiet"]) == STEPS
         seen = row["quiet"][: row["calls"]]
         assert all(value > rule.clear for value in seen[:-1])
         if row["everywhere"]:
-            assert row["calls"] == rule.max_calls and sum(seen) / len(seen) > rule.everywhere_ratio
+            assert row["calls"] == looks and sum(seen) / len(seen) > rule.everywhere_ratio
             assert row["area"] == 1.0
-        elif row["calls"] < rule.max_calls:
+        elif row["calls"] < looks:
             assert seen[-1] <= rule.clear
     assert [row["everywhere"] for row in rows] == [row["kind"] == "background" for row in rows]
 

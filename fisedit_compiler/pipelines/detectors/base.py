@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from fisedit_compiler.pipelines.editing.runs import Generation
 
 
+SHORT_RUN = 8
+"""A run of up to so many steps is one of a model that was made for few: each step does much, and a dense one costs a
+good part of the run. Its first step says enough (``docs/masks.md``)."""
+LOOKS = 4
+"""Steps to look at, at most, in longer runs."""
+
+
 @dataclass(frozen=True)
 class DetectedMask:
     """What a detector found.
@@ -65,11 +72,17 @@ class MaskDetector(ABC):
 
     Attributes:
         name: what reports call it; the registered name.
-        max_calls: steps it may look at before it has to decide.
+        max_calls: steps it may look at before it has to decide; ``None`` for one in a run of up to :data:`SHORT_RUN`
+            steps and :data:`LOOKS` in others.
     """
 
     name: str = "custom"
-    max_calls: int = 4
+    max_calls: int | None = None
+
+    def looks(self, steps: int) -> int:
+        """Steps it may look at in a run of ``steps``; if there are two or more, one is left to use the mask in."""
+        usual = 1 if steps <= SHORT_RUN else LOOKS
+        return max(1, min(usual if self.max_calls is None else self.max_calls, steps - 1))
 
     def fresh(self) -> MaskDetector:
         """The same detector with nothing seen yet."""

@@ -40,7 +40,7 @@ class EarlyDifference(MaskDetector):
         everywhere_ratio: mean of quiet above which the change is taken for one of the whole picture after the last
             step; 1 never says so.
         floor: differences up to this share of the base's largest latent are rounding, not change.
-        max_calls: steps to look at, at most.
+        max_calls: steps to look at, at most; if left out, one in short runs and four in others.
         steps: steps seen so far.
 
     Raises:
@@ -54,7 +54,7 @@ class EarlyDifference(MaskDetector):
     clear: float = 0.09
     everywhere_ratio: float = 0.145
     floor: float = 1e-4
-    max_calls: int = 4
+    max_calls: int | None = None
     steps: int = field(default=0, init=False)
     _heat: torch.Tensor | None = field(default=None, init=False, repr=False)
     _split: _Split | None = field(default=None, init=False, repr=False)
@@ -62,7 +62,8 @@ class EarlyDifference(MaskDetector):
 
     def __post_init__(self) -> None:
         shares = (self.threshold_share, self.clear, self.everywhere_ratio, self.floor)
-        if min(self.opening_radius, self.dilation_radius, self.smoothing) < 0 or self.max_calls < 1:
+        looks = 1 if self.max_calls is None else self.max_calls
+        if min(self.opening_radius, self.dilation_radius, self.smoothing) < 0 or looks < 1:
             raise ConfigError(f"{self}: radii and smoothing must be 0 or more, and max_calls 1 or more")
         if not all(0.0 <= share <= 1.0 for share in shares):
             raise ConfigError(f"{self}: threshold_share, clear, everywhere_ratio and floor must lie between 0 and 1")

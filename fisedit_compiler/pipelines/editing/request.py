@@ -142,7 +142,7 @@ class EditRequest:
             restored_steps=follow.restored_steps,
             regions=masks.regions(mask),
             feather=0 if everywhere else self.feather,
-            note="the prompt changes the whole picture: run densely" if everywhere else session.fallback or "",
+            note=_note(follow, session),
             decode=None if decode is None else Decoding(decode.kind, decode.area, decode.seconds, decode.note),
         )
         pixels = None if decode is None else decode.pixels
@@ -225,16 +225,32 @@ def within(source: MaskSource | None, region: torch.Tensor | None) -> tuple[Mask
 def detection_steps(mask: torch.Tensor | MaskDetector, dense_calls: int | None, steps: int) -> int:
     """Steps at most in which the mask is found: ``dense_calls``, or what the detector wants; 0 for a given mask.
 
+    Args:
+        mask: that is given, or what finds one.
+        dense_calls: as asked for.
+        steps: after which the base has latents.
+
     Raises:
-        ConfigError: ``dense_calls`` leaves no step to find the mask in, or none to use it in.
+        ConfigError: ``dense_calls`` leaves no step to find the mask in, or none to use it in. The mask of a run of one
+            step is found in that.
     """
     if isinstance(mask, torch.Tensor):
         return 0
     if dense_calls is None:
-        return max(1, min(mask.max_calls, steps - 1))
-    if not 1 <= dense_calls < steps:
-        raise ConfigError(f"dense_calls={dense_calls} must be at least 1 and less than the {steps} steps of the base")
+        return mask.looks(steps)
+    if not 1 <= dense_calls < max(steps, 2):
+        most = f"less than the {steps} steps of the base" if steps > 1 else "no more: the base has one step"
+        raise ConfigError(f"dense_calls={dense_calls} must be at least 1 and {most}")
     return dense_calls
+
+
+def _note(follow: FollowBase, session: EditSession) -> str:
+    """Why calls ran densely, if there is more to say than that a mask was looked for."""
+    if follow.detected is not None and follow.detected.everywhere:
+        return "the prompt changes the whole picture: run densely"
+    if follow.detection is not None and follow.detection.steps == len(follow.base_latents):
+        return "the mask was found in the last step, so no call was sparse: draw it, or make more steps"
+    return session.fallback or ""
 
 
 def _nbytes(base: Generation) -> int:
