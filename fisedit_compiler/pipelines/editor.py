@@ -393,4 +393,4 @@ class Editor:
     def _check_prompts(self, prompt: str, negative_prompt: str | None) -> None:
         refusals.check_prompt(self.pipe, prompt)
         if negative_prompt is not None:
-            refusals.check_prompt(self.pipe, negative_prompt, "negative prompt")
+            refusals.check_negative_prompt(self.pipe, negative_prompt)

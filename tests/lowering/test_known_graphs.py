@@ -180,13 +180,20 @@ def _elsewhere(x: Tensor) -> Tensor:
     return x * 2
 
 
-def test_what_has_no_known_source_has_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_has_no_known_source_has_no_name() -> None:
     assert name(calling(_elsewhere)) is None
     assert name(calling(torch.nn.functional.silu)) is None
     assert name(reading_a_weight()) is None
-    assert name(module(_product(2.0))) is not None
-    monkeypatch.setattr(known_graphs, "inlined", lambda: {**traits.inlined(), aten.silu.default: _elsewhere})
-    assert name(module(_product(2.0))) is None, "another package says what an op is taken apart into"
+
+
+def test_what_another_package_has_compiled_is_in_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def named() -> str | None:
+        with kept_code.by_digest():
+            return name(module(_product(2.0)))
+
+    plain = named()
+    monkeypatch.setattr(kept_code, "inlined", lambda: {**traits.inlined(), aten.silu.default: _elsewhere})
+    assert plain is not None and named() not in (None, plain)
 
 
 def test_graphs_without_a_name_are_compiled(traced: list[fx.GraphModule]) -> None:

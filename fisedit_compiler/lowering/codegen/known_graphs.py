@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from fisedit_compiler.kernels.traits import inlined
 from fisedit_compiler.lowering.regions import region_of
 
 logger = logging.getLogger(__name__)
@@ -44,7 +43,7 @@ class KnownGraph:
         """``layouts`` describe the arguments, each by its ``repr``."""
         self.name: str | None = None
         try:
-            if _are_own(inlined().values()) and (text := _text(graph)) is not None:
+            if (text := _text(graph)) is not None:
                 parts = [text, *map(repr, layouts), repr(_switches(layouts)), _surroundings()]
                 self.name = hashlib.sha256("\0".join(parts).encode()).hexdigest()
         except Exception:
@@ -132,15 +131,12 @@ def _text(graph: fx.GraphModule) -> str | None:
 def _is_known(target: Any) -> bool:
     if isinstance(target, torch._ops.OpOverload):
         return target.namespace in _NAMESPACES
-    return target is operator.getitem or getattr(operator, target.__name__, None) is target or _are_own([target])
+    return target is operator.getitem or getattr(operator, target.__name__, None) is target or _is_own(target)
 
 
-def _are_own(functions: Any) -> bool:
-    """Whether functions are the package's, so that its sources tell what they do."""
-    return all(
-        (inspect.getmodule(inspect.unwrap(function)) or torch).__name__.partition(".")[0] == _PACKAGE
-        for function in functions
-    )
+def _is_own(function: Any) -> bool:
+    """Whether a function is the package's, so that its sources tell what it does."""
+    return (inspect.getmodule(inspect.unwrap(function)) or torch).__name__.partition(".")[0] == _PACKAGE
 
 
 def _switches(layouts: Sequence[Any]) -> list[Any]:

@@ -192,7 +192,7 @@ def _prompts(prompts: object) -> tuple[Any, ...]:
 
 def _negative(pipe: Any, base: Generation, prompt: Any) -> str | None:
     chosen = base.negative_prompt if prompt is None else prompt
-    return None if chosen is None else refusals.check_prompt(pipe, chosen, "negative prompt")
+    return None if chosen is None else refusals.check_negative_prompt(pipe, chosen)
 
 
 def _check_alike(sources: Sequence[Any]) -> None:

@@ -60,7 +60,8 @@ class Driver:
         refusals.check_numbers(seed, num_inference_steps, guidance_scale, height, width)
         refusals.check_options(self.pipe, options or {})
         refusals.check_guidance(self.pipe, options or {})
-        refusals.check_scheduler(self.pipe.scheduler)
+        refusals.check_scheduler(self.pipe)
+        refusals.check_schedule(self.pipe.scheduler, options or {})
         default_height, default_width = self.default_size
         return RunSettings(
             seed=int(seed),
@@ -174,6 +175,11 @@ class Driver:
         corrections: Corrections | None = settings.corrections
         tensors = gives_tensors(self.pipe, settings.options)
         counted = _Counted(callback if corrections is None else corrections.before(callback))
+        given: dict[str, Any] = {"callback_on_step_end": counted, "callback_on_step_end_tensor_inputs": ["latents"]}
+        if refusals.decodes_another(self.pipe):
+            given["callback_on_step_end"] = _decoding_latents(counted)
+        if refusals.takes_negative_prompts(self.pipe):
+            given["negative_prompt"] = negative_prompt
         with (
             self._progress_bar(description),
             shown(self.shows_progress),
@@ -183,16 +189,14 @@ class Driver:
             try:
                 output = self.pipe(
                     prompt=prompt,
-                    negative_prompt=negative_prompt,
                     num_inference_steps=settings.num_inference_steps,
                     guidance_scale=settings.guidance_scale,
                     height=settings.height,
                     width=settings.width,
                     generator=generator,
                     latents=start,
-                    callback_on_step_end=counted,
-                    callback_on_step_end_tensor_inputs=["latents"],
                     output_type="pt" if tensors else "pil",
+                    **given,
                     **settings.options,
                 )
             except RecordingError:
@@ -211,6 +215,20 @@ class Driver:
             yield
         finally:
             self.pipe.set_progress_bar_config(**saved)
+
+
+def _decoding_latents(callback: StepCallback) -> StepCallback:
+    """``callback``, in a pipeline that decodes the second result of the last step: it gets the latents for that, too.
+
+    A scheduler's last step gives both alike (``refusals.check_scheduler``), and what the callback sets back or corrects
+    holds for the picture.
+    """
+
+    def both(pipe: Any, step: int, timestep: Any, tensors: Tensors) -> Tensors:
+        result = callback(pipe, step, timestep, tensors)
+        return {**result, refusals.DENOISED: result["latents"]}
+
+    return both
 
 
 class _Counted:

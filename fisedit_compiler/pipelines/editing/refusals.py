@@ -24,8 +24,14 @@ _GIVEN = (
     "callback_on_step_end", "callback_on_step_end_tensor_inputs", "output_type",
 )  # fmt: skip
 """Arguments of a pipeline's call that every run gives it."""
+_NOT_EVERYWHERE = ("negative_prompt",)
+"""Those that a pipeline may lack: one whose guidance is embedded computes nothing for a negative prompt."""
 _REFUSED = ("return_dict", "num_images_per_prompt", "prompt_embeds", "negative_prompt_embeds")
 """Those that would change what a run is: one picture of one prompt."""
+DENOISED = "denoised"
+"""What a latent consistency pipeline calls the second result of a scheduler's step; it decodes that of the last one."""
+_BOTH_ALIKE = "LCMScheduler"
+"""The scheduler whose last step draws no noise, so that both of its results are one tensor."""
 
 
 def check_pipeline(pipe: Any) -> None:
@@ -43,7 +49,8 @@ def check_pipeline(pipe: Any) -> None:
             "compiled.edit() with it directly"
         )
     arguments = _arguments(pipe)
-    missing = [] if arguments is None else [argument for argument in _GIVEN if argument not in arguments]
+    needed = [argument for argument in _GIVEN if argument not in _NOT_EVERYWHERE]
+    missing = [] if arguments is None else [argument for argument in needed if argument not in arguments]
     if missing:
         raise ConfigError(
             f"{name} takes no {', '.join(map(repr, missing))}, which the Editor's runs need; use compiled.record() and "
@@ -102,6 +109,21 @@ def check_options(pipe: Any, options: Mapping[str, Any]) -> None:
             raise ConfigError(f"options[{name!r}]: {type(pipe).__name__} takes no such argument{meant}")
 
 
+def check_schedule(scheduler: Any, options: Mapping[str, Any]) -> None:
+    """Refuse noise levels of the caller's that a scheduler does not take.
+
+    Raises:
+        ConfigError: names the option and the scheduler.
+    """
+    for name in ("timesteps", "sigmas"):
+        given = options.get(name) is not None
+        if given and name not in inspect.signature(scheduler.set_timesteps).parameters:
+            raise ConfigError(
+                f"options[{name!r}]: {type(scheduler).__name__} takes no {name} of one's own; leave them out, or use a "
+                "scheduler that does, such as LCM, TCD, Euler or DPM++"
+            )
+
+
 def check_guidance(pipe: Any, options: Mapping[str, Any]) -> None:
     """Refuse guidance that reads all sites between two UNet calls: an edit would move what lies outside its mask.
 
@@ -118,12 +140,31 @@ def check_guidance(pipe: Any, options: Mapping[str, Any]) -> None:
         )
 
 
-def check_scheduler(scheduler: Any) -> None:
+def takes_negative_prompts(pipe: Any) -> bool:
+    """Whether a pipeline's call has an argument for one."""
+    arguments = _arguments(pipe)
+    return arguments is None or "negative_prompt" in arguments
+
+
+def decodes_another(pipe: Any) -> bool:
+    """Whether a pipeline decodes the second result of the scheduler's last step, not its latents."""
+    return DENOISED in getattr(pipe, "_callback_tensor_inputs", ())
+
+
+def check_scheduler(pipe: Any) -> None:
     """Refuse a scheduler that no edit can follow; asked before every recorded run.
 
     Raises:
-        ConfigError: it reads all sites between two UNet calls, so that an edit would move what lies outside its mask.
+        ConfigError: it reads all sites between two UNet calls, so that an edit would move what lies outside its mask;
+            or the pipeline decodes something else than latents, and it is not one whose last step gives both alike.
     """
+    scheduler = pipe.scheduler
+    if decodes_another(pipe) and _BOTH_ALIKE not in (one.__name__ for one in type(scheduler).__mro__):
+        raise ConfigError(
+            f"{type(pipe).__name__} decodes what its scheduler predicts beside the latents, and "
+            f"{type(scheduler).__name__} is not known to end with both alike; use {_BOTH_ALIKE}, or a "
+            "StableDiffusionPipeline of the same parts, which takes the same embedded guidance"
+        )
     if dict(getattr(scheduler, "config", {})).get("thresholding"):
         raise ConfigError(
             f"{type(scheduler).__name__} has thresholding=True, which divides by a quantile over all sites, so an "
@@ -147,6 +188,21 @@ def check_prompt(pipe: Any, prompt: object, what: str = "prompt") -> str:
         if limit is not None and _num_tokens(tokenizer, prompt) > limit:
             raise _too_long(tokenizer, prompt, limit, what)
     return prompt
+
+
+def check_negative_prompt(pipe: Any, prompt: object) -> str:
+    """The same of what a run is guided away from.
+
+    Raises:
+        PromptError: as there, or the pipeline takes none.
+    """
+    checked = check_prompt(pipe, prompt, "negative prompt")
+    if checked and not takes_negative_prompts(pipe):
+        raise PromptError(
+            f"{type(pipe).__name__} takes no negative prompt: its guidance is embedded, and nothing is computed for "
+            "one; leave negative_prompt out"
+        )
+    return checked
 
 
 def check_negative_prompts(pipe: Any, prompts: Sequence[str | None]) -> None:

@@ -22,6 +22,7 @@ from fisedit_compiler.pipelines.inversion import pictures
 from fisedit_compiler.pipelines.inversion.corrections import Corrections, FollowPath
 from fisedit_compiler.pipelines.inversion.noise_paths import (
     INVERTIBLE_PREDICTIONS,
+    SCHEDULE_OPTIONS,
     InverseWalk,
     NoiseSchedule,
     edit_friendly_path,
@@ -135,9 +136,6 @@ def load(
     pictures.check_encoder(pipe)
     unit, (height, width) = pictures.size_unit(pipe), driver.default_size
     picture = pictures.fit(pictures.read_picture(image), unit, height * width, resize=resize)
-    schedule = noise_schedule(pipe.scheduler, num_inference_steps)
-    if inversion != "edit-friendly" and inversion != "auto":
-        schedule.check_invertible()
     settings = driver.settings(
         seed=seed,
         num_inference_steps=num_inference_steps,
@@ -146,6 +144,9 @@ def load(
         width=picture.width,
         options=options,
     )
+    schedule = noise_schedule(pipe.scheduler, num_inference_steps, settings.options)
+    if inversion != "edit-friendly" and inversion != "auto":
+        schedule.check_invertible()
     compiled = parts()
     clean = pictures.encoded(pipe, picture)
     runs = _Runs(driver, prompt, negative_prompt, settings, schedule, clean, picture)
@@ -238,6 +239,7 @@ class _Runs:
             start = self.schedule.at_first_level(points) if method.noisy_start else self.clean
             backwards = replace(
                 self.settings,
+                options={name: value for name, value in self.settings.options.items() if name not in SCHEDULE_OPTIONS},
                 num_inference_steps=walk.num_calls,
                 guidance_scale=method.guidance_scale,
                 corrections=Corrections(start),

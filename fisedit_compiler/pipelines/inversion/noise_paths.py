@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +20,8 @@ import torch
 from fisedit_compiler.errors import ConfigError
 
 INVERTIBLE_PREDICTIONS = ("epsilon", "v_prediction")
+SCHEDULE_OPTIONS = ("timesteps", "sigmas", "original_inference_steps")
+"""Arguments of a pipeline's call that decide at which noise levels it runs, beside the number of steps."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,13 @@ class NoiseSchedule:
         return [points[float(level.timestep)] for level in self.levels[1:]] + [clean]
 
 
-def noise_schedule(scheduler: Any, num_inference_steps: int) -> NoiseSchedule:
+def noise_schedule(scheduler: Any, num_inference_steps: int, options: Mapping[str, Any] | None = None) -> NoiseSchedule:
     """Ask a scheduler for its noise levels; it is left as it was.
+
+    Args:
+        scheduler: of the pipeline.
+        num_inference_steps: of the run.
+        options: further arguments of the pipeline's call, of which :data:`SCHEDULE_OPTIONS` reach the scheduler.
 
     Raises:
         ConfigError: it cannot add noise to a given latent, or it draws noise that nobody seeds.
@@ -102,7 +109,11 @@ def noise_schedule(scheduler: Any, num_inference_steps: int) -> NoiseSchedule:
             "DPM++ or Euler"
         )
     asked = copy.deepcopy(scheduler)
-    asked.set_timesteps(num_inference_steps, device="cpu")
+    asked_for = {name: (options or {}).get(name) for name in SCHEDULE_OPTIONS}
+    asked_for = {name: value for name, value in asked_for.items() if value is not None}
+    if not asked_for.keys() & {"timesteps", "sigmas"}:  # they say how many steps there are
+        asked_for["num_inference_steps"] = num_inference_steps
+    asked.set_timesteps(**asked_for, device="cpu")
     ones = torch.ones(1, 1, 1, 1, dtype=torch.float64, device="cpu")
     levels = []
     for timestep in asked.timesteps:
@@ -168,8 +179,8 @@ class InverseWalk:
         """UNet calls a whole walk makes, and the number of steps to ask a pipeline for."""
         return len(self.timesteps)
 
-    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
-        """The levels are known already; only the device is taken."""
+    def set_timesteps(self, num_inference_steps: int, device: Any = None, **others: Any) -> None:
+        """The levels are known already; only the device is taken. A pipeline may hand on what its scheduler takes."""
         self.timesteps = self.timesteps.to(device)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
@@ -178,8 +189,8 @@ class InverseWalk:
 
     def step(
         self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, return_dict: bool = True
-    ) -> tuple[torch.Tensor]:
-        """One round for one level; returns its latents at unit variance."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One round for one level; returns its latents at unit variance, twice for pipelines that decode the second."""
         number, round_number = divmod(self._calls, self._rounds)
         if round_number == 0:
             self._lower = sample.float()
@@ -189,7 +200,8 @@ class InverseWalk:
         found = (self._lower - use * model_output.float()) / keep
         self._calls += 1
         self.points[float(level.timestep)] = (found * level.scale).to(sample.dtype)
-        return (found.to(sample.dtype),)
+        found = found.to(sample.dtype)
+        return found, found
 
     def _coefficients(self, level: NoiseLevel, lower: NoiseLevel | None) -> tuple[float, float]:
         signal, noise = level.signal / level.scale, level.noise / level.scale
