@@ -80,7 +80,7 @@ class Subject:
     def settings(self) -> dict[str, Any]:
         """Of the base, for :meth:`Editor.generate`."""
         side = {"height": self.side, "width": self.side}
-        return {"seed": SEED, "num_inference_steps": self.steps, "guidance_scale": GUIDANCE, **side}
+        return {"seed": SEED, "num_inference_steps": self.steps, "guidance_scale": self.options.guidance, **side}
 
     def mask(self, fraction: float) -> torch.Tensor:
         """A compact mask at the size of the latents, on the CPU as a user's is."""
@@ -92,7 +92,7 @@ class Subject:
         return self.pipe(
             prompt=prompt,
             num_inference_steps=self.steps,
-            guidance_scale=GUIDANCE,
+            guidance_scale=self.options.guidance,
             height=self.side,
             width=self.side,
             generator=torch.Generator("cpu").manual_seed(SEED),
@@ -211,7 +211,7 @@ def prepare_subject(name: str, options: argparse.Namespace, device: torch.device
     """
     from fisedit_compiler import Editor, SparsifyConfig
 
-    pipe = pipelines.load(name, device, dtype)
+    pipe = pipelines.load(name, device, dtype, options.scheduler)
     unet = pipe.unet
     size = unet.config.sample_size * pipe.vae_scale_factor
     steps = options.steps or STEPS.get(device.type, STEPS["cpu"])
@@ -335,6 +335,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--fractions", type=area, nargs="+", metavar="F", default=list(FRACTIONS), help="mask areas")
     parser.add_argument("--steps", type=positive, help="of the scheduler; default: 50 on a GPU, 10 on a CPU")
+    pipelines.add_schedule_options(parser, guidance=GUIDANCE)
     parser.add_argument("--size", type=positive, help="side of the image in pixels; default: the model's")
     parser.add_argument("--record", action="store_true", help="record the edits too, as the Editor does by default")
     editors.add_options(parser)
@@ -350,7 +351,8 @@ def main(arguments: list[str] | None = None) -> Report:
     settings = {
         "models": options.models,
         "fractions": options.fractions,
-        "guidance": GUIDANCE,
+        "guidance": options.guidance,
+        "scheduler": options.scheduler,
         "dtype": str(dtype).removeprefix("torch."),
         "record": options.record,
         "repeats": options.repeats,

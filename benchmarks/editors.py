@@ -104,7 +104,9 @@ def _edits(
         reuse: Reuse | None = "off" if task == "edit, reuse off" else None
         result = editor.edit(base, next(subject.prompts), mask=mask, reuse=reuse)
         # The first call also computes what depends on the prompt alone.
-        calls.setdefault(task, []).append(1000 * statistics.fmean(took for _, took in result.report.calls[1:]))
+        calls.setdefault(task, []).append(
+            1000 * statistics.fmean(took for _, took in result.report.calls[1:] or result.report.calls)
+        )
         return result
 
     start = time.perf_counter()

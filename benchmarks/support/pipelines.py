@@ -6,12 +6,14 @@ model's, told to make texts of the published length.
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import torch
 from torch import nn
 
 from benchmarks.support.subjects import UNETS, random_unet
+from fisedit_compiler.models import SCHEDULERS, load_pipeline, make_scheduler
 
 EMBEDDED = "emoji-scenes"
 
@@ -61,13 +63,28 @@ PIPELINES = (EMBEDDED, *TEXT_ENCODERS)
 """Names that :func:`load` takes."""
 
 
-def load(name: str, device: torch.device | str, dtype: torch.dtype) -> Any:
-    """A ``StableDiffusionPipeline`` by a name of :data:`PIPELINES`, its progress bar off."""
-    if name != EMBEDDED:
-        return random_pipeline(name, device, dtype)
-    from fisedit_compiler.models import load_pipeline
+def add_schedule_options(parser: argparse.ArgumentParser, *, guidance: float) -> None:
+    """By what steps pictures are made, and with what guidance. ``--scheduler lcm --steps 4 --guidance 1`` is a
+    few-step model's run."""
+    parser.add_argument("--scheduler", choices=tuple(SCHEDULERS), help="default: the pipeline's own")
+    parser.add_argument("--guidance", type=float, default=guidance, help="its weight; 1 or less is none: batch 1")
 
-    return load_pipeline(device=device, dtype=dtype)
+
+def load(name: str, device: torch.device | str, dtype: torch.dtype, scheduler: str | None = None) -> Any:
+    """A ``StableDiffusionPipeline`` by a name of :data:`PIPELINES`, its progress bar off.
+
+    Args:
+        name: of the pipeline.
+        device: where its parts are put.
+        dtype: of all weights.
+        scheduler: a key of :data:`fisedit_compiler.models.SCHEDULERS`; ``None`` for its own.
+    """
+    if name == EMBEDDED:
+        return load_pipeline(device=device, dtype=dtype, scheduler=scheduler)
+    pipe = random_pipeline(name, device, dtype)
+    if scheduler is not None:
+        pipe.scheduler = make_scheduler(scheduler, pipe.scheduler)
+    return pipe
 
 
 def random_pipeline(name: str, device: torch.device | str, dtype: torch.dtype) -> Any:

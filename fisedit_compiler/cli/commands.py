@@ -75,7 +75,10 @@ def demo(
         typer.Option(help="Directory of a Stable Diffusion pipeline (diffusers layout); else the embedded one."),
     ] = None,
     output: Annotated[Path, typer.Option(help="Directory for the pictures.")] = Path("fisedit-demo"),
-    steps: Annotated[int, typer.Option(min=6, max=1000, help="Steps of the scheduler.")] = 25,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Steps of the scheduler.")] = 25,
+    guidance: Annotated[
+        float, typer.Option(min=0.0, help="Weight of classifier-free guidance; 0 for a model that needs none.")
+    ] = 5.0,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the noise.")] = 7,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's own choice.")] = None,
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1 ...")] = "cpu",
@@ -92,8 +95,9 @@ def demo(
 
         _set_threads(threads)
         _check_device(device)
+        _check_guidance(guidance)
         with Editor(load_pipeline(model, device=device), progress=progress) as editor:
-            comparisons = run_demo(editor, seed=seed, steps=steps)
+            comparisons = run_demo(editor, seed=seed, steps=steps, guidance=guidance)
         paths = save_pictures(comparisons, output)
     console.print(_demo_table(comparisons, steps))
     console.print(f"{len(paths)} pictures in {output}, all of them on {paths[-1]}", markup=False, soft_wrap=True)

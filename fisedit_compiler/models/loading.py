@@ -37,6 +37,9 @@ SCHEDULERS: dict[str, str] = {
     "ddim": "DDIMScheduler",
     "dpm++": "DPMSolverMultistepScheduler",
     "euler": "EulerDiscreteScheduler",
+    "euler-ancestral": "EulerAncestralDiscreteScheduler",
+    "lcm": "LCMScheduler",
+    "tcd": "TCDScheduler",
 }
 """Scheduler names of :func:`load_pipeline` and the diffusers class behind each."""
 

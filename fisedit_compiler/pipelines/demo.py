@@ -57,15 +57,16 @@ class Comparison:
         return psnr(self.edit.image, self.edit.base.image, outside)
 
 
-def run_demo(editor: Editor, *, seed: int, steps: int) -> list[Comparison]:
+def run_demo(editor: Editor, *, seed: int, steps: int, guidance: float = 5.0) -> list[Comparison]:
     """Make the base, an edit with a drawn mask, one with the automatic mask, and an edit of the latter.
 
     Args:
         editor: of a pipeline that knows the words of :data:`BASE_PROMPT`.
         seed: of the noise.
-        steps: of the scheduler, more than the automatic mask's dense calls.
+        steps: of the scheduler.
+        guidance: weight of classifier-free guidance, or of the guidance that a model was made with.
     """
-    base = editor.generate(BASE_PROMPT, seed=seed, num_inference_steps=steps)
+    base = editor.generate(BASE_PROMPT, seed=seed, num_inference_steps=steps, guidance_scale=guidance)
     height, width = base.latents[0].shape[-2:]
     drawn = editor.edit(
         base,

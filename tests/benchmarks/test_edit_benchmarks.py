@@ -87,6 +87,20 @@ def test_edit_latency_says_where_the_time_goes(tmp_path, form, monkeypatch):
     assert row["editor_ms"] > 0 and row["first_edit_s"] > 0
 
 
+@pytest.mark.parametrize("steps", [1, 4])
+def test_edit_latency_measures_the_runs_of_few_step_models(tmp_path, steps):
+    path = tmp_path / "rows.json"
+    few = ["--scheduler", "lcm", "--steps", str(steps), "--guidance", "1", "--size", "64", "--dense-form", "none"]
+    chosen = ["--as-it-comes", "--editors", editors.AS_IT_COMES, "--no-bases"]
+    edit_latency.main([*few, *chosen, *ONCE, "--json", str(path)])
+    report = json.loads(path.read_text())
+    assert report["settings"]["scheduler"] == "lcm" and report["settings"]["guidance"] == 1
+    row, *edits = report["rows"]
+    assert row["unet_calls"] == row["steps"] == steps and row["unchanged_outside"]
+    assert [edit["task"] for edit in edits] == ["edit", "edit, reuse off"]
+    assert all(edit["unchanged_outside"] and edit["mean_call_ms"] > 0 for edit in edits)
+
+
 def test_edit_latency_measures_the_editor_as_it_comes(tmp_path):
     path = tmp_path / "rows.json"
     few = ["--size", "64", "--steps", "2", *ONCE, "--dense-form", "none"]

@@ -70,7 +70,9 @@ def test_missing_cuda_is_a_clean_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "option",
     [
-        ("--steps", "2"),
+        ("--steps", "0"),
+        ("--guidance", "-1"),
+        ("--guidance", "nan"),
         ("--steps", "many"),
         ("--seed", "-1"),
         ("--seed", "99999999999999999999"),

@@ -27,13 +27,14 @@ def test_demo_compares_three_kinds_of_edit(pinned_editor: Editor, tmp_path: Path
     assert Image.open(paths[-1]).height > 3 * 256
 
 
+@pytest.mark.parametrize("schedule", [("--steps", "6"), ("--steps", "1", "--guidance", "0")], ids=" ".join)
 def test_demo_command_prints_one_table(
-    tiny_pipe: Any, pinned_editor: Editor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_pipe: Any, pinned_editor: Editor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: tuple[str, ...]
 ) -> None:
     monkeypatch.setattr(models, "load_pipeline", lambda model, device: tiny_pipe)
     result = CliRunner().invoke(
         cli.app,
-        ["demo", "--output", str(tmp_path), "--steps", "6", "--seed", "1", "--no-progress"],
+        ["demo", "--output", str(tmp_path), *schedule, "--seed", "1", "--no-progress"],
         env={"COLUMNS": "160"},
     )
     assert result.exit_code == 0, result.output
