@@ -30,6 +30,8 @@ CALLS = {
     "DPMSolverMultistepScheduler": STEPS,
     "EulerDiscreteScheduler": STEPS,
     "EulerAncestralDiscreteScheduler": STEPS,  # draws noise at every step, from the run's generator
+    "LCMScheduler": STEPS,  # likewise, and so does TCD
+    "TCDScheduler": STEPS,
     "PNDMScheduler": STEPS + 1,  # repeats a timestep to warm up
     "HeunDiscreteScheduler": 2 * STEPS - 1,  # second order: two calls a step but the last
     "KDPM2DiscreteScheduler": 2 * STEPS - 1,

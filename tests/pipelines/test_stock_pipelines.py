@@ -7,71 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
 from fisedit_compiler import Editor, masks
 from fisedit_compiler.errors import ConfigError, RecordingError
 from fisedit_compiler.pipelines.detectors import LatentDifference
-from tests.support.tiny_pipeline import make_tiny_pipeline
+from tests.support.tiny_pipeline import PICTURE, controlnet, inpaint, make_tiny_pipeline, sdxl
 
 STEPS = 4
 BASE, EDIT = "a cat on a desk", "a dog on a desk"
 MASK = masks.box_mask(16, 16, (0.2, 0.2, 0.7, 0.7))
-PICTURE = Image.effect_mandelbrot((32, 32), (-2.0, -1.5, 1.0, 1.5), 50).convert("RGB")
-
-
-def sdxl() -> tuple[Any, dict[str, Any]]:
-    """Two text encoders of one tokenizer, pooled text and sizes as added conditions."""
-    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
-    parts = make_tiny_pipeline().components
-    torch.manual_seed(1)
-    config = parts["text_encoder"].config
-    config.projection_dim = config.hidden_size
-    unet = UNet2DConditionModel(
-        sample_size=16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=48, attention_head_dim=(2, 4), transformer_layers_per_block=(1, 2),
-        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=24 + 6 * 8,
-    )  # fmt: skip
-    pipe = StableDiffusionXLPipeline(
-        vae=parts["vae"], text_encoder=CLIPTextModel(config).eval(), tokenizer=parts["tokenizer"],
-        text_encoder_2=CLIPTextModelWithProjection(config).eval(), tokenizer_2=parts["tokenizer"], unet=unet.eval(),
-        scheduler=parts["scheduler"], add_watermarker=False,
-    )  # fmt: skip
-    return pipe, {}
-
-
-def controlnet() -> tuple[Any, dict[str, Any]]:
-    """A ControlNet whose residuals are not zero, and its picture."""
-    from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
-
-    parts = make_tiny_pipeline().components
-    torch.manual_seed(1)
-    # The hint comes at the picture's size, twice the latents'; a ControlNet brings it down once per further width.
-    control = ControlNetModel.from_unet(parts["unet"], conditioning_embedding_out_channels=(8, 16)).eval()
-    for parameter in control.parameters():  # its zero convolutions would hide the residuals
-        torch.nn.init.normal_(parameter, std=0.05)
-    parts.pop("image_encoder", None)
-    pipe = StableDiffusionControlNetPipeline(**parts, controlnet=control, requires_safety_checker=False)
-    return pipe, {"image": PICTURE, "controlnet_conditioning_scale": 0.7}
-
-
-def inpaint(channels: int = 4) -> tuple[Any, dict[str, Any]]:
-    """Inpainting; with a UNet of four channels the pipeline itself puts the picture back outside its own mask."""
-    from diffusers import StableDiffusionInpaintPipeline, UNet2DConditionModel
-
-    parts = make_tiny_pipeline().components
-    parts.pop("image_encoder", None)
-    if channels != 4:
-        torch.manual_seed(1)
-        parts["unet"] = UNet2DConditionModel.from_config(parts["unet"].config, in_channels=channels).eval()
-    pipe = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
-    hole = Image.new("L", (32, 32))
-    hole.paste(255, (4, 4, 28, 28))
-    return pipe, {"image": PICTURE, "mask_image": hole}
 
 
 @cache

@@ -1,4 +1,4 @@
-"""A tiny random Stable Diffusion pipeline, and a stand-in for the compiled UNet.
+"""A tiny random Stable Diffusion pipeline, others of diffusers around it, and a stand-in for the compiled UNet.
 
 The stand-in has the runtime's interface and the simplest program that keeps its promises: it runs the whole
 UNet and overwrites the prediction outside the mask by the recorded one. So the Editor is tested apart from
@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from PIL import Image
 
 from fisedit_compiler import SparsifyConfig
 from fisedit_compiler.errors import RecordingError
@@ -20,6 +21,7 @@ from fisedit_compiler.models import embedded_model_path
 from fisedit_compiler.runtime.sessions.edit_masks import EditMasks
 
 STEPS = 7
+PICTURE = Image.effect_mandelbrot((32, 32), (-2.0, -1.5, 1.0, 1.5), 50).convert("RGB")
 
 
 class PinnedRecording:
@@ -188,3 +190,80 @@ def make_tiny_pipeline() -> Any:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+# -- other pipelines of diffusers, each with the further arguments that a call needs --------------------
+
+
+def sdxl() -> tuple[Any, dict[str, Any]]:
+    """Two text encoders of one tokenizer, pooled text and sizes as added conditions."""
+    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    parts = make_tiny_pipeline().components
+    torch.manual_seed(1)
+    config = parts["text_encoder"].config
+    config.projection_dim = config.hidden_size
+    unet = UNet2DConditionModel(
+        sample_size=16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=48, attention_head_dim=(2, 4), transformer_layers_per_block=(1, 2),
+        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=24 + 6 * 8,
+    )  # fmt: skip
+    pipe = StableDiffusionXLPipeline(
+        vae=parts["vae"], text_encoder=CLIPTextModel(config).eval(), tokenizer=parts["tokenizer"],
+        text_encoder_2=CLIPTextModelWithProjection(config).eval(), tokenizer_2=parts["tokenizer"], unet=unet.eval(),
+        scheduler=parts["scheduler"], add_watermarker=False,
+    )  # fmt: skip
+    return pipe, {}
+
+
+def controlnet() -> tuple[Any, dict[str, Any]]:
+    """A ControlNet whose residuals are not zero, and its picture."""
+    from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+
+    parts = make_tiny_pipeline().components
+    torch.manual_seed(1)
+    # The hint comes at the picture's size, twice the latents'; a ControlNet brings it down once per further width.
+    control = ControlNetModel.from_unet(parts["unet"], conditioning_embedding_out_channels=(8, 16)).eval()
+    for parameter in control.parameters():  # its zero convolutions would hide the residuals
+        torch.nn.init.normal_(parameter, std=0.05)
+    parts.pop("image_encoder", None)
+    pipe = StableDiffusionControlNetPipeline(**parts, controlnet=control, requires_safety_checker=False)
+    return pipe, {"image": PICTURE, "controlnet_conditioning_scale": 0.7}
+
+
+def inpaint(channels: int = 4) -> tuple[Any, dict[str, Any]]:
+    """Inpainting; with a UNet of four channels the pipeline itself puts the picture back outside its own mask."""
+    from diffusers import StableDiffusionInpaintPipeline, UNet2DConditionModel
+
+    parts = make_tiny_pipeline().components
+    parts.pop("image_encoder", None)
+    if channels != 4:
+        torch.manual_seed(1)
+        parts["unet"] = UNet2DConditionModel.from_config(parts["unet"].config, in_channels=channels).eval()
+    pipe = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+    hole = Image.new("L", (32, 32))
+    hole.paste(255, (4, 4, 28, 28))
+    return pipe, {"image": PICTURE, "mask_image": hole}
+
+
+def guided_by_embedding(pipe: Any) -> Any:
+    """The pipeline, its UNet told the weight of guidance (``timestep_cond``) as distilled models are."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(1)
+    pipe.unet = UNet2DConditionModel.from_config(pipe.unet.config, time_cond_proj_dim=256).eval()
+    torch.nn.init.normal_(pipe.unet.time_embedding.cond_proj.weight, std=0.2)  # or the weight would hardly count
+    return pipe
+
+
+def latent_consistency() -> tuple[Any, dict[str, Any]]:
+    """The pipeline that was made for LCM: no negative prompt, and it decodes what the scheduler calls denoised."""
+    from diffusers import LatentConsistencyModelPipeline, LCMScheduler
+
+    parts = guided_by_embedding(make_tiny_pipeline()).components
+    parts.pop("image_encoder", None)
+    parts["scheduler"] = LCMScheduler.from_config(parts["scheduler"].config)
+    return LatentConsistencyModelPipeline(**parts, requires_safety_checker=False), {}
