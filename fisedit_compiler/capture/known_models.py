@@ -60,6 +60,8 @@ def _unet_example(unet: nn.Module) -> dict[str, Any]:
             "text_embeds": torch.zeros(2, pooled, **options),
             "time_ids": torch.zeros(2, time_ids, **options),
         }
+    if config.get("time_cond_proj_dim") is not None:  # pipelines of such a UNet always give it a weight of guidance
+        example["timestep_cond"] = torch.zeros(2, config["time_cond_proj_dim"], **options)
     return example
 
 

@@ -147,6 +147,14 @@ def test_edits_of_edits_several_edits_and_edits_that_reuse(
         assert loose.unchanged_outside and kinds(loose) == ["sparse"] + ["shallow"] * (steps - 1)
 
 
+@pytest.mark.parametrize("name", MAKE)
+def test_what_is_compiled_ahead_is_what_runs(name: str) -> None:
+    with editor_of(name, "LCMScheduler") as editor:
+        before = editor.compiled._programs.executables()
+        generate(editor, 1, 5.0)
+        assert len(before) == 1 and editor.compiled._programs.executables() == before
+
+
 def test_the_weight_of_embedded_guidance_counts() -> None:
     with editor_of("sd, embedded", "LCMScheduler") as editor:
         weak, strong = (generate(editor, 2, guidance) for guidance in (1.0, 9.0))
