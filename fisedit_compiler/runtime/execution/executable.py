@@ -11,7 +11,7 @@ run side by side.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from operator import attrgetter
 from types import MappingProxyType
@@ -24,7 +24,7 @@ from fisedit_compiler.compiling import one_at_a_time
 from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.errors import LoweringError
 from fisedit_compiler.geometry.site_plan import SitePlan
-from fisedit_compiler.graph.inputs import Input, Sources, graph_inputs, resolve
+from fisedit_compiler.graph.inputs import Sources
 from fisedit_compiler.lowering.lowered import Lowerable
 from fisedit_compiler.lowering.program import CompiledProgram
 from fisedit_compiler.passes.programs.hoist import Bundle
@@ -36,7 +36,7 @@ from fisedit_compiler.runtime.execution.graph_choice import GraphChoice, choose_
 from fisedit_compiler.runtime.execution.held_rows import HeldRows, cut_of
 from fisedit_compiler.runtime.execution.hoisting import HoistCache, Hoisted
 from fisedit_compiler.runtime.execution.in_order import InOrder
-from fisedit_compiler.runtime.execution.interpreted import interpreted
+from fisedit_compiler.runtime.execution.interpreted import InterpretedGraphs
 from fisedit_compiler.runtime.execution.padded_plans import SitePlans
 from fisedit_compiler.runtime.samples.recorded_samples import are_first, are_independent
 from fisedit_compiler.runtime.samples.sample_axes import BatchAxes, batch_axes
@@ -69,7 +69,9 @@ class Executable:
         samples = [s.name for s in program.slots if s.origin == program.spatial[0] and s.kind.holds == "packed"]
         self.sample_slot = samples[0] if samples else None
         self._graphs: dict[str, fx.GraphModule] = {}
-        self._interpreted: dict[str, tuple[Callable[..., Any], Sequence[Input]]] = {}
+        self._interpreted = InterpretedGraphs(self._graphs, self._lock)
+        weights = [place for place, bundle in enumerate(program.bundles) if not bundle.dependences]
+        self._weights = weights[0] if weights else None
         self._bundles: list[tuple[Bundle, fx.GraphModule]] = []
         self._attributes: dict[str, Any] = {}
         self._pools: dict[Lowerable, GraphPool] = {}
@@ -125,18 +127,14 @@ class Executable:
 
     def _run(self, name: str, sources: Sources) -> tuple[Sequence[Any], list[Any]]:
         """What a graph returns for a call, and the arguments it was given."""
-        function, inputs = self._interpreted.get(name) or self._made_interpreted(name)
-        arguments = resolve(inputs, sources)
-        return function(*arguments), arguments
+        return self._interpreted.run(name, self._graph(name), sources)
 
-    @one_at_a_time
-    def _made_interpreted(self, name: str) -> tuple[Callable[..., Any], Sequence[Input]]:
-        bound = self._graph(name)
-        made = interpreted(bound), graph_inputs(bound.graph)
-        with self._lock:
-            if self._graphs.get(name) is bound:  # kept beside the graph that it was made of, or not at all
-                self._interpreted[name] = made
-        return made
+    def _run_step(self, name: str, sources: Sources, hoisted: Hoisted) -> Sequence[Any]:
+        """What a sparse graph returns for a call that is interpreted."""
+        sample = sources.call[self.program.spatial[0]]
+        if self._weights is None or not sample.is_cpu:
+            return self._run(name, sources)[0]
+        return self._interpreted.run_on_host(name, self._graph(name), sources, hoisted.groups[self._weights])
 
     def _bundle_modules(self) -> list[tuple[Bundle, fx.GraphModule]]:
         return self._bundles or self._bound_bundles()
@@ -290,7 +288,7 @@ class Executable:
             if keeping is not None:
                 keeping.keep(owned[-count:], self.program, plan, tensors[self.program.spatial[0]])
             return owned[: len(self.program.outputs)], LateMapping(owned, chosen.places)
-        flat, _ = self._run(chosen.name, Sources(tensors, slots, hoisted, plan, held=rows))
+        flat = self._run_step(chosen.name, Sources(tensors, slots, hoisted, plan, held=rows), hoisted)
         if keeping is not None:
             flat, kept = flat[:-count], [own(value, flat[:-count]) for value in flat[-count:]]
             keeping.keep(kept, self.program, plan, tensors[self.program.spatial[0]])
