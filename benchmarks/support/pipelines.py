@@ -38,8 +38,20 @@ _SD21_TEXT: dict[str, Any] = {
     "max_position_embeddings": 77,
     "hidden_act": "gelu",
 }
-TEXT_ENCODERS: dict[str, dict[str, Any]] = {"sd15": _SD15_TEXT, "sd21": _SD21_TEXT}
-PREDICTIONS = {"sd15": "epsilon", "sd21": "v_prediction"}
+# OpenCLIP ViT-bigG/14 with its projection, 695 M parameters; beside ViT-L/14, whose projection SDXL does not use.
+_SDXL_TEXT_2: dict[str, Any] = {
+    "vocab_size": 49408,
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "max_position_embeddings": 77,
+    "hidden_act": "gelu",
+    "projection_dim": 1280,
+}
+TEXT_ENCODERS: dict[str, dict[str, Any]] = {"sd15": _SD15_TEXT, "sd21": _SD21_TEXT, "sdxl": _SD15_TEXT}
+"""The first one, by pipeline."""
+PREDICTIONS = {"sd15": "epsilon", "sd21": "v_prediction", "sdxl": "epsilon"}
 VAE_CONFIG: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -49,7 +61,7 @@ VAE_CONFIG: dict[str, Any] = {
     "norm_num_groups": 32,
     "scaling_factor": 0.18215,
 }
-"""84 M parameters, the same in both."""
+"""84 M parameters, the same in all but for SDXL's factor. SDXL's pipeline widens it to float32 for every decode."""
 SCHEDULER_CONFIG: dict[str, Any] = {
     "beta_schedule": "scaled_linear",
     "beta_start": 0.00085,
@@ -58,7 +70,7 @@ SCHEDULER_CONFIG: dict[str, Any] = {
     "set_alpha_to_one": False,
     "steps_offset": 1,
 }
-"""Of a DDIM scheduler: one UNet call a step."""
+"""Of a scheduler with one UNet call a step: DDIM, and Euler for SDXL."""
 PIPELINES = (EMBEDDED, *TEXT_ENCODERS)
 """Names that :func:`load` takes."""
 
@@ -94,37 +106,70 @@ def random_pipeline(name: str, device: torch.device | str, dtype: torch.dtype) -
     knows fewer words; texts are padded to 77 tokens as they are there.
 
     Args:
-        name: ``"sd15"`` or ``"sd21"``.
+        name: ``"sd15"``, ``"sd21"`` or ``"sdxl"``.
         device: where its parts are put.
         dtype: of all weights.
     """
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        EulerDiscreteScheduler,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+    )
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    is_xl = name == "sdxl"
+    tokenizer = _tokenizer(TEXT_ENCODERS[name]["max_position_embeddings"])
+    with torch.device(device):
+        encoder = CLIPTextModel(_text_config(TEXT_ENCODERS[name], tokenizer))
+        second = CLIPTextModelWithProjection(_text_config(_SDXL_TEXT_2, tokenizer)) if is_xl else None
+        own: dict[str, Any] = {"scaling_factor": 0.13025} if is_xl else {}
+        vae = AutoencoderKL(**{**VAE_CONFIG, **own}, sample_size=8 * UNETS[name]["sample_size"])
+    parts: dict[str, Any] = {
+        "vae": _ready(vae, dtype),
+        "text_encoder": _ready(encoder, dtype),
+        "tokenizer": tokenizer,
+        "unet": random_unet(name, device, dtype),
+    }
+    if second is not None:
+        config = {
+            key: value for key, value in SCHEDULER_CONFIG.items() if key not in ("clip_sample", "set_alpha_to_one")
+        }
+        pipe: Any = StableDiffusionXLPipeline(
+            **parts,
+            text_encoder_2=_ready(second, dtype),
+            tokenizer_2=tokenizer,
+            scheduler=EulerDiscreteScheduler(**config, prediction_type=PREDICTIONS[name], timestep_spacing="leading"),
+            add_watermarker=False,
+        )
+    else:
+        pipe = StableDiffusionPipeline(
+            **parts,
+            scheduler=DDIMScheduler(**SCHEDULER_CONFIG, prediction_type=PREDICTIONS[name]),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _tokenizer(length: int) -> Any:
+    from transformers import CLIPTokenizer
 
     from fisedit_compiler.models import embedded_model_path
 
-    text = TEXT_ENCODERS[name]
-    tokenizer = CLIPTokenizer.from_pretrained(
-        str(embedded_model_path(EMBEDDED) / "tokenizer"),
-        model_max_length=text["max_position_embeddings"],
-        local_files_only=True,
+    return CLIPTokenizer.from_pretrained(
+        str(embedded_model_path(EMBEDDED) / "tokenizer"), model_max_length=length, local_files_only=True
     )
+
+
+def _text_config(text: dict[str, Any], tokenizer: Any) -> Any:
+    from transformers import CLIPTextConfig
+
     special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
-    with torch.device(device):
-        encoder = CLIPTextModel(CLIPTextConfig(**text, **special))
-        vae = AutoencoderKL(**VAE_CONFIG, sample_size=8 * UNETS[name]["sample_size"])
-    pipe = StableDiffusionPipeline(
-        vae=_ready(vae, dtype),
-        text_encoder=_ready(encoder, dtype),
-        tokenizer=tokenizer,
-        unet=random_unet(name, device, dtype),
-        scheduler=DDIMScheduler(**SCHEDULER_CONFIG, prediction_type=PREDICTIONS[name]),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return CLIPTextConfig(**text, **special)
 
 
 def _ready(module: nn.Module, dtype: torch.dtype) -> nn.Module:

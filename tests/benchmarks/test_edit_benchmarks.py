@@ -130,16 +130,45 @@ def test_timing_a_pipelines_parts_leaves_it_as_it_was():
     assert counts == {"text": 2, "unet": 2, "vae": 1}, "two prompts with guidance, two steps, one picture"
 
 
-@pytest.mark.parametrize(("name", "text_parameters"), [("sd15", 123_060_480), ("sd21", 340_387_840)])
+@pytest.mark.parametrize(
+    ("name", "text_parameters"), [("sd15", 123_060_480), ("sd21", 340_387_840), ("sdxl", 123_060_480)]
+)
 def test_random_pipelines_have_the_published_sizes(name, text_parameters):
     pipe = pipelines.random_pipeline(name, "meta", torch.float16)
     assert sum(parameter.numel() for parameter in pipe.text_encoder.parameters()) == text_parameters
     assert sum(parameter.numel() for parameter in pipe.vae.parameters()) == 83_653_863
-    assert pipe.text_encoder.config.hidden_size == UNETS[name]["cross_attention_dim"]
+    second = getattr(pipe, "text_encoder_2", None)
+    if name == "sdxl":
+        assert sum(parameter.numel() for parameter in second.parameters()) == 694_659_840
+        assert pipe.vae.config.force_upcast and pipe.vae.config.scaling_factor == 0.13025
+    widths = pipe.text_encoder.config.hidden_size + (0 if second is None else second.config.hidden_size)
+    assert widths == UNETS[name]["cross_attention_dim"]
     assert {part.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder)} == {torch.float16}
     tokens = pipe.tokenizer("a cat", padding="max_length", return_tensors="pt").input_ids
     assert tokens.shape == (1, 77)
     assert pipe.vae_scale_factor * pipe.unet.config.sample_size == pipe.vae.config.sample_size
+
+
+def test_sdxl_is_measured_as_the_others_are(tmp_path, monkeypatch):
+    """Of a small size: two text encoders, pooled text and picture sizes, and a scheduler that is not DDIM."""
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small = {
+        "sample_size": 16, "block_out_channels": (8, 8, 16), "attention_head_dim": (2, 2, 2), "norm_num_groups": 4,
+        "transformer_layers_per_block": (1, 1, 1), "cross_attention_dim": 32, "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 16 + 6 * 4, "layers_per_block": 1,
+    }  # fmt: skip
+    monkeypatch.setitem(UNETS, "sdxl", {**UNETS["sdxl"], **small})
+    monkeypatch.setitem(pipelines.TEXT_ENCODERS, "sdxl", {**pipelines.TEXT_ENCODERS["sdxl"], **text})
+    second = {**pipelines._SDXL_TEXT_2, **text, "projection_dim": 16}
+    monkeypatch.setattr(pipelines, "_SDXL_TEXT_2", second)
+    vae = {**pipelines.VAE_CONFIG, "block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4}
+    monkeypatch.setattr(pipelines, "VAE_CONFIG", vae)
+    path = tmp_path / "rows.json"
+    options = ["--models", "sdxl", "--steps", "2", "--dense-form", "none", "--as-it-comes", "--only-editors"]
+    edit_latency.main([*options, "--editors", editors.DECODER, "--no-bases", *ONCE, "--json", str(path)])
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["task"] for row in rows] == ["edit", "edit, reuse off"]
+    assert all(row["unchanged_outside"] and row["refused"] is None and row["decode_ms"] > 0 for row in rows)
 
 
 # -- other projects ----------------------------------------------------------------------------------
