@@ -1,4 +1,7 @@
-"""A VAE with the modes of a compiled UNet: it records what it decodes, and decodes edits sparsely."""
+"""A VAE with the modes of a compiled UNet: it records what it decodes, and decodes edits sparsely.
+
+In a mode it encodes a picture once, whichever run asks (``encodings.py``).
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from fisedit_compiler.config import SparsifyConfig
 from fisedit_compiler.errors import ModeError
 from fisedit_compiler.module import SparseModule
 from fisedit_compiler.pipelines.decoding.decoder import compiled_decoder
+from fisedit_compiler.pipelines.decoding.encodings import Encodings
 from fisedit_compiler.pipelines.decoding.runs import Decoded, DecodeEdit, DecodeRecord
 
 logger = logging.getLogger(__name__)
@@ -30,6 +34,7 @@ class SparseVAE(nn.Module):
     Attributes:
         original: the user's VAE, unpatched.
         decoding: its decoder, compiled.
+        encodings: of the pictures that were encoded last.
         sparsify_config: the configuration the decoder was compiled with.
         refused: why nothing is decoded sparsely any more, in words; empty as long as it is.
         wanted: bytes of its recordings by batch, height and width, as far as they were asked for.
@@ -37,6 +42,7 @@ class SparseVAE(nn.Module):
 
     original: Any
     decoding: SparseModule
+    encodings: Encodings
     refused: str
     wanted: dict[tuple[int, int, int], int]
 
@@ -51,6 +57,7 @@ class SparseVAE(nn.Module):
         own: dict[str, Any] = vars(self)
         own["config_beside"] = config
         own["decoding"] = compiled_decoder(original, config)  # no submodule: its parameters are the original's
+        own["encodings"] = Encodings(original)
         own["refused"], own["wanted"] = "", {}
         own["_run"] = ContextVar[Any]("fisedit_decoding", default=None)
         own["training"] = original.training
@@ -81,6 +88,23 @@ class SparseVAE(nn.Module):
         from diffusers.models.autoencoders.vae import DecoderOutput
 
         return DecoderOutput(sample=pixels)
+
+    def encode(self, x: Tensor, return_dict: bool = True, **options: Any) -> Any:
+        """The original's ``encode``; in a mode, what that made of an equal picture before. Same output type."""
+        run = self._active()
+        if run is None or options or "encode" in vars(self.original):
+            return self.original.encode(x, return_dict=return_dict, **options)
+
+        def own(pixels: Tensor) -> Any:
+            with computing():
+                return self.original.encode(pixels, return_dict=False)[0]
+
+        found = self.encodings.of(run, x, own)
+        if not return_dict:
+            return (found,)
+        from diffusers.models.modeling_outputs import AutoencoderKLOutput
+
+        return AutoencoderKLOutput(latent_dist=found)
 
     # -- modes -----------------------------------------------------------------------------------
 

@@ -118,7 +118,7 @@ class EncodedTexts:
         asked = _contents((args, kwargs))
         if asked is None:
             return own(*args, **kwargs)
-        state = _scales(self._scaled), Ambient.now(), _arithmetic()
+        state = _scales(self._scaled), Ambient.now(), arithmetic()
         key = asked, state
         found = self._kept.get(key)
         if found is None:
@@ -177,7 +177,7 @@ def _scales(scaled: list[nn.Module]) -> Hashable:
     return tuple(str(scaling) for scaling in found if scaling is not None)
 
 
-def _arithmetic() -> Hashable:
+def arithmetic() -> Hashable:
     """Switches of the process by which the last bits of a product are others."""
     cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
     flags: list[bool] = [
