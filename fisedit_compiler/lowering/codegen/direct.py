@@ -224,7 +224,9 @@ class _Code:
         if any(value.is_cuda for value in values):
             AsyncCompile.wakeup()  # the processes that Triton runs in take a while to start
         environment = ShapeEnv()
-        mode = FakeTensorMode(shape_env=environment)
+        # With symbols, results cost more to keep and to make again than to compute.
+        with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+            mode = FakeTensorMode(shape_env=environment)
         symbols = _symbols(environment, self.layouts, values)
         with mode:
             fakes = [_fake(layout, symbols) for layout in self.layouts]
