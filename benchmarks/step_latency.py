@@ -152,6 +152,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def area(text: str) -> float:
     """A mask area for ``argparse``: 0.05 and 5 are the same, 1 is everything."""
     value = float(text)
+    if not 0 < value <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is no area; name a share up to 1, or percent above 1")
     return value / 100 if value > 1 else value
 
 

@@ -294,13 +294,20 @@ class Report:
 
 def argument_parser(description: str, *, repeats: int) -> argparse.ArgumentParser:
     """The options every benchmark has."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=_WithDefaults)
     parser.add_argument("--device", default="cpu", help="where to run: cpu, cuda or cuda:N")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float32 on a CPU")
     parser.add_argument("--threads", type=positive, help="CPU threads; default: what torch chooses")
     parser.add_argument("--repeats", type=positive, default=repeats, help="timed repeats of everything")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here as well")
     return parser
+
+
+class _WithDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds its default to the help of an option, but no ``None``: what stands for that is in the option's own words."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def positive(text: str) -> int:
@@ -315,15 +322,30 @@ def prepare(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     """Apply ``--threads`` and resolve ``--device`` and ``--dtype``.
 
     Raises:
-        SystemExit: the device is not there.
+        SystemExit: the device is not there, or nothing can be written where ``--json`` says.
     """
+    if options.json is not None:
+        _check_writable(options.json)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
+    try:
+        device = torch.device(options.device)
+    except RuntimeError as error:
+        raise SystemExit(f"--device {options.device}: no device; name cpu, cuda or cuda:N") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: this machine has no CUDA device, or this torch was built without CUDA")
     default = "float32" if device.type == "cpu" else "float16"
     return device, getattr(torch, options.dtype or default)
+
+
+def _check_writable(path: Path) -> None:
+    """Fail before the work, not after it, if the report cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"--json {path}: cannot be written ({error.strerror}); name another file") from error
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise SystemExit(f"--json {path}: is a folder, or may not be written; name another file")
 
 
 def _load_average() -> float | None:

@@ -7,6 +7,7 @@ model's, told to make texts of the published length.
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 import torch
@@ -79,7 +80,14 @@ def add_schedule_options(parser: argparse.ArgumentParser, *, guidance: float) ->
     """By what steps pictures are made, and with what guidance. ``--scheduler lcm --steps 4 --guidance 1`` is a
     few-step model's run."""
     parser.add_argument("--scheduler", choices=tuple(SCHEDULERS), help="default: the pipeline's own")
-    parser.add_argument("--guidance", type=float, default=guidance, help="its weight; 1 or less is none: batch 1")
+    parser.add_argument("--guidance", type=_weight, default=guidance, help="its weight; 1 or less is none: batch 1")
+
+
+def _weight(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is no weight; name a finite number, such as 5")
+    return value
 
 
 def load(name: str, device: torch.device | str, dtype: torch.dtype, scheduler: str | None = None) -> Any:

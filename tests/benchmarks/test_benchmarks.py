@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -25,7 +26,7 @@ from benchmarks import (
     wrapper_overhead,
 )
 from benchmarks.support import dense_forms, peers
-from benchmarks.support.harness import Report, Stopwatch, Timing, alternate, machine, versions
+from benchmarks.support.harness import Report, Stopwatch, Timing, alternate, argument_parser, machine, prepare, versions
 from benchmarks.support.peers import Peer
 from benchmarks.support.subjects import make_call, square_mask
 from tests.support.zoo import ZOO
@@ -72,6 +73,30 @@ def test_mask_has_the_area_asked_for_and_is_one_compact_block(fraction, height, 
 def test_mask_of_an_impossible_area_is_refused(fraction):
     with pytest.raises(ValueError, match="at most 1"):
         square_mask(fraction, 8, 8)
+
+
+@pytest.mark.parametrize("text", ["0", "-5", "101", "nan"])
+def test_an_option_that_is_no_area_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="is no area"):
+        step_latency.area(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--json", "."], "is a folder"),
+        (["--json", str(Path(__file__) / "x.json")], "cannot be written"),
+        (["--device", "foo"], "no device"),
+    ],
+)
+def test_what_cannot_work_is_said_before_the_work(options, words):
+    with pytest.raises(SystemExit, match=words):
+        prepare(argument_parser("", repeats=1).parse_args(options))
+
+
+def test_help_names_no_default_that_is_none():
+    text = argument_parser("", repeats=7).format_help()
+    assert "default: None" not in text and "timed repeats of everything (default: 7)" in text
 
 
 def test_inputs_are_the_same_on_every_run():
