@@ -53,7 +53,7 @@ def sparsify(
 def _check(module: object, config: object) -> None:
     if config is not None and not isinstance(config, SparsifyConfig):
         raise ConfigError(
-            f"config is a {type(config).__name__}; pass a SparsifyConfig, such as "
+            f"config is of type {type(config).__name__}; pass a SparsifyConfig, such as "
             "sparsify(unet, SparsifyConfig(backend='eager'))"
         )
     if isinstance(module, nn.Module):
@@ -63,14 +63,14 @@ def _check(module: object, config: object) -> None:
     elif isinstance(getattr(module, "unet", None), nn.Module):
         what = f"a {type(module).__name__}; pass its UNet, pipe.unet = sparsify(pipe.unet), or make an Editor(pipe)"
     else:
-        what = f"a {type(module).__name__}; pass a torch.nn.Module, such as pipe.unet"
+        what = f"an object of type {type(module).__name__}; pass a torch.nn.Module, such as pipe.unet"
     raise ConfigError(f"sparsify() compiles one module, and got {what}")
 
 
 def _check_inputs(module: nn.Module, inputs: object) -> None:
     remedy = 'pass the keyword arguments of one call, such as example_inputs={"sample": latents}'
     if not isinstance(inputs, Mapping):
-        raise ConfigError(f"example_inputs is a {type(inputs).__name__}; {remedy}")
+        raise ConfigError(f"example_inputs is of type {type(inputs).__name__}; {remedy}")
     try:
         inspect.signature(module.forward).bind(**inputs)
     except TypeError as error:

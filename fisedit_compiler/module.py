@@ -1,7 +1,7 @@
 """The object ``sparsify`` returns: the user's module with two modes.
 
 In no mode it *is* the original module (one attribute look-up and one call away). What a mode does with a call is
-written in ``record_session.py`` and ``edit_session.py``; how programs are found or compiled in ``programs.py``.
+written in ``runtime/sessions/``, how programs are found or compiled in ``runtime/calls/programs.py``.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ class SparseModule(nn.Module):
         if not recording.complete:
             raise RecordingError(
                 f"The recording is unfinished ({recording.num_calls} calls): its run was interrupted or is still going "
-                "on. Record the base run again."
+                "on. Record the base run again; if it is an edit's, make that edit again: what it edited is untouched."
             )
         if not recording.calls:
             raise RecordingError(

@@ -42,8 +42,8 @@ def read(source: ImageLike, purpose: Purpose) -> Image.Image | np.ndarray[Any, A
     if isinstance(source, np.ndarray):
         return plain_array(source, purpose)
     raise purpose.error(
-        f"a {purpose.noun} cannot be a {type(source).__name__}; pass a torch tensor, a numpy array, a PIL image or the "
-        "path of an image or .npy file"
+        f"a {purpose.noun} cannot be of type {type(source).__name__}; pass a torch tensor, a numpy array, a PIL image "
+        "or the path of an image or .npy file"
     )
 
 

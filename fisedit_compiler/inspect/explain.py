@@ -147,7 +147,8 @@ def _site_mask(mask: Any, size: tuple[int, int] | None) -> torch.Tensor:
     if size is None:
         if getattr(mask, "shape", None) is None:
             raise MaskError(
-                f"explain() cannot tell the latent's size from a {type(mask).__name__}; pass it as size=(height, width)"
+                f"explain() cannot tell the latent's size from a mask of type {type(mask).__name__}; pass it "
+                "as size=(height, width)"
             )
         return mask_pixels(mask)
     return to_site_mask(mask, *size)

@@ -1,7 +1,7 @@
 """A compiled program: every graph one call signature needs, and what they must be given.
 
 ``compile_program`` is the pipeline of the compiler in one function: capture, rewrite, hoist. Running programs is
-``runtime/``'s business, keeping them on disk is ``cache/``'s.
+``runtime/``'s business, keeping them on disk is ``capture/cache/``'s.
 """
 
 from __future__ import annotations

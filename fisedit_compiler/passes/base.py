@@ -242,8 +242,8 @@ class Rewriter:
             raise VerificationError(f"Rewriter.exchange got {node!r}, which is no node of the program's graph.")
         if node.op != "call_function" or not has_spec(node):
             raise VerificationError(
-                f"Rewriter.exchange got {ir.describe(node)}, which is a {node.op} or has several values; it exchanges "
-                "calls with one value."
+                f"Rewriter.exchange got {ir.describe(node)}, whose kind is {node.op} or which has several values; "
+                "it exchanges calls with one value."
             )
         with self.graph.inserting_before(node):
             other = ir.call(self.graph, target, args, spec=spec_of(node), source=node)

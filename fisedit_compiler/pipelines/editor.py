@@ -153,7 +153,8 @@ class Editor:
             seed: of the noise; drawn on the CPU, so that every machine draws the same.
             negative_prompt: what to keep away from.
             num_inference_steps: steps of the scheduler.
-            guidance_scale: weight of classifier-free guidance; 1 or less turns it off.
+            guidance_scale: weight of classifier-free guidance; 1 or less turns it off. A UNet with embedded
+                guidance gets it as an input.
             height: of the image in pixels; the model's own size if left out.
             width: likewise.
             maps: of how many UNet calls, from the first on, cross-attention maps are kept too: while an edit's mask
@@ -284,7 +285,8 @@ class Editor:
                 number if left out.
             negative_prompt: the base's if left out.
             record: keep a recording of the edited run, so that the edit can be edited; costs the memory of what
-                the edit wrote (``report.own_bytes``), the rest is shared with the base's.
+                the edit wrote (``report.own_bytes``), the rest is shared with the base's. An edit keeps its base in
+                memory either way (``edit.base``).
             reuse: whether calls may take what comes up from coarser levels from earlier calls of the edit, as
                 ``SparsifyConfig.reuse``, whose value it is if left out.
             seed: the base's.

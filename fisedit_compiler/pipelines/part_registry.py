@@ -160,7 +160,10 @@ def chosen_parts(names: Sequence[str] | None) -> list[Part]:
         return list(PARTS.values())
     known = ", ".join(map(repr, PARTS))
     if isinstance(names, str) or not isinstance(names, Collection) or any(name not in PARTS for name in names):
-        raise ConfigError(f"parts={names!r}: pass a tuple of parts that are known: {known}")
+        raise ConfigError(
+            f"parts={names!r}: pass a tuple of parts that are known: {known}; an Editor takes 'usual', too, for those "
+            "that pay on its device"
+        )
     if UNET not in names:
         raise ConfigError(f"parts={tuple(names)!r}: the UNet is always compiled; pass ({UNET!r},) for it alone")
     return [part for name, part in PARTS.items() if name in names]

@@ -63,7 +63,10 @@ def test_an_interrupted_edit(usable: Usable, exception: type[BaseException]):
         usable.compiled(**first_call(usable))
         raise exception
     assert session.result is not None
-    with pytest.raises(RecordingError, match="unfinished"), usable.compiled.edit(session.result, MASK):
+    with (
+        pytest.raises(RecordingError, match=r"unfinished.*if it is an edit's, make that edit again"),
+        usable.compiled.edit(session.result, MASK),
+    ):
         pass
 
 

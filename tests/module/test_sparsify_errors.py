@@ -28,9 +28,9 @@ class HoldsAUNet:
     [
         (HoldsAUNet, "got the class HoldsAUNet; pass an instance"),
         (nn.Conv2d, "got the class Conv2d; pass an instance"),
-        (None, "got a NoneType; pass a torch.nn.Module"),
-        ("unet", "got a str; pass a torch.nn.Module"),
-        ({}, "got a dict; pass a torch.nn.Module"),
+        (None, "got an object of type NoneType; pass a torch.nn.Module"),
+        ("unet", "got an object of type str; pass a torch.nn.Module"),
+        ({}, "got an object of type dict; pass a torch.nn.Module"),
     ],
 )
 def test_sparsify_of_what_is_no_module(wrong: Any, words: str):
@@ -52,8 +52,8 @@ def test_a_configuration_of_another_type(wrong: Any):
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ((torch.zeros(1, 4, 8, 8),), "example_inputs is a tuple; pass the keyword arguments of one call"),
-        (torch.zeros(1, 4, 8, 8), "example_inputs is a Tensor; pass the keyword arguments of one call"),
+        ((torch.zeros(1, 4, 8, 8),), "example_inputs is of type tuple; pass the keyword arguments of one call"),
+        (torch.zeros(1, 4, 8, 8), "example_inputs is of type Tensor; pass the keyword arguments of one call"),
         ({}, r"do not fit Conv2d.forward \(missing a required argument: 'input'\); pass"),
         ({"sample": torch.zeros(1, 4, 8, 8)}, r"do not fit Conv2d.forward \(.*\); pass"),
         ({1: torch.zeros(1, 4, 8, 8)}, r"do not fit Conv2d.forward \(.*\); pass"),

@@ -93,8 +93,8 @@ def test_named_with_pass_and_node(step: Step, words: str) -> None:
     [
         (lambda rewriter, node: None, "None, which is no node"),
         (lambda rewriter, node: node.name, "'sigmoid', which is no node"),
-        (lambda rewriter, node: rewriter.graph.find_nodes(op="placeholder")[0], "which is a placeholder"),
-        (lambda rewriter, node: rewriter.graph.find_nodes(op="output")[0], "which is a output"),
+        (lambda rewriter, node: rewriter.graph.find_nodes(op="placeholder")[0], "whose kind is placeholder"),
+        (lambda rewriter, node: rewriter.graph.find_nodes(op="output")[0], "whose kind is output"),
         (lambda rewriter, node: fx.Graph().placeholder("x"), "which is no node"),
         (lambda rewriter, node: rewriter.program.captured.graph.find_nodes(op="output")[0], "which is no node"),
     ],

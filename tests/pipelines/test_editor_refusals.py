@@ -47,6 +47,7 @@ def test_options_that_are_not_the_bases_are_refused(
         ({"guidance_scale": float("nan")}, "guidance_scale=nan is not finite"),
         ({"height": 0}, "height=0 must be 1 or more"),
         ({"width": "64"}, "width='64' is no whole number"),
+        ({"height": 20}, "height=20 is no size of this pipeline's pictures: pass a multiple of 8"),
     ],
 )
 def test_settings_that_are_no_numbers_of_their_kind_are_refused(
@@ -54,6 +55,11 @@ def test_settings_that_are_no_numbers_of_their_kind_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=remedy):
         pinned_editor.generate("a cat", **{"seed": 3, "num_inference_steps": STEPS, **option})
+
+
+def test_a_size_that_no_picture_has_is_not_prepared_for(pinned_editor: Editor) -> None:
+    with pytest.raises(ConfigError, match="width=20 is no size"):
+        pinned_editor.prepare(width=20)
 
 
 @pytest.mark.parametrize("wrong", ["its image", "a prompt", "nothing"])
@@ -64,7 +70,7 @@ def test_what_is_no_generation_is_refused(wrong: str, pinned_editor: Editor, gen
         lambda: pinned_editor.edit_many(base, ["a dog"]),
         lambda: pinned_editor.dense(base, "a dog"),
     ):
-        with pytest.raises(ConfigError, match=rf"got a {type(base).__name__}; pass `base` itself"):
+        with pytest.raises(ConfigError, match=rf"got an object of type {type(base).__name__}; pass `base` itself"):
             call()
 
 

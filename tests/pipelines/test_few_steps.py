@@ -275,6 +275,27 @@ def test_a_schedule_that_the_scheduler_does_not_take_is_refused(scheduler: str, 
                 run()
 
 
+@pytest.mark.parametrize(
+    ("name", "steps", "options", "said"),
+    [
+        ("sd", 60, {}, "num_inference_steps=60 .*smaller than `num_inference_steps`"),
+        ("sd", 2, {"timesteps": [3, 500]}, "must be in descending order"),
+        ("sd", 2, {"timesteps": []}, "list index out of range"),
+        ("latent consistency", 4, {"original_inference_steps": 2}, "original_steps"),
+    ],
+)
+def test_a_schedule_that_the_scheduler_refuses_is_named(
+    name: str, steps: int, options: dict[str, Any], said: str
+) -> None:
+    with editor_of(name, "LCMScheduler") as editor:
+        for run in (
+            lambda: generate(editor, steps, **options),
+            lambda: editor.load(PICTURE, BASE, num_inference_steps=steps, options=options),
+        ):
+            with pytest.raises(ConfigError, match=rf"^LCMScheduler refuses a schedule of .*{said}.*Ask for fewer"):
+                run()
+
+
 # -- the latent consistency pipeline ---------------------------------------------------------------------
 
 

@@ -107,7 +107,9 @@ def test_edits_repeat_the_options_of_their_base() -> None:
     ("options", "message"),
     [
         ({"clip_skp": 1}, "StableDiffusionControlNetPipeline takes no such argument; did you mean 'clip_skip'"),
-        ({"latents": None}, "the Editor gives the pipeline its 'latents' itself"),
+        ({"latents": None}, "its 'latents' itself; pass seed= beside options, or start from a picture"),
+        ({"height": 64}, "the Editor gives the pipeline its 'height' itself; pass height= beside options"),
+        ({"callback_on_step_end": print}, "`latents`; for a callback of your own run the pipeline itself inside"),
         ({"num_images_per_prompt": 2}, "one picture of one prompt"),
     ],
 )

@@ -184,7 +184,7 @@ def _prompts(prompts: object) -> tuple[Any, ...]:
     if isinstance(prompts, str):
         raise PromptError("edit_many() takes a list of prompts, got one string; use edit() for one prompt")
     if not isinstance(prompts, Sequence):
-        raise PromptError(f"edit_many() takes a list of prompts, got a {type(prompts).__name__}")
+        raise PromptError(f"edit_many() takes a list of prompts, got an object of type {type(prompts).__name__}")
     if not prompts:
         raise PromptError("edit_many() got no prompts; pass at least one")
     return tuple(prompts)

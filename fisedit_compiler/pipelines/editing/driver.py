@@ -54,10 +54,12 @@ class Driver:
         """The settings of a new base with the pipeline's scheduler; sizes are the model's own if left out.
 
         Raises:
-            ConfigError: a setting is no number of its kind; one of ``options`` is no argument of the pipeline's call,
-                or one that is given to it anyway; or something would mix all sites between two UNet calls.
+            ConfigError: a setting is no number of its kind, or a size that the pipeline does not make; one of
+                ``options`` is no argument of the pipeline's call, or one that is given to it anyway; or something would
+                mix all sites between two UNet calls.
         """
         refusals.check_numbers(seed, num_inference_steps, guidance_scale, height, width)
+        refusals.check_size(self.pipe, height, width)
         refusals.check_options(self.pipe, options or {})
         refusals.check_guidance(self.pipe, options or {})
         refusals.check_scheduler(self.pipe)
@@ -185,6 +187,7 @@ class Driver:
             shown(self.shows_progress),
             self.texts.encoded_once(self.pipe),
             device_looked_up(self.pipe),
+            refusals.naming_schedule(self.pipe.scheduler, settings.num_inference_steps),
         ):
             try:
                 output = self.pipe(

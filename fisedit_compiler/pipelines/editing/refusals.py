@@ -11,10 +11,12 @@ import inspect
 import json
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from fisedit_compiler.errors import ConfigError, PromptError, RecordingError
+from fisedit_compiler.errors import ConfigError, FiseditError, PromptError, RecordingError
 from fisedit_compiler.pipelines.editing.runs import Generation
 
 _LONGEST_BELIEVABLE_CONTEXT = 100_000
@@ -24,10 +26,27 @@ _GIVEN = (
     "callback_on_step_end", "callback_on_step_end_tensor_inputs", "output_type",
 )  # fmt: skip
 """Arguments of a pipeline's call that every run gives it."""
+_INSTEAD = {
+    "generator": "pass seed= beside options",
+    "latents": "pass seed= beside options, or start from a picture with Editor.load()",
+    "output_type": "the result has the picture as `image` and its latents as `latents`",
+    **dict.fromkeys(
+        ("callback_on_step_end", "callback_on_step_end_tensor_inputs"),
+        "the result has the latents after every step as `latents`; for a callback of your own run the pipeline itself "
+        "inside compiled.record() and compiled.edit()",
+    ),
+}
+"""What to do instead of giving one of them as an option; the others are arguments of the Editor's own."""
 _NOT_EVERYWHERE = ("negative_prompt",)
 """Those that a pipeline may lack: one whose guidance is embedded computes nothing for a negative prompt."""
 _REFUSED = ("return_dict", "num_images_per_prompt", "prompt_embeds", "negative_prompt_embeds")
 """Those that would change what a run is: one picture of one prompt."""
+_TAKES = {"timesteps": "LCM, TCD, Euler or DPM++", "sigmas": "Euler or UniPC"}
+"""Schedulers that take noise levels of the caller's, by the option."""
+_SETS_STEPS = frozenset({"set_timesteps", "retrieve_timesteps"})
+"""Functions of schedulers and pipelines in which a schedule is laid out."""
+_OF_EIGHTS = ("pipeline_stable_diffusion", "pipeline_stable_diffusion_xl", "pipeline_latent_consistency_text2img")
+"""Files of diffusers whose pipelines take multiples of eight pixels only, whatever their VAE."""
 DENOISED = "denoised"
 """What a latent consistency pipeline calls the second result of a scheduler's step; it decodes that of the last one."""
 _BOTH_ALIKE = "LCMScheduler"
@@ -77,6 +96,22 @@ def check_numbers(seed: object, num_inference_steps: object, guidance_scale: obj
         raise ConfigError(f"guidance_scale={guidance_scale!r} is not finite")
 
 
+def check_size(pipe: Any, height: int | None, width: int | None) -> None:
+    """Refuse a size that a pipeline does not make; ``None`` is its own.
+
+    Raises:
+        ConfigError: names the side, and what it has to be a multiple of.
+    """
+    multiple = int(getattr(pipe, "vae_scale_factor", 1))
+    checks = getattr(type(pipe), "check_inputs", None)
+    package, *_, file = str(getattr(checks, "__module__", "")).split(".")
+    if package == "diffusers" and file in _OF_EIGHTS:
+        multiple = math.lcm(multiple, 8)
+    for name, size in (("height", height), ("width", width)):
+        if size is not None and size % multiple:
+            raise ConfigError(f"{name}={size} is no size of this pipeline's pictures: pass a multiple of {multiple}")
+
+
 def check_base(base: object) -> None:
     """Refuse what no edit can start from.
 
@@ -85,8 +120,8 @@ def check_base(base: object) -> None:
     """
     if not isinstance(base, Generation):
         raise ConfigError(
-            f"an edit starts from what generate(), load() or an edit returned, got a {type(base).__name__}; pass "
-            "`base` itself, not its image or prompt, as the first argument"
+            f"an edit starts from what generate(), load() or an edit returned, got an object of type "
+            f"{type(base).__name__}; pass `base` itself, not its image or prompt, as the first argument"
         )
 
 
@@ -100,7 +135,8 @@ def check_options(pipe: Any, options: Mapping[str, Any]) -> None:
     known = [name for name in arguments or () if name not in (*_GIVEN, *_REFUSED)]
     for name in options:
         if name in _GIVEN:
-            raise ConfigError(f"options[{name!r}]: the Editor gives the pipeline its {name!r} itself")
+            instead = _INSTEAD.get(name, f"pass {name}= beside options")
+            raise ConfigError(f"options[{name!r}]: the Editor gives the pipeline its {name!r} itself; {instead}")
         if name in _REFUSED:
             raise ConfigError(f"options[{name!r}]: a run of the Editor makes one picture of one prompt; leave it out")
         if arguments is not None and name not in known:
@@ -120,8 +156,28 @@ def check_schedule(scheduler: Any, options: Mapping[str, Any]) -> None:
         if given and name not in inspect.signature(scheduler.set_timesteps).parameters:
             raise ConfigError(
                 f"options[{name!r}]: {type(scheduler).__name__} takes no {name} of one's own; leave them out, or use a "
-                "scheduler that does, such as LCM, TCD, Euler or DPM++"
+                f"scheduler that does, such as {_TAKES[name]}"
             )
+
+
+@contextmanager
+def naming_schedule(scheduler: Any, num_inference_steps: int) -> Iterator[None]:
+    """Say of errors from inside a scheduler that lays out its steps what they are about.
+
+    Raises:
+        ConfigError: it does not take so many steps, or the noise levels of the caller's.
+    """
+    try:
+        yield
+    except Exception as error:
+        frames = traceback.walk_tb(error.__traceback__)
+        if isinstance(error, FiseditError) or not any(frame.f_code.co_name in _SETS_STEPS for frame, _ in frames):
+            raise
+        raise ConfigError(
+            f"{type(scheduler).__name__} refuses a schedule of num_inference_steps={num_inference_steps} with the "
+            f"given options: {str(error).removesuffix('.')}. Ask for fewer steps, or change timesteps, sigmas or "
+            "original_inference_steps in options"
+        ) from error
 
 
 def check_guidance(pipe: Any, options: Mapping[str, Any]) -> None:
@@ -179,7 +235,7 @@ def check_prompt(pipe: Any, prompt: object, what: str = "prompt") -> str:
         PromptError: not a string, or longer than a tokenizer's limit; names the words that would be cut off.
     """
     if not isinstance(prompt, str):
-        raise PromptError(f"the {what} is a {type(prompt).__name__}; the Editor takes one string per run")
+        raise PromptError(f"the {what} is of type {type(prompt).__name__}; the Editor takes one string per run")
     for attribute in ("tokenizer", "tokenizer_2"):
         tokenizer = getattr(pipe, attribute, None)
         if tokenizer is None:

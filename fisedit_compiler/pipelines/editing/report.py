@@ -75,9 +75,9 @@ class EditReport:
             ``"skipped"``. Of edits made in one run (``edit_many``) each has its share of the seconds.
         partial_calls: dense calls of which a part was recorded already, such as the unconditional half of the first.
         wall_seconds: duration of the whole edit, text encoder and decoder included; likewise a share.
-        recording_bytes: size of the recording the edit read from.
-        own_bytes: what the edit's own recording added to it: the rows it wrote; 0 if it shares everything or was not
-            recorded.
+        recording_bytes: size of the recordings the edit read from, those of all compiled parts.
+        own_bytes: what the edit's own recordings added to them: the rows it wrote, of all compiled parts; 0 if it
+            shares everything or was not recorded. ``edit.recording.own_nbytes`` is the UNet's share.
         restored_steps: steps after which latents outside the mask had to be set back to the base's: the end of
             an automatic mask's dense calls and the steps in which the scheduler remembers them. 0 with a mask
             given by the user, unless the base is an edit that had such steps itself or was feathered.

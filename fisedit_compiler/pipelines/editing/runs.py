@@ -75,7 +75,11 @@ class Generation:
 
     @property
     def recording(self) -> Recording | None:
-        """What the UNet recorded; ``None`` for an edit made with ``record=False``."""
+        """What the UNet recorded; ``None`` for an edit made with ``record=False``.
+
+        Its sizes are the UNet's alone; those of a report are of all compiled parts, as are the sums over
+        ``recordings``.
+        """
         return cast("Recording | None", self.recordings.get("unet"))
 
     @property
@@ -89,7 +93,8 @@ class Edit(Generation):
     """An edited image; it can be edited again if it was recorded.
 
     Attributes:
-        base: the run that was edited.
+        base: the run that was edited. As long as the edit is kept, so are its base and the base's recording, and so on
+            back to the first run: of a long chain of edits everything stays in memory.
         mask: bool ``[H, W]`` at the latent's size, on the CPU; true where the edit was allowed to change the
             latents.
         report: what it cost.

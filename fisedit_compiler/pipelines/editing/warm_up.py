@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 import torch
 
-from fisedit_compiler.errors import ConfigError
 from fisedit_compiler.module import SparseModule
 from fisedit_compiler.runtime.execution.dense_graphs import RUNS
 
@@ -56,14 +55,8 @@ def warm_up(
         options: as in :meth:`~fisedit_compiler.pipelines.Editor.generate`.
 
     Raises:
-        ConfigError: the pipeline makes no pictures of this size.
-        FiseditError: another of its subclasses, if the run cannot be recorded or edited, or no code be made for it with
-            ``backend="inductor"``.
+        FiseditError: the run cannot be recorded or edited, or no code be made for it with ``backend="inductor"``.
     """
-    multiple = int(getattr(editor.pipe, "vae_scale_factor", 1))
-    for name, size in (("height", height), ("width", width)):
-        if size is not None and size % multiple:
-            raise ConfigError(f"{name}={size} is no size of this pipeline's pictures: pass a multiple of {multiple}.")
     compiled = editor.compiled
     device = next((parameter.device for parameter in compiled.original.parameters()), torch.device("cpu"))
     if compiled.sparsify_config.backend_on(device.type) == "eager":

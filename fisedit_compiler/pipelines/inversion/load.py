@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from fisedit_compiler.errors import ConfigError
+from fisedit_compiler.pipelines.editing import refusals
 from fisedit_compiler.pipelines.editing.driver import Driver
 from fisedit_compiler.pipelines.editing.runs import Generation, RunSettings
 from fisedit_compiler.pipelines.editing.steps import KeepLatents
@@ -144,7 +145,8 @@ def load(
         width=picture.width,
         options=options,
     )
-    schedule = noise_schedule(pipe.scheduler, num_inference_steps, settings.options)
+    with refusals.naming_schedule(pipe.scheduler, num_inference_steps):
+        schedule = noise_schedule(pipe.scheduler, num_inference_steps, settings.options)
     if inversion != "edit-friendly" and inversion != "auto":
         schedule.check_invertible()
     compiled = parts()

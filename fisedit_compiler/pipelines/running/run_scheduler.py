@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import types
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -108,13 +109,23 @@ def _watched(scheduler: Any, *, always: bool) -> Any:
         if before != _global_states(device, of_numpy=of_numpy):
             raise ConfigError(
                 f"{name}.step() drew random numbers of its own, not from the generator it is given, so no edit could "
-                "follow its base. Use a scheduler whose step() draws from `generator`, or one that draws nothing "
-                "(DDIM, DPM++, Euler). If another thread drew numbers at the same moment, run again"
+                f"follow its base. {_remedy(type(scheduler).step, step)}. If another thread drew numbers at the same "
+                "moment, run again"
             )
         return result
 
     scheduler.step = watched
     return scheduler
+
+
+def _remedy(own: Callable[..., Any], used: Callable[..., Any]) -> str:
+    """What helps if a step draws numbers: ``own`` is that of the scheduler's class, ``used`` may be another."""
+    if "generator" in inspect.signature(own).parameters and "generator" not in inspect.signature(used).parameters:
+        return (
+            "Its step() was replaced by a function without an argument `generator`, so pipelines give it none: "
+            "decorate the function with functools.wraps of the step, or give it that argument"
+        )
+    return "Use a scheduler whose step() draws from `generator`, or one that draws nothing (DDIM, DPM++, Euler)"
 
 
 def _global_states(device: torch.device | None, *, of_numpy: bool) -> tuple[bytes, ...]:

@@ -240,8 +240,8 @@ def test_prompts_that_change_everything_are_the_dense_run(editor: Editor, base: 
 MISTAKES: dict[str, tuple[Any, dict[str, Any], type[FiseditError], str]] = {
     "no prompts": ([], {}, PromptError, "no prompts"),
     "a string": ("a dog", {}, PromptError, "takes a list of prompts, got one string"),
-    "a number": (3, {}, PromptError, "got a int"),
-    "a prompt that is none": (["a dog", 3], {}, PromptError, "the prompt is a int"),
+    "a number": (3, {}, PromptError, "got an object of type int"),
+    "a prompt that is none": (["a dog", 3], {}, PromptError, "the prompt is of type int"),
     "a long prompt": (["a cat " * 20], {}, PromptError, "shorten|Shorten"),
     "negative prompt": (["a dog"], {"negative_prompt": 3}, PromptError, "negative prompt"),
     "fewer masks": (PROMPTS, {"mask": EACH[:2]}, MaskError, "2 masks were given for 3 prompts"),

@@ -244,6 +244,18 @@ def test_what_somebody_put_into_a_scheduler_is_looked_at_in_every_step(
     assert vars(scheduler) == (held if on_class else {**held, name: drawn})
 
 
+def test_a_step_that_is_given_no_generator_is_named(pinned_editor: Editor, generate: Generate) -> None:
+    """Pipelines look at the signature of a step, and a function around it may hide the argument."""
+    pipe = pinned_editor.pipe
+    pipe.scheduler = diffusers.LCMScheduler.from_config(pipe.scheduler.config)
+    step = pipe.scheduler.step
+    pipe.scheduler.step = lambda *args, **options: step(*args, **options)
+    with pytest.raises(ConfigError, match=r"without an argument `generator`.*functools\.wraps of the step"):
+        generate()
+    pipe.scheduler.step = wraps(step)(pipe.scheduler.step)
+    generate()
+
+
 @pytest.mark.parametrize("kind", [np.random.MT19937, np.random.PCG64])
 def test_one_number_of_numpy_is_noticed_whatever_draws_it(
     kind: Any, pinned_editor: Editor, generate: Generate, monkeypatch: pytest.MonkeyPatch
