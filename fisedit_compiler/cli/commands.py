@@ -76,9 +76,7 @@ def demo(
     ] = None,
     output: Annotated[Path, typer.Option(help="Directory for the pictures.")] = Path("fisedit-demo"),
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Steps of the scheduler.")] = 25,
-    guidance: Annotated[
-        float, typer.Option(min=0.0, help="Weight of classifier-free guidance; 0 for a model that needs none.")
-    ] = 5.0,
+    guidance: Annotated[float, typer.Option(min=0.0, help="Weight of guidance; 0 for a model that needs none.")] = 5.0,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the noise.")] = 7,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's own choice.")] = None,
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1 ...")] = "cpu",
@@ -100,6 +98,8 @@ def demo(
             comparisons = run_demo(editor, seed=seed, steps=steps, guidance=guidance)
         paths = save_pictures(comparisons, output)
     console.print(_demo_table(comparisons, steps))
+    for title, note in _demo_notes(comparisons):
+        console.print(f"{title}: {note}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"{len(paths)} pictures in {output}, all of them on {paths[-1]}", markup=False, soft_wrap=True)
     console.print(f"{time.perf_counter() - started:.0f} s in all", highlight=False)
 
@@ -252,7 +252,7 @@ def evaluate(
 
 def _demo_table(comparisons: Sequence[Comparison], steps: int) -> Table:
     table = Table(
-        title=f"Sparse edits and dense runs of the same prompt and seed, {steps} steps",
+        title=f"Sparse edits and dense runs of the same prompt and seed, {steps} step{'s' * (steps != 1)}",
         caption="An edit that is edited again is recorded on the way: its calls take longer.",
     )
     table.add_column("edit")
@@ -279,6 +279,11 @@ def _demo_table(comparisons: Sequence[Comparison], steps: int) -> Table:
             "yes" if edit.unchanged_outside else "NO",
         )
     return table
+
+
+def _demo_notes(comparisons: Sequence[Comparison]) -> list[tuple[str, str]]:
+    """Why calls ran otherwise than one would expect, by the titles of the edits."""
+    return [(one.title, one.edit.report.note) for one in comparisons if one.edit.report.note]
 
 
 def _number(value: float | None, form: str = "{:.1f}") -> str:

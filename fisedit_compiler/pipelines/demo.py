@@ -64,7 +64,7 @@ def run_demo(editor: Editor, *, seed: int, steps: int, guidance: float = 5.0) ->
         editor: of a pipeline that knows the words of :data:`BASE_PROMPT`.
         seed: of the noise.
         steps: of the scheduler.
-        guidance: weight of classifier-free guidance, or of the guidance that a model was made with.
+        guidance: weight of guidance; 0 for a model that needs none.
     """
     base = editor.generate(BASE_PROMPT, seed=seed, num_inference_steps=steps, guidance_scale=guidance)
     height, width = base.latents[0].shape[-2:]

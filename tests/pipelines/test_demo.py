@@ -40,4 +40,5 @@ def test_demo_command_prints_one_table(
     assert result.exit_code == 0, result.output
     assert result.output.count("ratio") == 1 and "recorded on the way" in result.output
     assert result.output.count("yes") == 3
+    assert "automatic mask: the prompt changes the whole picture: run densely" in result.output
     assert (tmp_path / "sheet.png").exists()
