@@ -2,18 +2,16 @@
 
 A base image is made and recorded once. Then, for every mask, edits with prompts never seen before are timed in turn,
 wall clock from the prompt to the PIL image: the stock pipeline that runs the new prompt from the base's noise (eager,
-and with a UNet under torch.compile in its fastest form), the same pipeline inside ``compiled.edit()``,
-and ``Editor.edit()``. Every run is made twice: once untouched, for the time of the whole, and once with the queue of
-the GPU drained around its parts, for the share of each. By default the embedded model is measured, with ``--models``
-Stable Diffusion's architectures with random weights.
+and with a UNet under torch.compile in its fastest form), the same pipeline inside ``compiled.edit()``, and
+``Editor.edit()``. Every run is made twice: once untouched, for the time of the whole, and once with the queue of the
+GPU drained around its parts, for the share of each. By default the embedded model is measured, with ``--models``
+Stable Diffusion's architectures with random weights, and ``--peers`` adds other projects' UNets as dense baselines.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -29,8 +27,6 @@ from rich.table import Table
 
 from benchmarks import editors
 from benchmarks.step_latency import area
-from benchmarks.support import pipelines
-from benchmarks.support.dense_forms import FORMS, NO_FORM, STRONGEST, compiled_unet
 from benchmarks.support.harness import (
     Report,
     Stopwatch,
@@ -38,72 +34,42 @@ from benchmarks.support.harness import (
     argument_parser,
     forget_compiled,
     machine,
-    positive,
     prepare,
     versions,
 )
-from benchmarks.support.subjects import moved_mask, square_mask
+from benchmarks.support.peers import in_pipeline
+from benchmarks.support.subjects import moved_mask
+from benchmarks.support.whole_runs import (
+    BASE_PROMPT,
+    EAGER,
+    WholeRuns,
+    add_baselines,
+    add_run_options,
+    load_runs,
+    noted,
+)
 
 FRACTIONS = (0.05, 0.15, 0.30)
-STEPS = {"cuda": 50, "cpu": 10}
-GUIDANCE = 5.0
-SEED = 7
-BASE_PROMPT = "a cat on the left and a rocket on the right"
-EAGER, COMPILED, SPARSE, EDITOR = "eager", "compiled", "sparse", "editor"
+SPARSE, EDITOR = "sparse", "editor"
 PARTS = ("enter", "text", "unet", "vae", "rest")
 """What a run is made of: entering ``edit()`` (which checks the weights), the text encoder, the UNet's calls, the
 VAE's decoder, and everything else (tokenizer, scheduler, guidance, the picture's conversion)."""
 
 
 @dataclass
-class Subject:
+class Subject(WholeRuns):
     """One pipeline, its UNet in its forms, and its recorded base; ``kind`` tells how the last edit's calls ran."""
 
-    name: str
-    pipe: Any
-    options: argparse.Namespace
-    steps: int
-    side: int
-    dense: dict[str, Any]
-    sparse: Any
-    editor: Any
-    base: Any
-    facts: dict[str, Any]
-    prompts: Iterator[str]
+    sparse: Any = None
+    editor: Any = None
+    base: Any = None
     kind: str = ""
 
-    @property
-    def device(self) -> torch.device:
-        return self.pipe.device  # type: ignore[no-any-return]
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Of the base, for :meth:`Editor.generate`."""
-        side = {"height": self.side, "width": self.side}
-        return {"seed": SEED, "num_inference_steps": self.steps, "guidance_scale": self.options.guidance, **side}
-
-    def mask(self, fraction: float) -> torch.Tensor:
-        """A compact mask at the size of the latents, on the CPU as a user's is."""
-        side = self.side // self.pipe.vae_scale_factor
-        return square_mask(fraction, side, side)
-
-    def run(self, prompt: str) -> Any:
-        """The stock pipeline with whatever UNet it has, from the base's noise; a PIL image."""
-        return self.pipe(
-            prompt=prompt,
-            num_inference_steps=self.steps,
-            guidance_scale=self.options.guidance,
-            height=self.side,
-            width=self.side,
-            generator=torch.Generator("cpu").manual_seed(SEED),
-            output_type="pil",
-        ).images[0]
-
     def time_dense(self, name: str, stopwatch: Stopwatch) -> None:
-        """One run of a dense baseline, whole and in parts."""
-        self.pipe.unet = self.dense[name]
-        stopwatch.time(name, partial(self.run, next(self.prompts)))
-        self._file_parts(name, stopwatch, lambda stack, parts: self.run_timed(parts, next(self.prompts)))
+        """One run of a dense baseline, whole and another in parts."""
+        self.time_dense_run(name, stopwatch)
+        with in_pipeline(self.pipe, self.dense[name]):
+            self._file_parts(name, stopwatch, lambda stack, parts: self.run_timed(parts, next(self.prompts)))
 
     def time_sparse(self, mask: torch.Tensor, stopwatch: Stopwatch) -> None:
         """One edit of the stock pipeline, whole and in parts."""
@@ -194,60 +160,36 @@ def _timed_method(owner: Any, method: str, name: str, stopwatch: Stopwatch) -> I
         delattr(owner, method)
 
 
-def _prompts() -> Iterator[str]:
-    """Prompts without end, of which no two in a row are equal; none is the base's."""
-    from fisedit_compiler.models import embedded_object_names
+def prepare_subject(
+    name: str, options: argparse.Namespace, device: torch.device, dtype: torch.dtype, notes: dict[str, str]
+) -> Subject:
+    """Build a pipeline, record the base, compile its UNet. Times of that are in ``facts``, in seconds.
 
-    places = ("left", "right")
-    for name, place in itertools.cycle(itertools.product(embedded_object_names(), places)):
-        yield f"a golden {name} on the {place} and a rocket in the center"
-
-
-def prepare_subject(name: str, options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Subject:
-    """Build a pipeline, compile its UNet, and record the base. Times of that are in ``facts``, in seconds.
+    Args:
+        name: of the pipeline.
+        options: of the command line.
+        device: where it runs.
+        dtype: of its weights.
+        notes: gets those on peers, by their names.
 
     Raises:
         SystemExit: the base's latents are not finite, so nothing could be compared with them.
     """
     from fisedit_compiler import Editor, SparsifyConfig
 
-    pipe = pipelines.load(name, device, dtype, options.scheduler)
-    unet = pipe.unet
-    size = unet.config.sample_size * pipe.vae_scale_factor
-    steps = options.steps or STEPS.get(device.type, STEPS["cpu"])
+    subject = load_runs(Subject, name, options, device, dtype)
     config = SparsifyConfig(backend="inductor" if device.type == "cuda" else "eager")
-    editor = Editor(pipe, config)
-    facts: dict[str, Any] = {}
-    subject = Subject(
-        name, pipe, options, steps, options.size or size, {EAGER: unet}, None, editor, None, facts, _prompts()
-    )
-
-    with _fact(facts, "eager_first_run_s", device):
-        subject.run(BASE_PROMPT)
-    with _fact(facts, "sparsify_s", device):
-        subject.sparse = editor.compiled
-    with _fact(facts, "base_s", device):
-        subject.base = editor.generate(BASE_PROMPT, **subject.settings)
+    subject.editor = Editor(subject.pipe, config)
+    with subject.fact("sparsify_s"):
+        subject.sparse = subject.editor.compiled
+    with subject.fact("base_s"):
+        subject.base = subject.editor.generate(BASE_PROMPT, **subject.settings)
     if not all(bool(torch.isfinite(latents).all()) for latents in subject.base.latents):
         raise SystemExit(f"{name}: the base's latents are not finite in {dtype}; choose another --dtype")
-    facts["unet_calls"] = subject.base.recording.num_calls
-    facts["recording_gib"] = round(subject.base.recording.nbytes / 2**30, 3)
-    if options.dense_form != NO_FORM:
-        subject.dense[COMPILED] = pipe.unet = compiled_unet(unet, options.dense_form)
-        facts["dense_form"] = options.dense_form
-        with _fact(facts, "dense_compile_s", device):
-            subject.run(BASE_PROMPT)
+    subject.facts["unet_calls"] = subject.base.recording.num_calls
+    subject.facts["recording_gib"] = round(subject.base.recording.nbytes / 2**30, 3)
+    notes |= add_baselines(subject)
     return subject
-
-
-@contextmanager
-def _fact(facts: dict[str, Any], name: str, device: torch.device) -> Iterator[None]:
-    """Note the seconds that the block takes, what it left in the GPU's queue included."""
-    start = time.perf_counter()
-    yield
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    facts[name] = round(time.perf_counter() - start, 3)
 
 
 def measure(subject: Subject, fraction: float) -> list[dict[str, Any]]:
@@ -256,11 +198,11 @@ def measure(subject: Subject, fraction: float) -> list[dict[str, Any]]:
     mask = subject.mask(fraction)
     firsts: dict[str, Any] = {"new_mask_s": None}
     # The first mask of its size may compile and captures its CUDA graph; a moved one finds both there.
-    with _fact(firsts, "first_edit_s", device):
+    with noted(firsts, "first_edit_s", device):
         subject.edit(mask)
     moved = moved_mask(mask, 8)
     if moved is not None:
-        with _fact(firsts, "new_mask_s", device):
+        with noted(firsts, "new_mask_s", device):
             subject.edit(moved)
     unchanged = subject.edit_with_editor(mask).unchanged_outside
 
@@ -330,17 +272,10 @@ def draw(rows: list[dict[str, Any]]) -> Table:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argument_parser(str(__doc__).splitlines()[0], repeats=5)
-    parser.add_argument(
-        "--models", nargs="+", choices=pipelines.PIPELINES, default=[pipelines.EMBEDDED], help="full-size: on a GPU"
-    )
+    add_run_options(parser)
     parser.add_argument("--fractions", type=area, nargs="+", metavar="F", default=list(FRACTIONS), help="mask areas")
-    parser.add_argument("--steps", type=positive, help="of the scheduler; default: 50 on a GPU, 10 on a CPU")
-    pipelines.add_schedule_options(parser, guidance=GUIDANCE)
-    parser.add_argument("--size", type=positive, help="side of the image in pixels; default: the model's")
     parser.add_argument("--record", action="store_true", help="record the edits too, as the Editor does by default")
     editors.add_options(parser)
-    parser.add_argument("--dense-form", choices=(*FORMS, NO_FORM), default=STRONGEST, help="of the compiled baseline")
-    parser.add_argument("--warmup", type=positive, default=1, help="untimed repeats before the timed ones")
     return parser.parse_args(arguments)
 
 
@@ -348,6 +283,7 @@ def main(arguments: list[str] | None = None) -> Report:
     """Run the benchmark, print and write its report."""
     options = parse(arguments)
     device, dtype = prepare(options)
+    peers: dict[str, str] = {}
     settings = {
         "models": options.models,
         "fractions": options.fractions,
@@ -357,13 +293,14 @@ def main(arguments: list[str] | None = None) -> Report:
         "record": options.record,
         "repeats": options.repeats,
         "warmup": options.warmup,
+        "peers": peers,
     }
     rows: list[dict[str, Any]] = []
     by_editors: list[dict[str, Any]] = []
     report = Report("edit_latency", settings, machine(device), versions(), rows)
     for name in options.models:
         print(f"{name}: building and recording", flush=True)
-        subject = prepare_subject(name, options, device, dtype)
+        subject = prepare_subject(name, options, device, dtype, peers)
         print(f"{name}: {subject.facts}", flush=True)
         for fraction in [] if options.only_editors else options.fractions:
             for row in measure(subject, fraction):

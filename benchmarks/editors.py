@@ -202,11 +202,7 @@ def _rows(subject: Any, name: str, tasks: Mapping[str, Callable[[], Any]], compi
     def timed(task: str, stopwatch: Stopwatch) -> None:
         stopwatch.time(task, tasks[task])
 
-    def dense(baseline: str, stopwatch: Stopwatch) -> None:
-        subject.pipe.unet = subject.dense[baseline]
-        stopwatch.time(baseline, partial(subject.run, next(subject.prompts)))
-
-    sides: list[Callable[[Stopwatch], None]] = [partial(dense, baseline) for baseline in subject.dense]
+    sides: list[Callable[[Stopwatch], None]] = [partial(subject.time_dense_run, name) for name in subject.dense]
     sides += [partial(timed, task) for task in tasks]
     stopwatch = alternate(sides, repeats=options.repeats, warmup=options.warmup, device=device)
     subject.pipe.unet = compiled

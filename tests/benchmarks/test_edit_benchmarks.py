@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import torch
 from benchmarks import ablation, edit_latency, editors
 from benchmarks.support import peers, pipelines
 from benchmarks.support.harness import Stopwatch
-from benchmarks.support.peers import Peer, prepare_peers
+from benchmarks.support.peers import Peer, RunPeer, in_pipeline, prepare_peers, prepare_run_peers
 from benchmarks.support.subjects import UNETS, Run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -122,7 +124,7 @@ def test_timing_a_pipelines_parts_leaves_it_as_it_was():
     pipe = pipelines.load(pipelines.EMBEDDED, CPU, torch.float32)
     unet, parts = pipe.unet, Stopwatch(CPU)
     options = edit_latency.parse(["--size", "64"])
-    subject = edit_latency.Subject("", pipe, options, 2, 64, {}, None, None, None, {}, iter(()))
+    subject = edit_latency.Subject("", pipe, options, 2, 64, {}, iter(()), {})
     subject.run_timed(parts, "a cat")
     assert pipe.unet is unet
     assert "forward" not in vars(pipe.text_encoder) and "decode" not in vars(pipe.vae)
@@ -209,3 +211,71 @@ def test_installed_peers_change_a_copy_only(module):
         changed = [run.dense(peer.unet, call, run.samples, run.prompt) for call in range(2)][1]
     assert torch.equal(before, after)
     assert not torch.equal(before, changed) and changed.isfinite().all()
+
+
+def test_a_peer_is_in_a_pipeline_for_one_run_only():
+    said: list[str] = []
+    peer = RunPeer("peer", "", "the peer's", lambda: said.append("on"), lambda: said.append("off"))
+    pipe = SimpleNamespace(unet=None)
+    with in_pipeline(pipe, peer):
+        assert (pipe.unet, said) == ("the peer's", ["on"])
+    with pytest.raises(RuntimeError, match="in the run"), in_pipeline(pipe, peer):
+        raise RuntimeError("in the run")
+    assert said == 2 * ["on", "off"]
+    with in_pipeline(pipe, "a dense one"):
+        assert pipe.unet == "a dense one"
+
+
+def test_whole_edits_are_timed_with_peers_that_work(tmp_path, tiny_pipe, monkeypatch, capsys):
+    monkeypatch.setattr(pipelines, "load", lambda *_: tiny_pipe)
+    said: list[str] = []
+
+    def fails(unet: Any, pipe: Any) -> RunPeer:
+        raise RuntimeError("written for another version")
+
+    def makes(unet: Any, pipe: Any) -> RunPeer:
+        return RunPeer("csv", "a note", unet, lambda: said.append("on"), lambda: said.append("off"))
+
+    # Any module that is there stands for an installed project.
+    monkeypatch.setattr(peers, "RUN_PEERS", {"no_such_module": fails, "json": fails, "csv": makes})
+    path = tmp_path / "rows.json"
+    few = ["--size", "64", "--steps", "2", *ONCE, "--dense-form", "none", "--peers"]
+    chosen = ["--as-it-comes", "--editors", editors.AS_IT_COMES, "--no-bases"]
+    edit_latency.main([*few, *chosen, "--json", str(path)])
+    report = json.loads(path.read_text())
+    whole, by_editors = report["rows"][:2], report["rows"][2:]
+    assert [row["baseline"] for row in whole] == ["eager", "csv"]
+    assert [(row["task"], row["baseline"]) for row in by_editors] == [
+        (task, baseline) for task in ("edit", "edit, reuse off") for baseline in ("eager", "csv")
+    ]
+    assert all(row["ratio"] > 0 and row["baseline_ms"] > 0 for row in report["rows"])
+    assert whole[1]["baseline_unet_ms"] > 0
+    assert report["settings"]["peers"] == {"csv": "a note"}
+    runs = 1 + 2 * 2 + 2  # tried, whole and in parts in both rounds, with the Editor in both
+    assert said == runs * ["on", "off"]
+    printed = capsys.readouterr()
+    assert "no_such_module is not installed" in printed.out and "json does not work" in printed.out
+
+
+@pytest.mark.parametrize("module", list(peers.RUN_PEERS))
+def test_runs_with_installed_peers_leave_nothing_behind(module, tiny_pipe):
+    pytest.importorskip(module)
+    tiny_pipe.unet = unet = small_unet()
+    embeddings = torch.randn(1, 3, 16, generator=torch.Generator().manual_seed(0))
+
+    def run(steps: int) -> torch.Tensor:
+        latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+        options: dict[str, Any] = {"prompt_embeds": embeddings, "guidance_scale": 1.0, "output_type": "latent"}
+        return tiny_pipe(num_inference_steps=steps, latents=latents, **options).images
+
+    before = run(7)
+    (peer,) = [peer for peer in prepare_run_peers(unet, tiny_pipe, lambda: run(5)) if peer.name == module.lower()]
+    found = []
+    for steps in (7, 4, 7):
+        with in_pipeline(tiny_pipe, peer):
+            found.append(run(steps))
+    assert not torch.equal(found[0], before) and found[0].isfinite().all()
+    with in_pipeline(tiny_pipe, unet):
+        assert torch.equal(run(7), before)
+    if module == "DeepCache":  # ToMe draws random numbers
+        assert torch.equal(found[0], found[2])
