@@ -90,6 +90,7 @@ bench: $(VENV)/.runtime-installed
 	$(VENV)/bin/python -m benchmarks.compile_time --json bench-output/compile_time.json
 	$(VENV)/bin/python -m benchmarks.ablation --json bench-output/ablation.json
 	$(VENV)/bin/python -m benchmarks.edit_latency --json bench-output/edit_latency.json
+	$(VENV)/bin/python -m benchmarks.entry_points --json bench-output/entry_points.json
 
 clean:
 	rm -rf build dist site demo-output bench-output replay-output .fisedit-cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
