@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from fisedit_compiler.kernels import traits
 from fisedit_compiler.kernels.gather_taps import gather_taps
-from fisedit_compiler.lowering.codegen import direct, kept_code, known_graphs
+from fisedit_compiler.lowering.codegen import direct, inductor, kept_code, known_graphs
 from fisedit_compiler.lowering.codegen.inductor import directly
 from fisedit_compiler.lowering.regions import Region
 from tests.support.pass_tools import gather_step
@@ -106,7 +106,8 @@ def in_region(factor: float) -> fx.GraphModule:
 
 def name(graph: fx.GraphModule, *values: Tensor) -> str | None:
     values = values or (torch.randn(4, 3),)
-    found = known_graphs.KnownGraph(graph, [direct._Layout.of(value, value.shape) for value in values])
+    layouts = [direct._Layout.of(value, value.shape) for value in values]
+    found = known_graphs.KnownGraph(graph, layouts, inductor._decompositions())
     return found.name
 
 
@@ -148,11 +149,39 @@ def _deterministic() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
+@contextmanager
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _sums_in_half_precision() -> Iterator[None]:
+    cuda = torch.backends.cuda
+    before = cuda.fp16_bf16_reduction_math_sdp_allowed()
+    cuda.allow_fp16_bf16_reduction_math_sdp(not before)
+    try:
+        yield
+    finally:
+        cuda.allow_fp16_bf16_reduction_math_sdp(before)
+
+
+_BACKENDS = [torch.nn.attention.SDPBackend(number) for number in torch._C._get_sdp_priority_order()]
+
+
 @pytest.mark.parametrize(
     "state",
     [
         _default_dtype,
         _deterministic,
+        _threads,
+        _sums_in_half_precision,
+        lambda: torch.device("meta"),
+        lambda: torch.nn.attention.sdpa_kernel(_BACKENDS[::-1], set_priority=True),
         lambda: torch.autocast("cpu", torch.bfloat16),
         lambda: torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
         lambda: torch._inductor.config.patch(max_fusion_size=3),
@@ -160,11 +189,11 @@ def _deterministic() -> Iterator[None]:
     ],
 )
 def test_what_else_decides_on_code_is_in_the_name(state: Callable[[], Any]) -> None:
-    graph = module(_product(2.0))
-    plain = name(graph)
+    graph, x = module(_product(2.0)), torch.randn(4, 3)
+    plain = name(graph, x)
     with state():
-        other = name(graph)
-    assert other is not None and other != plain == name(graph)
+        other = name(graph, x)
+    assert other is not None and other != plain == name(graph, x)
 
 
 def test_code_of_another_version_of_the_package_is_not_found(
@@ -194,6 +223,63 @@ def test_what_another_package_has_compiled_is_in_the_name(monkeypatch: pytest.Mo
     plain = named()
     monkeypatch.setattr(kept_code, "inlined", lambda: {**traits.inlined(), aten.silu.default: _elsewhere})
     assert plain is not None and named() not in (None, plain)
+
+
+def _closure(factor: float) -> Callable[[Tensor], Tensor]:
+    def times(x: Tensor) -> Tensor:
+        return x * factor
+
+    return times
+
+
+def _of_this_package(function: Callable[..., Any]) -> Any:
+    """The function, as one of the package's rooms that are compiled."""
+    return type(function)(
+        function.__code__,
+        {"__name__": "fisedit_compiler.lowering.dense"},
+        function.__name__,
+        None,
+        function.__closure__,
+    )
+
+
+def test_functions_that_are_bound_to_something_have_no_name() -> None:
+    assert name(calling(_of_this_package(_elsewhere))) is not None
+    assert name(calling(_of_this_package(_closure(2.0)))) is None
+
+
+def _thrice(x: Tensor) -> Tensor:
+    return x * 3
+
+
+def test_operations_that_are_taken_apart_in_another_way_are_traced(
+    traced: list[fx.GraphModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, graph = torch.randn(4, 3), calling(aten.silu.default)
+    directly(graph)(x)
+    table = {**inductor._decompositions(), aten.silu.default: _thrice}
+    monkeypatch.setattr(inductor, "_decompositions", lambda: table)
+    assert torch.allclose(directly(graph)(x)[0], x * 3) and len(traced) == 2
+
+
+def _small_twice(x: Tensor) -> Tensor:
+    return x * 2.0 if x.shape[0] < 64 else x * 3.0
+
+
+def test_code_is_found_for_lengths_that_lead_there_only(traced: list[fx.GraphModule]) -> None:
+    """Inductor knows of no condition on the code that both graphs share."""
+    branching = calling(_of_this_package(_small_twice))
+
+    def run(graph: fx.GraphModule, *lengths: int) -> list[bool]:
+        step = directly(graph)
+        given = [torch.randn(length, 3) for length in lengths]
+        return [torch.allclose(step(x)[0], _small_twice(x)) for x in given]
+
+    assert all(run(module(_product(2.0)), 5, 7) + run(branching, 5, 7))
+    before = len(traced)
+    assert all(run(branching, 5, 7, 100)) and len(traced) == before + 1
+    assert all(run(branching, 100, 101, 5, 6)) and len(traced) == before + 2, "100 comes as a number first"
+    assert all(run(branching, 5, 7, 100, 101, 6)) and len(traced) == before + 2
 
 
 def test_graphs_without_a_name_are_compiled(traced: list[fx.GraphModule]) -> None:

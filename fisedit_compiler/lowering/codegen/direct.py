@@ -254,9 +254,9 @@ class _Code:
             enable_python_dispatcher(),
             by_digest(),
         ):
-            known = KnownGraph(graph, self.layouts)
+            known = KnownGraph(graph, self.layouts, decompositions)
             self._compiled = known.load(inputs) or made()
-            known.keep(self._compiled)
+            known.keep(self._compiled, inputs)
         self._symbols = [symbol.node.expr for symbol in symbols.values()]
         self._conditions = [guard.expr for guard in environment.guards]
         if any(environment.replace(symbol).is_number for symbol in self._symbols):

@@ -46,6 +46,14 @@ def digest() -> str:
     return _of_this_package() + (_of_functions(others) if others else "")
 
 
+def is_in_digest(function: Any) -> bool:
+    """Whether the digest tells what a function does: it was written in one of these rooms, and is bound to nothing."""
+    if not isinstance(function, FunctionType) or function.__closure__:
+        return False
+    package, _, rest = home(function).partition(".")
+    return package == __package__.partition(".")[0] and rest.partition(".")[0] in _ROOMS
+
+
 def _is_of_this_package(function: Callable[..., Any]) -> bool:
     return isinstance(function, FunctionType) and home(function).startswith(f"{__package__.partition('.')[0]}.")
 
