@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from fisedit_compiler import SparsifyConfig, sparsify
 from fisedit_compiler.graph.inputs import Sources, graph_inputs, resolve
@@ -84,6 +87,50 @@ def test_norms_whose_statistics_are_corrected_in_the_step_stay() -> None:
     assert all(map(torch.equal, results, call.run(call.executable.program.step)))
 
 
+class _OfTwoBatches(nn.Module):
+    """Norms before and after its samples are repeated, or some are dropped."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.change = change
+        self.before, self.between = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.norms = nn.ModuleList(nn.GroupNorm(groups, 8) for groups in (2, 4, 2, 4))
+        self.after = nn.Conv2d(8, 4, 3, padding=1)
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        hidden = self.before(sample)
+        hidden = self.between(self.norms[0](hidden) + self.norms[1](hidden))
+        hidden = self.change(hidden)
+        return self.after(self.norms[2](hidden) + self.norms[3](hidden))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda hidden: torch.cat([hidden, hidden]),
+        lambda hidden: hidden[:1],
+        lambda hidden: hidden.repeat_interleave(2, 0),
+    ],
+)
+def test_norms_of_other_batches_are_folded_apart(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(3)
+    compiled = sparsify(_OfTwoBatches(change).eval(), SparsifyConfig(dense_above=1.0))
+    sample, mask = torch.randn(2, 4, *SIZE), make_mask("block", SIZE, seed=1)
+    others = torch.tensor(3.0), torch.randn(2, 5, 8)
+    changed = torch.where(mask, sample + 1, sample)
+    outputs = []
+    for folded in (True, False):
+        if not folded:
+            monkeypatch.setattr(step, "fold_norms", lambda preparation: None)
+            compiled = sparsify(compiled.original, SparsifyConfig(dense_above=1.0))
+        with torch.no_grad():
+            with compiled.record() as base:
+                compiled(sample, *others)
+            with compiled.edit(base, mask=mask):
+                outputs.append(compiled(changed, *others))
+    assert torch.equal(*outputs)
+
+
 @needs_onednn
 @pytest.mark.parametrize("block_size", [1, 4])
 @pytest.mark.parametrize("name", NAMES)
@@ -136,6 +183,34 @@ def test_other_dtypes_are_not_packed(dtype: torch.dtype, monkeypatch: pytest.Mon
     base = record_run(compiled, inputs)
     output, _ = edited(compiled, base, edit_inputs("sd15", 2, SIZE, mask, dtype), mask)
     assert torch.equal(output[..., ~mask], base.output[..., ~mask])
+
+
+@needs_onednn
+@pytest.mark.usefixtures("all_is_packed")
+def test_what_was_packed_of_earlier_weights_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By graphs that are not called again, too."""
+    packed: list[weakref.ref[Tensor]] = []
+
+    def noted(weight: Tensor) -> Tensor:
+        value = pack_weight(weight)
+        packed.append(weakref.ref(value))
+        return value
+
+    monkeypatch.setattr(products, "pack_weight", noted)
+    module = copy.deepcopy(zoo_model("sd15").module)
+    compiled = sparsify(module, SparsifyConfig(dense_above=1.0))
+    inputs, mask = base_inputs("sd15", 2, SIZE), make_mask("block", SIZE, seed=1)
+    changed = edit_inputs("sd15", 2, SIZE, mask)
+    base = record_run(compiled, inputs)
+    with compiled.edit(base.recording, mask=mask, record=True):
+        compiled(**changed)
+    edited(compiled, base, changed, mask)
+    before = len(packed)
+    with torch.no_grad():
+        module.conv_in.weight.mul_(1.5)
+    edited(compiled, record_run(compiled, inputs), changed, mask)
+    gc.collect()
+    assert [value() is None for value in packed] == [True] * before + [False] * (len(packed) - before)
 
 
 @needs_onednn

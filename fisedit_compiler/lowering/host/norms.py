@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from fisedit_compiler.graph.inputs import SlotInput, input_of
 from fisedit_compiler.graph.ir import call
-from fisedit_compiler.graph.specs import ValueSpec
+from fisedit_compiler.graph.specs import has_spec, spec_of
 from fisedit_compiler.lowering.host.named import compute_by
 from fisedit_compiler.lowering.host.prepared import Preparation, Recipe
 
@@ -27,9 +27,18 @@ NORM = torch.ops.fisedit.group_norm_sites.default
 
 def fold_norms(preparation: Preparation) -> None:
     """Change the norms of a graph whose statistics, weights and biases are inputs, where there are several."""
-    norms = [node for node in preparation.graph.nodes if node.target is NORM and _is_foldable(preparation, node)]
-    if len(norms) < 2:
-        return
+    together: dict[str, list[Any]] = {}
+    for node in preparation.graph.nodes:
+        if node.target is NORM and _is_foldable(preparation, node):
+            statistics: Any = node.args[1]
+            together.setdefault(str(spec_of(statistics).shape[0]), []).append(node)
+    for norms in together.values():
+        if len(norms) > 1:
+            _fold(preparation, norms)
+
+
+def _fold(preparation: Preparation, norms: Sequence[Any]) -> None:
+    """Of one batch size: a model may repeat its samples on the way, or drop some."""
     graph = preparation.graph
     sizes = [int(node.args[0].meta["spec"].shape[2]) for node in norms]
     groups = tuple(int(node.args[4]) for node in norms)
@@ -54,9 +63,9 @@ def fold_norms(preparation: Preparation) -> None:
 
 def _is_foldable(preparation: Preparation, node: fx.Node) -> bool:
     rows, statistics, *affine = node.args[:4]
-    spec = rows.meta.get("spec") if isinstance(rows, fx.Node) else None
-    recorded = isinstance(input_of(statistics), SlotInput)
-    return recorded and isinstance(spec, ValueSpec) and all(_is_vector(preparation, value) for value in affine)
+    known = all(isinstance(value, fx.Node) and has_spec(value) for value in (rows, statistics))
+    recorded = known and isinstance(input_of(statistics), SlotInput)
+    return recorded and all(_is_vector(preparation, value) for value in affine)
 
 
 def _is_vector(preparation: Preparation, node: Any) -> bool:

@@ -152,6 +152,8 @@ class InterpretedGraphs:
         with self._preparing:
             if self._prepared[0] is not weights:
                 self._prepared = (weights, {})
+                for other in list(self._steps.values()):
+                    other.values = (None, [])  # as large as the weights, and maybe not called again
             known = self._prepared[1]
             for recipe in step.recipes:
                 if recipe not in known:
