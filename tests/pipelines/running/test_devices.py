@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from types import SimpleNamespace
 from typing import Any
 
@@ -127,6 +129,30 @@ def test_runs_within_runs_leave_the_class_as_it_was(pipe: Any) -> None:
     assert type(pipe) is StableDiffusionPipeline
 
 
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))])
+def test_copies_in_a_run_are_of_the_pipelines_own_class(pipe: Any, copied: Any) -> None:
+    with device_looked_up(pipe):
+        other = copied(pipe)
+    assert type(other) is StableDiffusionPipeline and other._execution_device == torch.device("cpu")
+    assert other.unet.config == pipe.unet.config
+
+
+class _Other(StableDiffusionPipeline):
+    pass
+
+
+def test_a_class_that_a_pipeline_is_given_in_a_run_stays(pipe: Any) -> None:
+    with device_looked_up(pipe):
+        pipe.__class__ = _Other
+    assert type(pipe) is _Other
+
+
+class _SaysItsDevice(StableDiffusionPipeline):
+    @property
+    def device(self) -> torch.device:
+        return torch.device("meta")
+
+
 class _FindsItself(StableDiffusionPipeline):
     @property
     def _execution_device(self) -> torch.device:
@@ -140,7 +166,7 @@ class _Registers(StableDiffusionPipeline):
         cls.derived.append(cls)
 
 
-@pytest.mark.parametrize("kind", [_FindsItself, _Registers])
+@pytest.mark.parametrize("kind", [_FindsItself, _SaysItsDevice, _Registers])
 def test_a_class_that_is_not_diffusers_own_in_this_is_left_alone(pipe: Any, kind: type) -> None:
     pipe.__class__ = kind
     with device_looked_up(pipe):
