@@ -28,9 +28,10 @@ KEPT = 4
 
 @dataclass(frozen=True)
 class _Encoded:
-    """A picture ``[B, 3, H, W]``, the state of what encoded it, and the distribution of its latents."""
+    """A picture ``[B, 3, H, W]``, how it lay in memory, the state of what encoded it, its latents' distribution."""
 
     pixels: Tensor
+    strides: tuple[int, ...]
     state: Hashable
     parameters: Tensor
     deterministic: bool
@@ -48,7 +49,7 @@ class Encodings:
         self._state = ModelState(vae)
         self._read_in: weakref.ref[Any] | None = None
         self._kept: list[_Encoded] = []
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a VAE may encode a batch by parts, through itself
 
     def of(self, run: object, pixels: Tensor, own: Callable[[Tensor], Any]) -> Any:
         """The distribution of a picture's latents.
@@ -63,13 +64,16 @@ class Encodings:
         with self._lock:
             state = self._now(run), Ambient.now(), arithmetic()
             kept = [one for one in self._kept if one.state == state]
-            found = next((one for one in reversed(kept) if is_equal(one.pixels, pixels)), None)
+            # Of a picture that lies otherwise a convolution may add up in another order.
+            alike = [one for one in kept if one.strides == pixels.stride()]
+            found = next((one for one in reversed(alike) if is_equal(one.pixels, pixels)), None)
             if found is None:
                 self.computed += 1
                 result = own(pixels)
                 if not _is_gaussian(result):
                     return result
-                found = _Encoded(pixels.detach().clone(), state, result.parameters.clone(), result.deterministic)
+                copy = pixels.detach().clone()
+                found = _Encoded(copy, pixels.stride(), state, result.parameters.clone(), result.deterministic)
             self._kept = [*(one for one in kept if one is not found), found][-KEPT:]
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 

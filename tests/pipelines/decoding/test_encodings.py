@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import Thread
 from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
 from fisedit_compiler import Editor, masks
@@ -103,6 +105,39 @@ def test_a_vae_that_is_another_encodes_again(change: Callable[[Any], None], vae:
         assert vae.encodings.computed == 2 and torch.equal(found.mode(), own.mode())
     finally:
         torch.backends.cuda.enable_flash_sdp(flash)
+
+
+def test_a_picture_that_lies_otherwise_is_another(vae: SparseVAE) -> None:
+    last = PICTURE.to(memory_format=torch.channels_last)
+    encoded(vae)
+    with torch.no_grad():
+        own = vae.original.encode(last).latent_dist.parameters
+    for _ in range(2):
+        found = encoded(vae, last).parameters
+        assert torch.equal(found, own) and found.stride() == own.stride()
+    assert vae.encodings.computed == 2
+
+
+class _ByParts(AutoencoderKL):
+    whole: Any
+
+    def encode(self, x: Tensor, return_dict: bool = True) -> Any:
+        if len(x) == 1:
+            return super().encode(x, return_dict)
+        parts = [self.whole().encode(part, return_dict=False)[0].parameters for part in x.split(1)]
+        return (DiagonalGaussianDistribution(torch.cat(parts)),)
+
+
+def test_a_vae_that_encodes_through_itself_waits_for_nobody() -> None:
+    original = make_vae()
+    original.__class__ = _ByParts
+    vae = SparseVAE(original, EDITOR_CONFIG)
+    original.whole = lambda: vae
+    found: list[Tensor] = []
+    thread = Thread(target=lambda: found.append(encoded(vae, PICTURE.repeat(2, 1, 1, 1)).parameters), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert found and torch.equal(found[0][0], found[0][1])
 
 
 def test_a_write_in_the_middle_of_a_run_is_seen(vae: SparseVAE) -> None:
