@@ -21,6 +21,7 @@ import torch
 from rich.table import Table
 
 from benchmarks.support.harness import Stopwatch, alternate
+from benchmarks.support.peers import in_pipeline
 
 if TYPE_CHECKING:
     from fisedit_compiler import Editor
@@ -79,6 +80,7 @@ def measure(subject: Any, unet: Any, prompt: str, settings: Mapping[str, Any]) -
         with _editor(subject.pipe, name) as editor:
             base = editor.generate(prompt, **settings)
             facts = {"base_s": _since(start, subject.device)}
+            dense_calls = {baseline: _dense_call_ms(subject, baseline) for baseline in subject.dense}
             found = []
             for fraction in subject.options.fractions:
                 found += _edits(subject, name, editor, base, fraction, facts)
@@ -88,7 +90,53 @@ def measure(subject: Any, unet: Any, prompt: str, settings: Mapping[str, Any]) -
                 found += _bases(subject, name, editor, settings, facts)
             executables = editor.compiled._programs.executables()
             refused = next(filter(None, (one.backend.refused or one.dense.refused for one in executables)), None)
-        yield [{**row, "refused": refused} for row in found]
+        yield [{**row, "baseline_call_ms": dense_calls[row["baseline"]], "refused": refused} for row in found]
+
+
+def _dense_call_ms(subject: Any, baseline: str) -> float:
+    """Milliseconds of a UNet call in dense runs, timed as the Editor times its own: the median of the runs' means."""
+    compiled, means = subject.pipe.unet, []
+    for _ in range(subject.options.repeats):
+        with in_pipeline(subject.pipe, subject.dense[baseline]):
+            watched = subject.pipe.unet = _WatchedUNet(subject.pipe.unet, subject.device)
+            subject.run(next(subject.prompts))
+        means.append(watched.mean_ms())
+    subject.pipe.unet = compiled
+    return round(statistics.median(means), 3)
+
+
+class _WatchedUNet:
+    """Stands for a UNet in a pipeline and notes when its calls begin and end, on a GPU in its queue.
+
+    A hook would be seen by torch.compile. The pipeline finds its device by its other parts.
+    """
+
+    def __init__(self, unet: Any, device: torch.device) -> None:
+        self._unet, self._device = unet, device
+        self._moments: list[tuple[Any, Any]] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        begin = self._moment()
+        result = self._unet(*args, **kwargs)
+        self._moments.append((begin, self._moment()))
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._unet, name)
+
+    def _moment(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def mean_ms(self) -> float:
+        """Of the calls after the first, which also waits for what depends on the prompt alone."""
+        _now(self._device)
+        on_gpu = self._device.type == "cuda"
+        took = [begin.elapsed_time(end) if on_gpu else 1000 * (end - begin) for begin, end in self._moments]
+        return statistics.fmean(took[1:] or took)
 
 
 def _edits(
@@ -230,7 +278,10 @@ def _since(start: float, device: torch.device) -> float:
 def draw(rows: list[dict[str, Any]]) -> Table:
     """The rows as a table for people."""
     table = Table(title="by Editors", caption="median ± interquartile range; ratio = baseline / editor")
-    columns = ("model", "steps", "mask", "row", "task", "baseline", "baseline ms", "editor ms", "ratio", "mean call ms")
+    columns = (
+        "model", "steps", "mask", "row", "task", "baseline", "baseline ms", "editor ms", "ratio", "dense call ms",
+        "mean call ms",
+    )  # fmt: skip
     for column in columns:
         table.add_column(column, justify="left" if column in ("model", "row", "task", "baseline") else "right")
     for row in rows:
@@ -243,6 +294,7 @@ def draw(rows: list[dict[str, Any]]) -> Table:
             row["baseline"],
             *(f"{row[f'{side}_ms']:.0f} ± {row[f'{side}_iqr_ms']:.0f}" for side in ("baseline", "editor")),
             f"{row['ratio']:.2f}x",
+            f"{row['baseline_call_ms']:.2f}",
             f"{row['mean_call_ms']:.2f}" if "mean_call_ms" in row else "",
         )
     return table
