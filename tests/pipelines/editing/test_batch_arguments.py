@@ -264,7 +264,11 @@ def test_what_all_edits_share_is_checked_once(
 MISTAKES: dict[str, tuple[dict[str, Any], type[FiseditError], str]] = {
     "a prompt": ({"prompts": ["a dog", 3, "a fox"]}, PromptError, "^edit 2 of 3: the prompt is of type int"),
     "a long prompt": ({"prompts": ["a dog", "a fox", "a cat " * 20]}, PromptError, "^edit 3 of 3: the prompt has"),
-    "a negative prompt": ({"negative_prompt": ["", 3, None]}, PromptError, "^edit 2 of 3: the negative prompt is a"),
+    "a negative prompt": (
+        {"negative_prompt": ["", 3, None]},
+        PromptError,
+        "^edit 2 of 3: the negative prompt is of type int",
+    ),
     "a mask": ({"mask": [ONE, ONE[:5], ONE]}, MaskError, "^edit 2 of 3: .*16 x 16"),
     "a mask for all": ({"mask": ONE[:5]}, MaskError, "^(?!edit).*16 x 16"),
     "a box": ({"box": [BOXES[0], (0, 0, 2, 2), BOXES[2]]}, MaskError, "^edit 2 of 3: box: "),
