@@ -251,7 +251,7 @@ def test_whole_edits_are_timed_with_peers_that_work(tmp_path, tiny_pipe, monkeyp
     assert all(row["ratio"] > 0 and row["baseline_ms"] > 0 for row in report["rows"])
     assert whole[1]["baseline_unet_ms"] > 0
     assert report["settings"]["peers"] == {"csv": "a note"}
-    runs = 1 + 2 * 2 + 2  # tried, whole and in parts in both rounds, with the Editor in both
+    runs = 1 + 2 * 2 + 2 + 1  # tried, whole and in parts in both rounds, with the Editor in both, its calls alone
     assert said == runs * ["on", "off"]
     printed = capsys.readouterr()
     assert "no_such_module is not installed" in printed.out and "json does not work" in printed.out
