@@ -77,7 +77,7 @@ PIPELINES = (EMBEDDED, *TEXT_ENCODERS)
 
 
 def add_schedule_options(parser: argparse.ArgumentParser, *, guidance: float) -> None:
-    """By what steps pictures are made, and with what guidance. ``--scheduler lcm --steps 4 --guidance 1`` is a
+    """Which scheduler makes the pictures, and with what guidance. ``--scheduler lcm --steps 4 --guidance 1`` is a
     few-step model's run."""
     parser.add_argument("--scheduler", choices=tuple(SCHEDULERS), help="default: the pipeline's own")
     parser.add_argument("--guidance", type=_weight, default=guidance, help="its weight; 1 or less is none: batch 1")

@@ -20,6 +20,7 @@ from fisedit_compiler.capture.ambient import Ambient
 from fisedit_compiler.errors import ModeError, RecordingError
 from fisedit_compiler.runtime.calls.binding import Binder
 from tests.support.compiled import box
+from tests.support.states import default_device, default_dtype, deterministic
 from tests.support.zoo import ZOO, Inputs
 
 MASK = box(2, 2, 6, 6, 8, 8)
@@ -63,34 +64,6 @@ def inputs(seed: int = 0) -> Inputs:
     drawn = torch.Generator("cpu").manual_seed(seed)
     sample = torch.randn(2, 4, 8, 8, generator=torch.Generator("cpu").manual_seed(9), device="cpu", dtype=torch.float32)
     return {"sample": sample, "text": torch.randn(2, 4, generator=drawn, device="cpu", dtype=torch.float32)}
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextmanager
-def default_device(device: str) -> Iterator[None]:
-    torch.set_default_device(device)
-    try:
-        yield
-    finally:
-        torch.set_default_device(None)
-
-
-@contextmanager
-def deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 FOLLOWED: dict[str, State] = {

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from fisedit_compiler.lowering.codegen import direct, inductor, kept_code, known
 from fisedit_compiler.lowering.codegen.inductor import directly
 from fisedit_compiler.lowering.regions import Region
 from tests.support.pass_tools import gather_step
+from tests.support.states import default_dtype, deterministic, one_thread_more, sums_in_half_precision
 
 aten = torch.ops.aten
 
@@ -130,56 +130,16 @@ def test_graphs_and_arguments_that_differ_have_names_that_differ() -> None:
     assert names == [name(graph, value) for graph, value in OTHERS]
 
 
-@contextmanager
-def _default_dtype() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-@contextmanager
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(before + 1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _sums_in_half_precision() -> Iterator[None]:
-    cuda = torch.backends.cuda
-    before = cuda.fp16_bf16_reduction_math_sdp_allowed()
-    cuda.allow_fp16_bf16_reduction_math_sdp(not before)
-    try:
-        yield
-    finally:
-        cuda.allow_fp16_bf16_reduction_math_sdp(before)
-
-
 _BACKENDS = [torch.nn.attention.SDPBackend(number) for number in torch._C._get_sdp_priority_order()]
 
 
 @pytest.mark.parametrize(
     "state",
     [
-        _default_dtype,
-        _deterministic,
-        _threads,
-        _sums_in_half_precision,
+        lambda: default_dtype(torch.float64),
+        deterministic,
+        one_thread_more,
+        sums_in_half_precision,
         lambda: torch.device("meta"),
         lambda: torch.nn.attention.sdpa_kernel(_BACKENDS[::-1], set_priority=True),
         lambda: torch.autocast("cpu", torch.bfloat16),

@@ -1,11 +1,11 @@
-"""How a lowered step (``lowered.py``) becomes GPU code: Inductor, which takes the ``fisedit::`` ops apart that it can
-fuse. It is given the graph as it is (``direct.py``), or where that is refused by torch.compile.
+"""How a lowered step becomes GPU code: Inductor gets it, with the ``fisedit::`` ops taken apart that it can fuse.
 
-Which ones is among their traits (``OpTraits.inline``); where a provider takes the operands, an op stays whole after
-all. Normalisation, gathers and scatters are pointwise or copies to it. A convolution is taken apart into a fused kernel
-that writes everything it reads side by side, and an op that chooses by its table between taps and patches when it runs:
-so one compilation serves every block size. Attention stays whole. The kernels of what stays whole are compiled
-meanwhile (``ahead.py``).
+It is given the graph as it is (``direct.py``), or by torch.compile where that is refused. An op says in its traits
+whether it can be taken apart (``OpTraits.inline``); where a provider takes the operands, it stays whole after all.
+Normalisation, gathers and scatters are pointwise operations or copies to Inductor. A convolution is taken apart into a
+fused kernel that writes everything it reads side by side, and an op that chooses by its table between taps and patches
+when it runs: so one compilation serves every block size. Attention stays whole. The kernels of what stays whole are
+compiled meanwhile (``ahead.py``).
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
 Inductor looks code up by the graph that it is handed, which has to be traced for that. Tracing a step takes longer than
 all that follows once its code is on disk. So a small file beside Inductor's own says which of its entries a lowered
-graph led to. A name stands for all that decides on what is traced: the graph as text, the forms of its arguments, what
-operations are taken apart into, the package's own sources, switches of torch, and whatever Inductor names its entries
-by besides a graph. Where anything takes part whose source is not known here, or a file leads nowhere, the graph is
-traced.
+graph led to. Its name is a digest of all that decides on what is traced: the graph as text, the forms of its arguments,
+what operations are taken apart into, the package's own sources, switches of torch, and whatever Inductor names its
+entries by besides a graph. Where anything takes part whose source is not known here, or a file leads nowhere, the graph
+is traced.
 
 Tracing may go one way or another by lengths that are symbols, and Inductor's entry knows only of those conditions under
 which its own code was made, maybe of another graph. So the file says as well for which lengths it holds.
