@@ -20,7 +20,7 @@ from fisedit_compiler.capture.ambient import Ambient
 from fisedit_compiler.errors import ModeError, RecordingError
 from fisedit_compiler.runtime.calls.binding import Binder
 from tests.support.compiled import box
-from tests.support.states import default_device, default_dtype, deterministic
+from tests.support.modes import default_device, default_dtype, deterministic
 from tests.support.zoo import ZOO, Inputs
 
 MASK = box(2, 2, 6, 6, 8, 8)

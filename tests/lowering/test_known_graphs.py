@@ -15,8 +15,8 @@ from fisedit_compiler.kernels.gather_taps import gather_taps
 from fisedit_compiler.lowering.codegen import direct, inductor, kept_code, known_graphs
 from fisedit_compiler.lowering.codegen.inductor import directly
 from fisedit_compiler.lowering.regions import Region
+from tests.support.modes import default_dtype, deterministic, one_thread_more, sums_in_half_precision
 from tests.support.pass_tools import gather_step
-from tests.support.states import default_dtype, deterministic, one_thread_more, sums_in_half_precision
 
 aten = torch.ops.aten
 
